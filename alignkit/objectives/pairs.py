@@ -108,13 +108,13 @@ def register_loss(
                 raise AlignkitError(f"beta: must be positive, got {beta}")
             if smoothing == "none" and label_smoothing != 0:
                 raise AlignkitError(
-                    f"label_smoothing: the {name!r} loss has none, got {label_smoothing}; set it to 0"
+                    f"label_smoothing: {name!r} has none, got {label_smoothing}; set it to 0"
                 )
             if not 0 <= label_smoothing < 0.5:
                 raise AlignkitError(f"label_smoothing: must lie in [0, 0.5), got {label_smoothing}")
             if smoothing == "required" and label_smoothing == 0:
                 raise AlignkitError(
-                    f"label_smoothing: the {name!r} loss needs more than 0; its paper uses 0.001"
+                    f"label_smoothing: {name!r} needs more than 0; its paper uses 0.001"
                 )
             if smoothing != "none":
                 options["label_smoothing"] = label_smoothing

@@ -46,7 +46,7 @@ def sigmoid(
     """DPO: −log σ(βΔ).
 
     Rafailov et al. 2023, arXiv:2305.18290, equation 7. With ε > 0 the conservative cDPO,
-    −(1−ε) log σ(βΔ) − ε log σ(−βΔ) (Mitchell 2023, "A note on DPO with noisy preferences", eq. 3).
+    −(1−ε) log σ(βΔ) − ε log σ(−βΔ) (Mitchell 2023, "A note on DPO with noisy preferences").
     """
     return _smoothed(_margin(policy, reference, beta), label_smoothing)
 
@@ -57,7 +57,7 @@ def robust(
 ) -> Tensor:
     """Robust DPO: [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1 − 2ε), unbiased under flipped labels.
 
-    Chowdhury et al. 2024, arXiv:2403.00409, equation 12.
+    Chowdhury et al. 2024, arXiv:2403.00409, section 3.1.
     """
     x_B = _margin(policy, reference, beta)
     clean_B = -(1 - label_smoothing) * logsigmoid(x_B)
@@ -69,8 +69,8 @@ def robust(
 def hinge(policy: PairScores, reference: PairScores, *, beta: float) -> Tensor:
     """SLiC on log-ratios: max(0, 1 − βΔ).
 
-    Zhao et al. 2023, arXiv:2305.10425, in the normalised form of Liu et al. 2023 (RSO),
-    arXiv:2309.06657, equation 11.
+    Zhao et al. 2023, arXiv:2305.10425, section 2, on log-ratios instead of log-probabilities as
+    in Liu et al. 2023 (RSO), arXiv:2309.06657.
     """
     return torch.relu(1 - _margin(policy, reference, beta))
 
@@ -104,8 +104,8 @@ def exo_pair(
 def nca_pair(policy: PairScores, reference: PairScores, *, beta: float) -> Tensor:
     """NCA over two responses: −log σ(β r(y_w)) − ½ log σ(−β r(y_w)) − ½ log σ(−β r(y_l)).
 
-    Chen et al. 2024, arXiv:2402.05369, equation 12 with one preferred answer of K = 2: it holds
-    the chosen reward itself up, where DPO only holds up the difference.
+    Chen et al. 2024, arXiv:2402.05369, section 4.1 with a preference for two responses: it
+    holds the chosen reward itself up, where DPO only holds up the difference.
     """
     chosen_B, rejected_B = rewards(policy, reference, beta)
     return -logsigmoid(chosen_B) - 0.5 * logsigmoid(-chosen_B) - 0.5 * logsigmoid(-rejected_B)
@@ -115,7 +115,7 @@ def nca_pair(policy: PairScores, reference: PairScores, *, beta: float) -> Tenso
 def bco_pair(policy: PairScores, reference: PairScores, *, beta: float) -> Tensor:
     """BCO: −log σ(β r(y_w)) − log σ(−β r(y_l)), a classifier of good and bad answers.
 
-    Jung et al. 2024, arXiv:2404.04656, equation 8, with the reward shift δ = 0.
+    Jung et al. 2024, arXiv:2404.04656, section 4, with the reward shift δ = 0.
     """
     chosen_B, rejected_B = rewards(policy, reference, beta)
     return -logsigmoid(chosen_B) - logsigmoid(-rejected_B)
@@ -159,7 +159,7 @@ def sigmoid_norm(
 ) -> Tensor:
     """Length-normalised DPO: −log σ(β r(y_w)/|y_w| − β r(y_l)/|y_l|), smoothed like `sigmoid`.
 
-    Lambert et al. 2024 (Tülu 3), arXiv:2411.15124, equation 6; it wants a larger β (they use 5).
+    Lambert et al. 2024 (Tülu 3), arXiv:2411.15124, section 5; it wants a larger β (they use 5).
     """
     margin_B = _margin(policy.per_token(), reference.per_token(), beta)
     return _smoothed(margin_B, label_smoothing)
@@ -184,7 +184,7 @@ def aot(
 ) -> Tensor:
     """AOT on pairs: DPO's loss between sorted margins of the policy and of the reference.
 
-    Melnyk et al. 2024, arXiv:2406.05882, algorithm 1 (paired). Sorting matches quantiles, so
+    Melnyk et al. 2024, arXiv:2406.05882, section 3 (paired). Sorting matches quantiles, so
     element b is the b-th quantile of the batch and no longer pair b; only the mean has a meaning,
     and it depends on which pairs share a batch.
     """
@@ -199,7 +199,7 @@ def aot_unpaired(
 ) -> Tensor:
     """AOT on two sets: DPO's loss between the sorted rewards of chosen and of rejected answers.
 
-    Melnyk et al. 2024, arXiv:2406.05882, algorithm 1 (unpaired); as with `aot`, element b is a
+    Melnyk et al. 2024, arXiv:2406.05882, section 3 (unpaired); as with `aot`, element b is a
     quantile and not a pair.
     """
     chosen_B, rejected_B = rewards(policy, reference, beta)
@@ -227,7 +227,7 @@ def simpo(
 def orpo(policy: PairScores, reference: PairScores, *, beta: float) -> Tensor:
     """ORPO: −log p_w − β log σ(log p_w/(1−p_w) − log p_l/(1−p_l)); the reference is not used.
 
-    Hong et al. 2024, arXiv:2403.07691, equations 6 and 7, with p = π(y)^{1/|y|}, the geometric
+    Hong et al. 2024, arXiv:2403.07691, equations 4, 6 and 7, with p = π(y)^{1/|y|}, the geometric
     mean over tokens, and β their λ.
     """
     mean = policy.per_token()

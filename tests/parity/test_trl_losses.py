@@ -1,0 +1,168 @@
+"""Our preference losses against those of the installed trl, values and gradients.
+
+trl computes its losses inline in ``DPOTrainer._compute_loss``. It is called here unbound, on a
+stand-in trainer and a stand-in model that returns chosen token log-probabilities, so what is
+compared is trl's own code and nothing but the loss.
+
+Where trl 1.16 and alignkit differ on purpose: trl's ``sigmoid`` and ``sigmoid_norm`` ignore
+``label_smoothing`` (ours are cDPO), and its ``discopop`` is nan from βΔ ≈ −89 on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignkit.objectives.preference import LOSSES, PairScores
+
+trl = pytest.importorskip("trl")
+
+PAIRS, PROMPT, LENGTH = 6, 4, 24
+ELSEWHERE = {"simpo", "orpo"}  # not DPOTrainer's
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+
+class _Model:
+    """Returns prescribed token log-probabilities whatever it is asked."""
+
+    training = True
+
+    def __init__(self, log_probs: Tensor) -> None:
+        zeros = torch.zeros_like(log_probs)
+        self.outputs = SimpleNamespace(
+            log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+        )
+
+    def __call__(self, **_: Any) -> SimpleNamespace:
+        return self.outputs
+
+
+def _batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Policy and reference token log-probs [2B, L-1] (zero off the completion) and the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, LENGTH - PROMPT, (2 * PAIRS, 1), generator=generator)
+    position = torch.arange(LENGTH)
+    mask = (position >= PROMPT) & (position < PROMPT + lengths)
+    draw = [-4 * torch.rand(2 * PAIRS, LENGTH - 1, generator=generator) for _ in range(2)]
+    policy, reference = (logps * mask[:, 1:] for logps in draw)
+    return policy.requires_grad_(), reference, mask.long()
+
+
+def _trl_loss(
+    name: str, policy: Tensor, reference: Tensor, mask: Tensor, beta: float, label_smoothing: float
+) -> Tensor:
+    identity = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
+    )
+    trainer = SimpleNamespace(
+        accelerator=identity,
+        model=SimpleNamespace(training=True),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[name],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=label_smoothing,
+        args=SimpleNamespace(discopop_tau=0.05),
+        use_weighting=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    ref_chosen, ref_rejected = reference.sum(1).chunk(2)
+    inputs = {
+        "input_ids": torch.zeros_like(mask),
+        "attention_mask": torch.ones_like(mask),
+        "completion_mask": mask,
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+    }
+    return trl.DPOTrainer._compute_loss(trainer, _Model(policy), inputs, return_outputs=False)
+
+
+def _pair_scores(logps: Tensor, mask: Tensor) -> PairScores:
+    chosen, rejected = logps.sum(1).chunk(2)
+    return PairScores(chosen, rejected, *mask[:, 1:].sum(1).chunk(2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - ELSEWHERE))
+def test_same_value_and_gradient(name: str, beta: float, seed: int) -> None:
+    label_smoothing = 0.1 if name in SMOOTHED else 0.0
+    policy, reference, mask = _batch(seed)
+    theirs = _trl_loss(name, policy, reference, mask, beta, label_smoothing)
+    (their_gradient,) = torch.autograd.grad(theirs, policy)
+    ours = LOSSES[name](
+        _pair_scores(policy, mask),
+        _pair_scores(reference, mask),
+        beta=beta,
+        label_smoothing=label_smoothing,
+    ).mean()
+    (our_gradient,) = torch.autograd.grad(ours, policy)
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_we_have_every_preference_loss_of_dpo_trainer() -> None:
+    """All names in trl's error message but ``sft``, which is no preference loss."""
+    with pytest.raises(ValueError, match="Unknown loss type") as error:
+        _trl_loss("nothing", *_batch(0), beta=0.1, label_smoothing=0.0)
+    named = {word.strip("'\"[],. ") for word in str(error.value).split("one of")[1].split()}
+    assert named - set(LOSSES) == {"sft"}
+
+
+def test_trl_ignores_label_smoothing_in_sigmoid() -> None:
+    """Why `sigmoid` is compared at ε = 0: trl returns the same loss for every ε, we do not."""
+    policy, reference, mask = _batch(0)
+    plain, smoothed = (_trl_loss("sigmoid", policy, reference, mask, 0.1, e) for e in (0.0, 0.3))
+    assert plain == smoothed
+    ours = LOSSES["sigmoid"](
+        _pair_scores(policy, mask), _pair_scores(reference, mask), beta=0.1, label_smoothing=0.3
+    )
+    assert ours.mean() > plain
+
+
+def test_simpo_and_orpo_of_trls_experimental_trainers() -> None:
+    """simpo in CPOTrainer, the odds ratio in ORPOTrainer, each given the same mean log-probs."""
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    orpo = pytest.importorskip("trl.experimental.orpo")
+    policy, _, mask = _batch(1)
+    scores = _pair_scores(policy, mask)
+    mean = scores.per_token()
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    trainer = SimpleNamespace(
+        accelerator=accelerator,
+        loss_type="simpo",
+        simpo_gamma=1.0,
+        beta=2.0,
+        label_smoothing=0.1,
+        alpha=0.0,
+    )
+    theirs, *_ = cpo.CPOTrainer.cpo_loss(trainer, mean.chosen, mean.rejected)
+    ours = LOSSES["simpo"](scores, scores, beta=2.0, label_smoothing=0.1, gamma=1.0)
+    torch.testing.assert_close(ours, theirs)
+
+    log_odds, *_ = orpo.ORPOTrainer.odds_ratio_loss(trainer, mean.chosen, mean.rejected)
+    ours = LOSSES["orpo"](scores, scores, beta=2.0, label_smoothing=0.0)
+    torch.testing.assert_close(ours, -mean.chosen - log_odds)
+
+
+def test_discopop_is_finite_where_trls_is_not() -> None:
+    """βΔ = −200: trl multiplies a gate of 0 by e^200 = ∞; ours is the logistic part, 200."""
+    policy = torch.full((2, 1), -100.0)
+    policy[0] -= 2000.0
+    policy.requires_grad_()
+    reference, mask = torch.full((2, 1), -100.0), torch.tensor([[0, 1], [0, 1]])
+    assert _trl_loss("discopop", policy, reference, mask, 0.1, 0.0).isnan()
+    ours = LOSSES["discopop"](
+        _pair_scores(policy, mask), _pair_scores(reference, mask), beta=0.1, label_smoothing=0.0
+    )
+    assert ours.item() == pytest.approx(200.0)
