@@ -1,0 +1,26 @@
+"""The engine: packed rows in, token log-probabilities out. Plain PyTorch, no Lightning."""
+
+from alignkit.engine.batch import Example, PackedBatch, Span, collate
+from alignkit.engine.head import TokenScores
+from alignkit.engine.score import (
+    check_engine,
+    response_lengths,
+    response_means,
+    response_sums,
+    score,
+    score_with_stats,
+)
+
+__all__ = [
+    "Example",
+    "PackedBatch",
+    "Span",
+    "TokenScores",
+    "check_engine",
+    "collate",
+    "response_lengths",
+    "response_means",
+    "response_sums",
+    "score",
+    "score_with_stats",
+]

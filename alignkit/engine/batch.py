@@ -1,0 +1,176 @@
+"""One shape for all data: a prompt and its responses, laid end to end in a flat row.
+
+Shape letters: T row tokens, N scored tokens, E examples, R responses (all examples together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import AlignkitError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its k responses, as token ids.
+
+    Attributes:
+        prompt: Token ids every response continues; may be empty.
+        responses: k ≥ 1 lists of token ids, the closing EOS included where there is one.
+            Language modelling is an empty prompt with k = 1, SFT is k = 1, DPO is k = 2 with
+            the chosen response first.
+        scored: Which response tokens carry loss, one list of booleans per response, or
+            ``None`` for all of them. Multi-turn SFT marks the assistant's turns here.
+    """
+
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+    scored: Sequence[Sequence[bool]] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens this example takes in a row: its prompt once and every response."""
+        return len(self.prompt) + sum(len(response) for response in self.responses)
+
+
+class Span(NamedTuple):
+    """Where one example lies in the row: its start, its prompt's and its responses' lengths."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        """Index one past the example's last token."""
+        return self.start + self.prompt + sum(self.responses)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Examples as a flat row of segments; nothing is padded.
+
+    ``prompt₀ response₀₀ response₀₁ … prompt₁ response₁₀ …``. A token sees its own prompt and,
+    within its own response, what precedes it: never another example, never a sibling response.
+
+    Attributes:
+        input_ids: [T] int64.
+        position_ids: [T] int64, 0…P-1 over a prompt, P… over each of its responses.
+        score_from: [N] int64, the row index whose hidden state predicts the scored token. A
+            response's first token is predicted from its prompt's last position; with an empty
+            prompt it has no predictor and is not scored.
+        target_ids: [N] int64, the scored tokens, example by example, response by response.
+        response_index: [N] int64, the response (0…R-1 over the batch) each one belongs to.
+        spans: one `Span` an example: plain ints, so that laying out attention never waits for
+            a device.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    score_from: Tensor
+    target_ids: Tensor
+    response_index: Tensor
+    spans: tuple[Span, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the row's length."""
+        return self.input_ids.numel()
+
+    @property
+    def num_scored(self) -> int:
+        """N, the number of scored tokens."""
+        return self.target_ids.numel()
+
+    @property
+    def num_examples(self) -> int:
+        """E, the number of prompts."""
+        return len(self.spans)
+
+    @cached_property
+    def num_responses(self) -> int:
+        """R, the number of responses over all examples."""
+        return sum(len(span.responses) for span in self.spans)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """Return the batch with its tensors on ``device``; the spans stay plain ints."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """Return the batch in page-locked memory, for copies that do not block the host."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function) -> PackedBatch:  # type: ignore[no-untyped-def]
+        names = [field.name for field in fields(self) if field.name != "spans"]
+        return replace(self, **{name: function(getattr(self, name)) for name in names})
+
+
+def collate(examples: Sequence[Example]) -> PackedBatch:
+    """Lay examples end to end in one row.
+
+    Args:
+        examples: At least one example; prompts may be empty, responses may not.
+
+    Returns:
+        The batch on the CPU.
+
+    Raises:
+        AlignkitError: No examples, an example without responses, an empty response, or a
+            ``scored`` mask of another length than its response.
+    """
+    if not examples:
+        raise AlignkitError("collate: no examples given; a batch holds at least one")
+    ids: list[int] = []
+    positions: list[int] = []
+    score_from: list[int] = []
+    targets: list[int] = []
+    response_index: list[int] = []
+    spans: list[Span] = []
+    number = 0
+    for index, example in enumerate(examples):
+        _check(index, example)
+        prompt = len(example.prompt)
+        start = len(ids)
+        ids.extend(example.prompt)
+        positions.extend(range(prompt))
+        for k, response in enumerate(example.responses):
+            first = len(ids)
+            ids.extend(response)
+            positions.extend(range(prompt, prompt + len(response)))
+            predictors = [start + prompt - 1, *range(first, first + len(response) - 1)]
+            scored = example.scored[k] if example.scored is not None else [True] * len(response)
+            for j in range(0 if prompt else 1, len(response)):
+                if scored[j]:
+                    score_from.append(predictors[j])
+                    targets.append(response[j])
+                    response_index.append(number)
+            number += 1
+        spans.append(Span(start, prompt, tuple(len(r) for r in example.responses)))
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
+    return PackedBatch(
+        input_ids=as_tensor(ids),
+        position_ids=as_tensor(positions),
+        score_from=as_tensor(score_from),
+        target_ids=as_tensor(targets),
+        response_index=as_tensor(response_index),
+        spans=tuple(spans),
+    )
+
+
+def _check(index: int, example: Example) -> None:
+    if not example.responses:
+        raise AlignkitError(f"collate: example {index} has no responses; give it at least one")
+    for k, response in enumerate(example.responses):
+        if len(response) == 0:
+            raise AlignkitError(f"collate: example {index}, response {k} is empty; end it with EOS")
+        if example.scored is not None and len(example.scored[k]) != len(response):
+            raise AlignkitError(
+                f"collate: example {index}, response {k} has {len(response)} tokens but its "
+                f"scored mask has {len(example.scored[k])}; give one boolean a token"
+            )
