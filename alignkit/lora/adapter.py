@@ -1,0 +1,198 @@
+"""What every adapted module shares: a frozen base, named adapters, one of them active."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.lora.config import LoRAConfig
+
+FROZEN = ("start_A", "start_B")
+"""Parameters of an adapter that never train: what PiSSA and OLoRA subtract."""
+
+
+class Adapter(nn.Module):
+    """One adapter's parameters on one module, all fp32.
+
+    Attributes:
+        config: With the module's own ``r`` and ``alpha``.
+        lora_A, lora_B: [I, R] and [R, O].
+        start_A, start_B: The frozen first A and B, where the start is subtracted.
+        magnitude: [O], DoRA's.
+        bias: [O], a trained copy of the base's bias.
+    """
+
+    def __init__(self, config: LoRAConfig, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value, requires_grad=name not in FROZEN))
+
+    def get(self, name: str) -> nn.Parameter | None:
+        """Return a parameter, or ``None`` where this adapter has none of that name."""
+        return self._parameters.get(name)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B, with the subtracted start as further columns: ``[A A₀] [B; -B₀]``."""
+        a_IR, b_RO = self.get_parameter("lora_A"), self.get_parameter("lora_B")
+        start_a, start_b = self.get("start_A"), self.get("start_B")
+        if start_a is None or start_b is None:
+            return a_IR, b_RO
+        return torch.cat((a_IR, start_a), dim=1), torch.cat((b_RO, -start_b))
+
+
+class AdapterLayer(nn.Module):
+    """A module with adapters beside it.
+
+    Attributes:
+        base: The wrapped module; `inject_lora` freezes it.
+        adapters: The adapters by name.
+        active: Name of the one in use; ``None``, or a name this layer lacks, for the base alone.
+        originals: While an adapter is merged, the parameters of the base that it replaced.
+    """
+
+    active: str | None
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.originals = nn.ParameterDict()
+        self.active = None
+        self.training = base.training
+
+    @abstractmethod
+    def adapted(self, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+        """Run the base with an adapter."""
+
+    @abstractmethod
+    def merged_parameters(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Return parameters of the base with which it alone does what base and adapter do."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base with the active adapter, or alone."""
+        adapter = self.current()
+        if adapter is not None and not self.merged:
+            return self.adapted(adapter, *args, **kwargs)
+        if adapter is None and self.merged:
+            return torch.func.functional_call(self.base, dict(self.originals), args, kwargs)
+        return self.base(*args, **kwargs)
+
+    def current(self) -> Adapter | None:
+        """Return the adapter in use, or ``None``."""
+        if self.active is None or self.active not in self.adapters:
+            return None
+        return self.adapters[self.active]  # type: ignore[return-value]
+
+    def original(self, name: str) -> nn.Parameter:
+        """Return a parameter of the base as it is without any adapter, merged or not."""
+        return self.originals[name] if name in self.originals else self.base.get_parameter(name)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base holds the active adapter's merged parameters."""
+        return len(self.originals) > 0
+
+    def merge(self) -> None:
+        """Put the active adapter into the base, keeping the parameters it replaces."""
+        adapter = self.current()
+        if adapter is None or self.merged:
+            return
+        for name, value in self.merged_parameters(adapter).items():
+            self.originals[name] = self.base.get_parameter(name)
+            setattr(self.base, name, nn.Parameter(value, requires_grad=False))
+
+    def unmerge(self) -> None:
+        """Put the very parameters back that `merge` replaced."""
+        for name, original in self.originals.items():
+            setattr(self.base, name, original)
+        self.originals = nn.ParameterDict()
+
+    def own_state(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the adapters' parameters as ``adapters.<name>.<parameter>``."""
+        for name, parameter in self.adapters.named_parameters():
+            yield f"adapters.{name}", parameter
+
+    def extra_repr(self) -> str:
+        """Say which adapter is in use."""
+        return f"active={self.active!r}, merged={self.merged}"
+
+
+class TrainedModule(AdapterLayer):
+    """A module some of whose own parameters train: ``modules_to_save`` and ``bias="all"``.
+
+    The trained copies are fp32 and stand in for the module's parameters during its forward pass,
+    rounded to their dtype; the originals stay, for when the adapter is off.
+    """
+
+    def __init__(
+        self, base: nn.Module, config: LoRAConfig, trained: tuple[str, ...], name: str = "default"
+    ) -> None:
+        super().__init__(base)
+        values = {
+            key: base.get_parameter(key).detach().to(torch.float32, copy=True) for key in trained
+        }
+        self.adapters[name] = Adapter(config, values)
+        self.active = name
+
+    def adapted(self, adapter: Adapter, *args: Any, **kwargs: Any) -> Any:
+        """Run the base with the adapter's parameters in place of its own."""
+        return torch.func.functional_call(self.base, self._rounded(adapter), args, kwargs)
+
+    @torch.no_grad()
+    def merged_parameters(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Return the trained parameters in the base's dtype."""
+        return {name: value.clone() for name, value in self._rounded(adapter).items()}
+
+    def _rounded(self, adapter: Adapter) -> dict[str, Tensor]:
+        return {
+            name: value.to(self.base.get_parameter(name).dtype)
+            for name, value in adapter.named_parameters()
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the base, so that code reading ``norm.eps`` or ``head.weight`` still works."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            adapter = self.current()
+            trained = adapter.get(name) if adapter is not None else None
+            return getattr(self.base, name) if trained is None else trained
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Return the adapted modules by the path each has in the model without adapters."""
+    layers: dict[str, AdapterLayer] = {}
+    _walk(model, "", layers, {})
+    return layers
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of the model as it is without adapters, by path."""
+    modules: dict[str, nn.Module] = {}
+    _walk(model, "", {}, modules)
+    return modules
+
+
+def _walk(
+    module: nn.Module, path: str, layers: dict[str, AdapterLayer], modules: dict[str, nn.Module]
+) -> None:
+    if isinstance(module, AdapterLayer):
+        layers[path] = module
+        _walk(module.base, path, layers, modules)
+        return
+    modules[path] = module
+    for name, child in module.named_children():
+        _walk(child, f"{path}.{name}" if path else name, layers, modules)
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put a module at a path of the model without adapters, in place of what is there."""
+    parent_path, _, name = path.rpartition(".")
+    setattr(plain_modules(model)[parent_path], name, new)

@@ -1,0 +1,90 @@
+"""How an adapter starts: A and B, and for some starts the frozen product that is taken away.
+
+Shape letters: I input width, O output width, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.config import LoRAConfig
+
+
+class Start(NamedTuple):
+    """An adapter's first A [I, R] and B [R, O], and whether their product must be taken away.
+
+    PiSSA and OLoRA start from a part of the weight itself, so the base must give that part up for
+    the layer's output to start unchanged. PEFT subtracts it from the weight, for good; alignkit
+    keeps the weight as it is and a frozen copy of A and B to subtract in the forward pass, so that
+    the adapter can be turned off exactly and a bf16 base loses nothing to rounding.
+    """
+
+    a_IR: Tensor
+    b_RO: Tensor
+    subtract: bool
+
+
+@torch.no_grad()
+def start(config: LoRAConfig, weight_IO: Tensor) -> Start:
+    """Draw or compute the first A and B of a linear layer, in fp32 on the weight's device.
+
+    Args:
+        config: With the layer's own ``r`` and ``alpha``.
+        weight_IO: [I, O], the frozen weight.
+
+    Raises:
+        AlignkitError: A rank beyond the weight's own under ``pissa`` or ``olora``.
+    """
+    inputs, outputs = weight_IO.shape
+    r = config.r
+    options: dict[str, Any] = {"device": weight_IO.device, "dtype": torch.float32}
+    if config.init == "gaussian":
+        a_IR = torch.randn(inputs, r, **options) * config.init_std
+        return Start(a_IR, torch.zeros(r, outputs, **options), subtract=False)
+    if config.init == "kaiming":
+        bound = 1 / math.sqrt(inputs)
+        a_IR = torch.empty(inputs, r, **options).uniform_(-bound, bound)
+        return Start(a_IR, torch.zeros(r, outputs, **options), subtract=False)
+    if config.init == "orthogonal":
+        a_IR, b_RO = _orthogonal(inputs, outputs, r, options)
+        return Start(a_IR, b_RO, subtract=False)
+    if r > min(inputs, outputs):
+        raise AlignkitError(
+            f"LoRAConfig.r is {r} but init={config.init!r} splits a weight of {inputs}x{outputs}; "
+            f"give a rank of at most {min(inputs, outputs)}"
+        )
+    factors = _pissa if config.init == "pissa" else _olora
+    a_IR, b_RO = factors(weight_IO.float(), r, config.scale)
+    return Start(a_IR.contiguous(), b_RO.contiguous(), subtract=True)
+
+
+def _pissa(weight_IO: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Principal singular directions, ``s A B = U_r S_r V_rᵀ`` (arXiv:2404.02948, eq. 2 and 3)."""
+    u, s, vh = torch.linalg.svd(weight_IO, full_matrices=False)
+    root = (s[:r] / scale).sqrt()
+    return u[:, :r] * root, root[:, None] * vh[:r]
+
+
+def _olora(weight_IO: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """``Wᵀ = Q R``: B is Q's first r columns, A R's first r rows (arXiv:2406.01775, sec. 3)."""
+    q, upper = torch.linalg.qr(weight_IO.t())
+    return upper[:r].t(), q[:, :r].t()
+
+
+def _orthogonal(
+    inputs: int, outputs: int, r: int, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """A and B non-zero with ``A B = 0``: they span the two halves of one random rotation.
+
+    As PEFT's ``orthogonal`` (Datta Nimmaturi, "Rethinking LoRA initialisation",
+    datta0.github.io/posts/rethink-lora-init), entries scaled by 1/10.
+    """
+    q, _ = torch.linalg.qr(torch.randn(r, r, **options))
+    a_IR = torch.randn(inputs, r // 2, **options) @ q[0::2] / 10
+    b_RO = q[1::2].t() @ torch.randn(r // 2, outputs, **options) / 10
+    return a_IR, b_RO

@@ -1,0 +1,213 @@
+"""Put adapters into a model, choose between them, and count and group what trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.adapter import (
+    FROZEN,
+    AdapterLayer,
+    TrainedModule,
+    adapter_layers,
+    plain_modules,
+    replace_module,
+)
+from alignkit.lora.config import LoRAConfig
+from alignkit.lora.layer import LoRAEmbedding, LoRALinear
+from alignkit.lora.targets import resolve, saved_modules
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "default") -> Model:
+    """Freeze a model and give it a new adapter, which becomes the active and only trained one.
+
+    Args:
+        model: Any module with linear layers, usually a transformers causal LM. Changed in place.
+        config: What to adapt; GPT-2's attention with rank 8 by default.
+        name: Letters, digits, ``-`` and ``_``; further adapters on one base take further names.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        AlignkitError: A name in use, a merged model, or a config that does not fit the model; the
+            model is then unchanged.
+    """
+    config = config or LoRAConfig()
+    layers = adapter_layers(model)
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise AlignkitError(f"adapter name {name!r}: use letters, digits, '-' and '_'")
+    if name in adapter_configs(model):
+        raise AlignkitError(f"the model already has an adapter {name!r}; choose another name")
+    refuse_merged(layers)
+    targets = resolve(model, config)
+    trained = trained_parameters(model, config, targets)
+    modules = plain_modules(model)
+    # Every new layer is made before any is put in, so that a failure changes nothing.
+    made: dict[str, AdapterLayer] = {}
+    for path, own in targets.items():
+        kind = LoRAEmbedding if isinstance(modules[path], nn.Embedding) else LoRALinear
+        made[path] = kind(modules[path], own, name)
+    for path, names in trained.items():
+        made[path] = TrainedModule(modules[path], config, names, name)
+    for path, layer in made.items():
+        if path in layers and type(layers[path]) is not type(layer):
+            raise AlignkitError(
+                f"adapter {name!r}: {path} trains whole in one adapter and by low rank in another; "
+                "put them on separate copies of the model"
+            )
+    model.requires_grad_(False)
+    for path in sorted(made, key=len, reverse=True):  # modules before those that hold them
+        if path in layers:
+            layers[path].adapters[name] = made[path].adapters[name]
+        else:
+            replace_module(model, path, made[path])
+    model.alignkit_adapters = {**adapter_configs(model), name: config}  # type: ignore[assignment]
+    if config.untie and isinstance(model, PreTrainedModel):
+        model.config.tie_word_embeddings = False
+    set_adapter(model, name)
+    return model
+
+
+def trained_parameters(
+    model: nn.Module, config: LoRAConfig, targets: dict[str, LoRAConfig]
+) -> dict[str, tuple[str, ...]]:
+    """Return the parameters an adapter trains as they are, by module.
+
+    Args:
+        model: The model.
+        config: The adapter's config.
+        targets: Its low-rank modules, see `alignkit.lora.targets.resolve`.
+    """
+    modules = plain_modules(model)
+    trained = {
+        path: tuple(name for name, _ in modules[path].named_parameters(recurse=False))
+        for path in saved_modules(model, config)
+    }
+    if config.bias == "all":
+        for path, module in modules.items():
+            if path and module._parameters.get("bias") is not None and path not in targets:
+                trained.setdefault(path, ("bias",))
+    return trained
+
+
+def refuse_merged(layers: dict[str, AdapterLayer]) -> None:
+    """Refuse to change adapters while one is merged."""
+    if any(layer.merged for layer in layers.values()):
+        raise AlignkitError("an adapter is merged into the model; call unmerge_lora first")
+
+
+def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
+    """Return the config each adapter of the model was made from, by name."""
+    configs: dict[str, LoRAConfig] = getattr(model, "alignkit_adapters", {})
+    return configs
+
+
+def active_adapter(model: nn.Module) -> str | None:
+    """Return the name of the adapter in use, ``None`` where there is none."""
+    active = {layer.active for layer in adapter_layers(model).values()}
+    return next((name for name in adapter_configs(model) if name in active), None)
+
+
+def require_adapter(model: nn.Module, name: str | None = None) -> str:
+    """Return ``name``, or the active adapter's for ``None``.
+
+    Raises:
+        AlignkitError: The model has no such adapter, or none is active.
+    """
+    names = list(adapter_configs(model))
+    if not names:
+        raise AlignkitError("the model has no adapter; call inject_lora or load_adapter first")
+    if name is None:
+        name = active_adapter(model)
+        if name is None:
+            raise AlignkitError(f"no adapter is active; call set_adapter with {' or '.join(names)}")
+    if name not in names:
+        raise AlignkitError(f"the model has no adapter {name!r}; it has {', '.join(names)}")
+    return name
+
+
+def set_adapter(model: nn.Module, name: str | None, trainable: bool = True) -> None:
+    """Use one adapter and no other; ``None`` for the base alone.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter to use.
+        trainable: Whether its parameters then require gradients; no other adapter's do.
+
+    Raises:
+        AlignkitError: No such adapter, or another one is merged.
+    """
+    layers = adapter_layers(model)
+    if name is not None:
+        require_adapter(model, name)
+        if name != active_adapter(model):
+            refuse_merged(layers)
+    for layer in layers.values():
+        layer.active = name
+        for other, adapter in layer.adapters.items():
+            for key, parameter in adapter.named_parameters():
+                parameter.requires_grad_(trainable and other == name and key not in FROZEN)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the block with the base model exactly as it was before any adapter, merged or not."""
+    layers = adapter_layers(model)
+    active = {path: layer.active for path, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.active = None
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.active = active[path]
+
+
+def trainable_parameter_count(model: nn.Module) -> int:
+    """Return how many numbers the optimizer would change, shared parameters counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def base_parameter_count(model: nn.Module) -> int:
+    """Return the size of the model without its adapters, shared parameters counted once."""
+    seen: dict[int, int] = {}
+    for module in plain_modules(model).values():
+        for parameter in module.parameters(recurse=False):
+            seen[id(parameter)] = parameter.numel()
+    return sum(seen.values())
+
+
+def lora_parameter_groups(
+    model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Group the trainable parameters for LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+
+    B learns ``ratio`` times as fast as everything else: ``η_B = λ η_A`` (the paper's Algorithm 1
+    and sec. 5, which recommends λ ≈ 2⁴).
+
+    Args:
+        model: A model with adapters.
+        lr: Learning rate of A and of every other trainable parameter.
+        ratio: λ.
+        weight_decay: For both groups.
+
+    Returns:
+        Parameter groups for any torch optimizer, the second with ``lr · ratio``.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    fast = [p for name, p in trainable if name.endswith(".lora_B")]
+    slow = [p for name, p in trainable if not name.endswith(".lora_B")]
+    groups = [
+        {"params": slow, "lr": lr, "weight_decay": weight_decay},
+        {"params": fast, "lr": lr * ratio, "weight_decay": weight_decay},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,191 @@
+"""Save adapters to PEFT's directory format and load them from it, strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.adapter import adapter_layers, plain_modules
+from alignkit.lora.config import LoRAConfig
+from alignkit.lora.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_config,
+    read_tensors,
+    write_atomically,
+    write_tensors,
+)
+from alignkit.lora.inject import (
+    adapter_configs,
+    inject_lora,
+    refuse_merged,
+    require_adapter,
+    set_adapter,
+    trained_parameters,
+)
+from alignkit.lora.peft_format import (
+    PREFIX,
+    config_from_peft,
+    config_to_peft,
+    peft_shapes,
+    peft_tensors,
+)
+from alignkit.lora.state import refuse_differences
+from alignkit.lora.targets import resolve
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    base: str | None = None,
+) -> Path:
+    """Write one adapter as PEFT does, for PEFT and whatever else reads its format.
+
+    Args:
+        model: A model with adapters.
+        directory: Made if missing; an adapter already there is replaced.
+        name: The adapter; the active one by default.
+        base: Where the base model is found, recorded for readers; by default what the model says.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AlignkitError: No such adapter, or an option PEFT has no equal for; nothing is written.
+    """
+    name = require_adapter(model, name)
+    config = adapter_configs(model)[name]
+    raw = config_to_peft(model, config, name, base or base_name(model))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        key: (tensor.t() if matrix else tensor).contiguous().cpu()
+        for key, (tensor, matrix) in peft_tensors(model, name).items()
+    }
+    write_tensors(directory / WEIGHTS_FILE, tensors)
+    write_atomically(directory / CONFIG_FILE, json.dumps(raw, indent=2, sort_keys=True).encode())
+    return directory
+
+
+def load_adapter(
+    model: Model,
+    directory: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    trainable: bool = True,
+    untie: bool = False,
+) -> Model:
+    """Give a model an adapter from PEFT's directory format and make it the active one.
+
+    Where the model already has an adapter of that name, its values are replaced, provided it is
+    built alike.
+
+    Args:
+        model: The base model, with or without adapters. Changed in place.
+        directory: What `save_adapter` or PEFT wrote.
+        name: What to call the adapter here.
+        trainable: Whether it goes on training.
+        untie: As `LoRAConfig.untie`, for an adapter on one side of tied embeddings.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        AlignkitError: Files missing, damaged or leading outside the directory; another method than
+            LoRA; tensors missing, unexpected, of another shape or base. The model is unchanged.
+    """
+    directory = Path(directory)
+    where = str(directory / WEIGHTS_FILE)
+    raw = read_config(directory)
+    config = config_from_peft(raw, str(directory / CONFIG_FILE))
+    config = dataclasses.replace(config, untie=untie)
+    refuse_merged(adapter_layers(model))
+    targets = resolve(model, config)
+    expected = peft_shapes(model, config, targets, trained_parameters(model, config, targets))
+    given = _without_base(model, read_tensors(directory), expected, where)
+    refuse_differences(given, expected, where)
+    _warn_of_other_base(model, raw, directory)
+    if name in adapter_configs(model):
+        _refuse_other_build(model, name, targets, expected, where)
+    else:
+        inject_lora(model, config, name)
+    with torch.no_grad():
+        for key, (tensor, matrix) in peft_tensors(model, name).items():
+            tensor.copy_(given[key].t() if matrix else given[key])
+    set_adapter(model, name, trainable)
+    return model
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Return where the model says it came from, ``None`` where it does not."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _without_base(
+    model: nn.Module,
+    given: dict[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> dict[str, Tensor]:
+    """Drop base weights, which PEFT saves beside adapted embeddings, if they are this base's."""
+    kept: dict[str, Tensor] = {}
+    modules = plain_modules(model)
+    layers = adapter_layers(model)
+    for key, tensor in given.items():
+        path, _, parameter = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
+        if key in expected or parameter not in getattr(modules.get(path), "_parameters", {}):
+            kept[key] = tensor
+            continue
+        owner = layers.get(path)
+        base = owner.original(parameter) if owner else modules[path].get_parameter(parameter)
+        if base.shape != tensor.shape or not torch.equal(base.cpu(), tensor.to(base.dtype)):
+            raise AlignkitError(
+                f"{where}: {key} differs from the model's; load the base the adapter was trained on"
+            )
+    return kept
+
+
+def _warn_of_other_base(model: nn.Module, raw: Mapping[str, Any], directory: Path) -> None:
+    theirs, ours = raw.get("base_model_name_or_path"), base_name(model)
+    if theirs and ours and theirs != ours:
+        logger.warning("%s was trained on %s; the model here is %s", directory, theirs, ours)
+
+
+def _refuse_other_build(
+    model: nn.Module,
+    name: str,
+    targets: Mapping[str, LoRAConfig],
+    expected: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> None:
+    """Refuse to fill an adapter whose tensors or arithmetic differ from the file's."""
+    own = {
+        key: tensor.t() if matrix else tensor
+        for key, (tensor, matrix) in peft_tensors(model, name).items()
+    }
+    refuse_differences(own, expected, f"adapter {name!r} of the model, compared with {where},")
+    layers = adapter_layers(model)
+    for path, theirs in targets.items():
+        ours = layers[path].adapters[name].config
+        for field in ("scale", "dropout", "init"):
+            a, b = getattr(theirs, field), getattr(ours, field)
+            if a != b and (field != "init" or {a, b} & {"pissa", "olora"}):
+                raise AlignkitError(
+                    f"{where}: {path} has {field} {a}, adapter {name!r} of the model has {b}; "
+                    "load it under another name or into a fresh model"
+                )

@@ -1,0 +1,201 @@
+"""Adapted linear layers and embeddings.
+
+Shape letters: I input width, O output width, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.adapter import Adapter, AdapterLayer
+from alignkit.lora.config import LoRAConfig
+from alignkit.lora.init import Start, start
+from alignkit.lora.matmul import adapted_linear
+
+
+class LowRankLayer(AdapterLayer):
+    """An adapter layer whose base has one weight matrix W [I, O], to which s A B is added.
+
+    Args:
+        base: The module to adapt.
+        config: This module's rank, alpha and variant, see `LoRAConfig.for_module`.
+        name: Name of the first adapter.
+
+    Raises:
+        AlignkitError: A base of another kind, or an initialisation that does not suit it.
+    """
+
+    kinds: tuple[type[nn.Module], ...]
+
+    def __init__(
+        self, base: nn.Module, config: LoRAConfig | None = None, name: str = "default"
+    ) -> None:
+        if type(base) not in self.kinds:
+            kinds = " or ".join(kind.__name__ for kind in self.kinds)
+            raise AlignkitError(
+                f"{type(self).__name__}: base is a {type(base).__name__}; give a {kinds}"
+            )
+        super().__init__(base)
+        config = config or LoRAConfig()
+        self.adapters[name] = self._adapter(config)
+        self.active = name
+        base.requires_grad_(False)
+
+    @abstractmethod
+    def start(self, config: LoRAConfig) -> Start:
+        """Draw an adapter's first factors."""
+
+    def _adapter(self, config: LoRAConfig) -> Adapter:
+        first = self.start(config)
+        values = {"lora_A": first.a_IR, "lora_B": first.b_RO}
+        if first.subtract:
+            values |= {"start_A": first.a_IR.clone(), "start_B": first.b_RO.clone()}
+        bias = getattr(self.base, "bias", None)
+        if config.bias != "none" and bias is not None:
+            values["bias"] = bias.detach().to(torch.float32, copy=True)
+        adapter = Adapter(config, values)
+        if config.use_dora:
+            adapter.register_parameter("magnitude", nn.Parameter(self.norms(adapter)))
+        return adapter
+
+    def weight_io(self) -> Tensor:
+        """Return the original weight as [I, O]: a view where the base stores [O, I]."""
+        weight = self.original("weight")
+        return weight.t() if isinstance(self.base, nn.Linear) else weight
+
+    @torch.no_grad()
+    def direction(self, adapter: Adapter) -> Tensor:
+        """Return ``W + s A B`` [I, O] in fp32, without a gradient (DoRA's V + ΔV)."""
+        a_IR, b_RO = adapter.factors()
+        return torch.addmm(self.weight_io().float(), a_IR, b_RO, alpha=adapter.config.scale)
+
+    def norms(self, adapter: Adapter) -> Tensor:
+        """Return the length [O] of each output's column of ``W + s A B``."""
+        norms: Tensor = self.direction(adapter).norm(dim=0)
+        return norms
+
+    @torch.no_grad()
+    def merged_parameters(self, adapter: Adapter) -> dict[str, Tensor]:
+        """Return merged weight and bias, computed in fp32 and rounded once to the base's dtype."""
+        weight_IO = self.direction(adapter)
+        magnitude, bias = adapter.get("magnitude"), adapter.get("bias")
+        if magnitude is not None:
+            weight_IO *= magnitude / weight_IO.norm(dim=0)
+        weight = weight_IO.t() if isinstance(self.base, nn.Linear) else weight_IO
+        dtype = self.original("weight").dtype
+        merged = {"weight": weight.to(dtype).contiguous()}
+        if bias is not None:
+            merged["bias"] = bias.to(dtype, copy=True)
+        return merged
+
+
+class LoRALinear(LowRankLayer):
+    """Low-rank adaptation of a linear layer (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+
+    ``y = x W + b + s · dropout(x) A B`` with W frozen; A [I, R] ~ N(0, 0.01²) and B [R, O] = 0 at
+    the start, both fp32; s = α/R. With DoRA (arXiv:2402.09353, eq. 5)
+    ``y = k (x W + s · x A B) + b`` where ``k = m / ‖W + s A B‖``, the norm over each output's
+    column and held constant in backward (sec. 4.3).
+
+    The base is a `torch.nn.Linear` (weight [O, I]) or transformers' ``Conv1D`` (weight [I, O]).
+    """
+
+    kinds = (nn.Linear, Conv1D)
+
+    @property
+    def in_features(self) -> int:
+        """I."""
+        return self.weight_io().shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """O."""
+        return self.weight_io().shape[1]
+
+    def start(self, config: LoRAConfig) -> Start:
+        """Draw A and B as the config's ``init`` says."""
+        return start(config, self.weight_io())
+
+    def adapted(self, adapter: Adapter, x: Tensor) -> Tensor:
+        """Apply base and adapter to [..., I]; returns [..., O]."""
+        bias = adapter.get("bias")
+        if bias is None:
+            bias = self.base.bias  # type: ignore[assignment]
+        dropout = adapter.config.dropout if self.training else 0.0
+        if dropout == 0 and adapter.get("magnitude") is None:
+            return adapted_linear(
+                x, self.weight_io(), bias, *adapter.factors(), adapter.config.scale
+            )
+        return self._general(adapter, x, bias, dropout)
+
+    def _general(self, adapter: Adapter, x: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        """Dropout and DoRA, by plain autograd."""
+        scale = adapter.config.scale
+        dropped = functional.dropout(x, dropout) if dropout else x
+        y = self._frozen(adapter, x)
+        delta = _product(
+            dropped, adapter.get_parameter("lora_A"), adapter.get_parameter("lora_B"), scale
+        )
+        magnitude = adapter.get("magnitude")
+        if magnitude is None:
+            y = y + delta
+        else:
+            # (k - 1) on the dropped input, so that k = 1 leaves the base's output whole (as PEFT).
+            k = (magnitude / self.norms(adapter)).to(y.dtype)
+            y = y + (k - 1) * (self._frozen(adapter, dropped) if dropout else y) + k * delta
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def _frozen(self, adapter: Adapter, x: Tensor) -> Tensor:
+        """``x W``, less the subtracted start."""
+        y = functional.linear(x, self.weight_io().t())
+        start_a, start_b = adapter.get("start_A"), adapter.get("start_B")
+        if start_a is None or start_b is None:
+            return y
+        return y - _product(x, start_a, start_b, adapter.config.scale)
+
+
+class LoRAEmbedding(LowRankLayer):
+    """Low-rank adaptation of an embedding: row ``i`` becomes ``W[i] + s · A[i] B``.
+
+    A [V, R] starts at 0 and B [R, O] ~ N(0, 1), as in the LoRA paper's code and PEFT: from the
+    first step on, the gradient of a token's row of A is its own. ``dropout`` has no meaning for
+    token ids and is not applied, as in PEFT.
+    """
+
+    kinds = (nn.Embedding,)
+
+    def start(self, config: LoRAConfig) -> Start:
+        """Return A = 0 and B ~ N(0, 1)."""
+        if config.init not in ("gaussian", "kaiming"):
+            raise AlignkitError(
+                f"LoRAConfig.init={config.init!r} is for linear layers; leave the embedding out of "
+                "targets or use init='gaussian'"
+            )
+        weight_VO = self.weight_io()
+        options: dict[str, Any] = {"device": weight_VO.device, "dtype": torch.float32}
+        a_VR = torch.zeros(weight_VO.shape[0], config.r, **options)
+        return Start(a_VR, torch.randn(config.r, weight_VO.shape[1], **options), subtract=False)
+
+    def adapted(self, adapter: Adapter, ids: Tensor) -> Tensor:
+        """Embed token ids [...]; returns [..., O] in the base's dtype."""
+        a_VR, b_RO = adapter.factors()
+        base = self.base(ids)
+        rows = functional.embedding(ids, a_VR, self.base.padding_idx)  # type: ignore[arg-type]
+        y = base + adapter.config.scale * (rows @ b_RO)
+        magnitude = adapter.get("magnitude")
+        if magnitude is not None:
+            y = y * (magnitude / self.norms(adapter))
+        embedded: Tensor = y.to(base.dtype)
+        return embedded
+
+
+def _product(x: Tensor, a_IR: Tensor, b_RO: Tensor, scale: float) -> Tensor:
+    """``s · x A B``, with A and s B rounded to x's dtype."""
+    return (x @ a_IR.to(x.dtype)) @ (b_RO * scale).to(x.dtype)

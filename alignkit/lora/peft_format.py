@@ -1,0 +1,221 @@
+"""PEFT's directory format: its config's fields and its tensors' names, both ways.
+
+PEFT keeps A as [R, I] and B as [O, R] for Linear and Conv1D alike; alignkit's are [I, R] and
+[R, O], so every matrix is transposed on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.adapter import FROZEN, adapter_layers, plain_modules
+from alignkit.lora.config import LoRAConfig
+from alignkit.lora.layer import LoRAEmbedding, LowRankLayer
+from alignkit.lora.targets import ADAPTABLE, ALL_LINEAR, is_regex, matches
+
+PREFIX = "base_model.model."
+
+_LINEAR_NAMES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+    "bias": "base_layer.bias",
+}
+_EMBEDDING_NAMES = {
+    "lora_A": "lora_embedding_A",
+    "lora_B": "lora_embedding_B",
+    "magnitude": "lora_magnitude_vector",
+}
+_INIT_TO_PEFT = {"kaiming": True}
+# PEFT's inits that leave the base weight alone, so that the saved A and B say everything.
+_INIT_FROM_PEFT: dict[Any, Any] = {
+    True: "kaiming",
+    False: "kaiming",
+    "eva": "kaiming",
+    **{name: name for name in ("gaussian", "pissa", "olora", "orthogonal")},
+}
+# Fields of PEFT's LoraConfig that change the computation in a way alignkit has no equal for.
+_UNSUPPORTED = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication",
+    "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
+
+
+def peft_tensors(model: nn.Module, name: str) -> dict[str, tuple[Tensor, bool]]:
+    """Return an adapter's live tensors under PEFT's names, and whether PEFT's are transposed."""
+    named: dict[str, tuple[Tensor, bool]] = {}
+    for path, layer in adapter_layers(model).items():
+        if name not in layer.adapters:
+            continue
+        names = _EMBEDDING_NAMES if isinstance(layer, LoRAEmbedding) else _LINEAR_NAMES
+        for key, parameter in layer.adapters[name].named_parameters():
+            if key in FROZEN:
+                continue
+            matrix = key in ("lora_A", "lora_B")
+            suffix = names[key] if isinstance(layer, LowRankLayer) else key
+            named[f"{PREFIX}{path}.{suffix}"] = (parameter.detach(), matrix)
+    return named
+
+
+def peft_shapes(
+    model: nn.Module,
+    config: LoRAConfig,
+    targets: Mapping[str, LoRAConfig],
+    trained: Mapping[str, tuple[str, ...]],
+) -> dict[str, tuple[int, ...]]:
+    """Return the tensors PEFT's file must hold for a config on a model, with PEFT's shapes."""
+    modules = plain_modules(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, own in targets.items():
+        module = modules[path]
+        weight = module.get_parameter("weight")
+        inputs, outputs = weight.shape if type(module) is not nn.Linear else weight.shape[::-1]
+        names = _EMBEDDING_NAMES if isinstance(module, nn.Embedding) else _LINEAR_NAMES
+        own_shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (own.r, inputs), "lora_B": (outputs, own.r)
+        }  # fmt: skip
+        if config.use_dora:
+            own_shapes["magnitude"] = (outputs,)
+        if config.bias != "none" and module._parameters.get("bias") is not None:
+            own_shapes["bias"] = (outputs,)
+        shapes |= {f"{PREFIX}{path}.{names[key]}": shape for key, shape in own_shapes.items()}
+    for path, keys in trained.items():
+        for key in keys:
+            shapes[f"{PREFIX}{path}.{key}"] = tuple(modules[path].get_parameter(key).shape)
+    return shapes
+
+
+def config_to_peft(
+    model: nn.Module, config: LoRAConfig, name: str, base: str | None
+) -> dict[str, Any]:
+    """Return PEFT's ``adapter_config.json`` for an adapter of a model.
+
+    Args:
+        model: The model with the adapter.
+        config: What the adapter was made from.
+        name: The adapter.
+        base: Recorded as the base model's name or path.
+
+    Raises:
+        AlignkitError: An option that PEFT has no equal for.
+    """
+    layers_with = adapter_layers(model)
+    adapted = [
+        path
+        for path, layer in layers_with.items()
+        if name in layer.adapters and isinstance(layer, LowRankLayer)
+    ]
+    has_conv1d = any(isinstance(layers_with[path].base, Conv1D) for path in adapted)
+    if config.init == "olora" and has_conv1d:
+        raise AlignkitError(
+            "export: PEFT cannot express init='olora' on Conv1D layers (its factors come out in "
+            "the wrong shape); export with plain=True or merged"
+        )
+    literal = not any(is_regex(t) or t == ALL_LINEAR for t in (*config.targets, *config.exclude))
+    layers: list[int] | None = list(config.layers or ()) or None  # type: ignore[arg-type]
+    if literal:
+        names, exclude = list(config.targets), list(config.exclude) or None
+    else:
+        names, exclude, layers = portable_targets(model, adapted), None, None
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "auto_mapping": None,
+        "base_model_name_or_path": base,
+        "revision": None,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": _number(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": names,
+        "exclude_modules": exclude,
+        "layers_to_transform": layers,
+        "layers_pattern": None,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": {key: _number(value) for key, value in config.alpha_pattern.items()},
+        "fan_in_fan_out": has_conv1d,
+        "bias": config.bias,
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "init_lora_weights": _INIT_TO_PEFT.get(config.init, config.init),
+        "modules_to_save": list(config.modules_to_save) or None,
+    }
+
+
+def config_from_peft(raw: Mapping[str, Any], where: str) -> LoRAConfig:
+    """Return the config PEFT's ``adapter_config.json`` describes.
+
+    Args:
+        raw: The file's content.
+        where: The file, for messages.
+
+    Raises:
+        AlignkitError: Another method than LoRA, or an option alignkit has no equal for.
+    """
+    method = raw.get("peft_type")
+    if method != "LORA":
+        raise AlignkitError(f"{where}: peft_type is {method!r}; alignkit reads LORA adapters only")
+    for name in _UNSUPPORTED:
+        if raw.get(name):
+            raise AlignkitError(
+                f"{where}: {name} is set, which alignkit cannot express; retrain without"
+            )
+    init = raw.get("init_lora_weights", True)
+    if init not in _INIT_FROM_PEFT:
+        raise AlignkitError(
+            f"{where}: init_lora_weights is {init!r}, whose change to the base cannot be "
+            "repeated from the file; let PEFT save it with path_initial_model_for_weight_conversion"
+        )
+    targets, exclude = raw.get("target_modules"), raw.get("exclude_modules")
+    if targets is None:
+        raise AlignkitError(f"{where}: target_modules is missing; name the adapted modules")
+    layers = raw.get("layers_to_transform")
+    if raw.get("layers_pattern"):
+        raise AlignkitError(
+            f"{where}: layers_pattern is set; list the modules in target_modules instead"
+        )
+    try:
+        return LoRAConfig(
+            r=raw.get("r", 8),
+            alpha=raw.get("lora_alpha", 8),
+            dropout=raw.get("lora_dropout", 0.0),
+            targets=_patterns_from_peft(targets),
+            exclude=_patterns_from_peft(exclude or ()),
+            layers=(layers,) if isinstance(layers, int) else (layers or None),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+            use_rslora=bool(raw.get("use_rslora")),
+            use_dora=bool(raw.get("use_dora")),
+            init=_INIT_FROM_PEFT[init],
+            bias=raw.get("bias", "none"),
+            modules_to_save=tuple(raw.get("modules_to_save") or ()),
+        )
+    except (TypeError, ValueError) as error:
+        raise AlignkitError(f"{where}: {error}") from None
+
+
+def portable_targets(model: nn.Module, paths: list[str]) -> list[str]:
+    """Name modules by their paths' last parts where that is exact, else by whole paths."""
+    adaptable = [path for path, m in plain_modules(model).items() if type(m) in ADAPTABLE]
+    endings = sorted({path.rpartition(".")[2] for path in paths})
+    meant = {path for path in adaptable if any(matches(end, path, "") for end in endings)}
+    return endings if meant == set(paths) else sorted(paths)
+
+
+def _patterns_from_peft(value: Any) -> tuple[str, ...]:
+    """PEFT reads a string as one regular expression over whole paths and a list as endings."""
+    if not isinstance(value, str):
+        return tuple(sorted(value))
+    if value == ALL_LINEAR or is_regex(value):
+        return (value,)
+    return (f"^{value}$",)
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value

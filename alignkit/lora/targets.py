@@ -1,0 +1,173 @@
+"""Which modules of a model a config means."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.adapter import plain_modules
+from alignkit.lora.config import LoRAConfig, compiled, first_match
+
+ALL_LINEAR = "all-linear"
+LINEAR = (nn.Linear, Conv1D)
+ADAPTABLE = (*LINEAR, nn.Embedding)
+_REGEX_CHARACTERS = re.compile(r"[\\^$*+?|()\[\]{}]")
+
+
+def resolve(model: nn.Module, config: LoRAConfig) -> dict[str, LoRAConfig]:
+    """Return the paths of the modules to adapt, each with its own ``r`` and ``alpha``.
+
+    Raises:
+        AlignkitError: A target, exclusion, pattern or layer that matches nothing, a choice that
+            leaves nothing, or one side of tied embeddings without ``untie``.
+    """
+    modules = plain_modules(model)
+    paths = [path for path, module in modules.items() if type(module) in ADAPTABLE]
+    head = head_path(model)
+    chosen: set[str] = set()
+    for target in config.targets:
+        if target == ALL_LINEAR:
+            found = {p for p in paths if type(modules[p]) in LINEAR and p != head}
+        else:
+            found = {path for path in paths if matches(target, path, "LoRAConfig.targets")}
+        if not found:
+            raise AlignkitError(
+                f"LoRAConfig.targets: {target!r} matches no module; near: {near(target, paths)}"
+            )
+        chosen |= _in_layers(found, target, config.layers, paths)
+    for pattern in config.exclude:
+        chosen -= _require(pattern, paths, "LoRAConfig.exclude")
+    saved = saved_modules(model, config)
+    chosen -= set(saved)
+    if config.targets and not chosen:
+        raise AlignkitError("LoRAConfig.exclude leaves no module to adapt; exclude fewer")
+    resolved = {path: config.for_module(path) for path in paths if path in chosen}
+    for name, patterns in (
+        ("rank_pattern", config.rank_pattern),
+        ("alpha_pattern", config.alpha_pattern),
+    ):
+        used = {first_match(patterns, path) for path in resolved}
+        for pattern in patterns:
+            if pattern not in used:
+                raise AlignkitError(
+                    f"LoRAConfig.{name}: {pattern!r} matches no adapted module, or an earlier one "
+                    f"takes them all; near: {near(pattern, list(resolved))}"
+                )
+    if not config.untie:
+        refuse_ties(modules, [*resolved, *saved])
+    return resolved
+
+
+def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Return the paths of ``modules_to_save``, those within them included, that own parameters.
+
+    Raises:
+        AlignkitError: A name that matches no module with parameters.
+    """
+    modules = plain_modules(model)
+    owners = [p for p, m in modules.items() if next(m.parameters(recurse=False), None) is not None]
+    found: set[str] = set()
+    for name in config.modules_to_save:
+        roots = [path for path in modules if path and _ends(name, path)]
+        inside = {p for p in owners for root in roots if p == root or p.startswith(f"{root}.")}
+        if not inside:
+            raise AlignkitError(
+                f"LoRAConfig.modules_to_save: {name!r} matches no module with parameters; "
+                f"near: {near(name, owners)}"
+            )
+        found |= inside
+    return [path for path in owners if path in found]
+
+
+def matches(pattern: str, path: str, where: str) -> bool:
+    """Whether a target pattern names a path: a regular expression whole, a name at its end."""
+    if _REGEX_CHARACTERS.search(pattern):
+        return compiled(pattern, where).fullmatch(path) is not None
+    return _ends(pattern, path)
+
+
+def is_regex(pattern: str) -> bool:
+    """Whether a target is read as a regular expression."""
+    return _REGEX_CHARACTERS.search(pattern) is not None
+
+
+def layer_index(path: str) -> int | None:
+    """Return the first whole-number part of a path: the block a module lies in."""
+    return next((int(part) for part in path.split(".") if part.isdecimal()), None)
+
+
+def head_path(model: nn.Module) -> str | None:
+    """Return the output head's path, where the model has one."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    if head is None:
+        return None
+    head = getattr(head, "base", head)
+    return next((path for path, module in plain_modules(model).items() if module is head), None)
+
+
+def refuse_ties(modules: dict[str, nn.Module], paths: list[str]) -> None:
+    """Refuse modules whose weight is another module's too."""
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    for path in paths:
+        for parameter in modules[path].parameters(recurse=False):
+            others = [other for other in owners[id(parameter)] if other != path]
+            if others:
+                raise AlignkitError(
+                    f"LoRAConfig.targets: {path} shares its weight with {', '.join(others)}; leave "
+                    "it out, or set untie=True to change it alone"
+                )
+
+
+def near(pattern: str, paths: list[str]) -> str:
+    """List the names closest to a pattern, or every kind of name there is."""
+    names = dict.fromkeys(suffix for path in paths for suffix in _suffixes(path))
+    close = difflib.get_close_matches(pattern, names, n=5, cutoff=0.5)
+    kinds = dict.fromkeys(_suffixes(path)[-1] for path in paths)
+    return ", ".join(close or list(kinds)[:20]) or "none, the model has nothing to adapt"
+
+
+def _suffixes(path: str) -> list[str]:
+    """``a.0.b.c`` → ``b.c``, ``c``: the endings that name a module in every block."""
+    parts = path.split(".")
+    last_index = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
+    names = parts[last_index + 1 :] or parts
+    return [".".join(names[i:]) for i in range(len(names))]
+
+
+def _ends(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _require(pattern: str, paths: list[str], where: str) -> set[str]:
+    found = {path for path in paths if matches(pattern, path, where)}
+    if not found:
+        raise AlignkitError(f"{where}: {pattern!r} matches no module; near: {near(pattern, paths)}")
+    return found
+
+
+def _in_layers(
+    found: set[str], target: str, layers: tuple[int, ...] | str | None, paths: list[str]
+) -> set[str]:
+    if layers is None:
+        return found
+    known = {index for path in paths if (index := layer_index(path)) is not None}
+    missing = [index for index in layers if index not in known]
+    if missing:
+        there = f"0 to {max(known)}" if known else "none"
+        raise AlignkitError(
+            f"LoRAConfig.layers: the model has no layer {missing[0]}; it has {there}"
+        )
+    kept = {path for path in found if layer_index(path) in layers}
+    if not kept:
+        raise AlignkitError(
+            f"LoRAConfig.layers leaves nothing of target {target!r}; name it without layers"
+        )
+    return kept
