@@ -56,7 +56,8 @@ class PreferenceLoss(Protocol):
 
     def __call__(
         self, policy: PairScores, reference: PairScores, *, beta: float, label_smoothing: float
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return the loss of each pair."""
 
 
 LOSSES: dict[str, PreferenceLoss] = {}

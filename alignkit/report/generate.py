@@ -1,0 +1,60 @@
+"""``alignkit generate``: one model's answers to some prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from alignkit.report.files import check_output, write_text
+from alignkit.report.request import Request, as_json, printable
+
+
+def generate(model: str, *, json: str | None = None, **options: Any) -> list[str]:
+    """Print a model's answers to prompts.
+
+    Args:
+        model: What to ask: a checkpoint (.ckpt), a PEFT adapter directory, a transformers
+            directory, a Hub id or a GGUF file.
+        json: A file for the prompts, the answers and the settings that made them.
+        **options: As in `alignkit.report.request.Request`.
+
+    Returns:
+        The answers, in the order of the prompts.
+
+    Raises:
+        AlignkitError: Bad prompts, options or paths, before anything is computed.
+    """
+    output = check_output(json, "json")
+    request = Request(**options)
+    console = Console()
+    with console.status(f"loading {model}"):
+        policy, tokenizer = request.load(model)
+    answers = []
+    for question, answer in zip(request.questions, request.answers(policy, tokenizer), strict=True):
+        answers.append(answer)
+        console.rule(printable(question), align="left", style="dim")
+        console.print(printable(answer))
+    if output is not None:
+        rows = [
+            {"prompt": question, "answer": answer}
+            for question, answer in zip(request.questions, answers, strict=True)
+        ]
+        found = {"model": model, "settings": request.to_dict(), "answers": rows}
+        write_text(output, as_json(found))
+    return answers
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `generate`, which takes what ``parser`` returns as keyword arguments."""
+    add_prompts(parser)
+    parser.add_function_arguments(generate, skip={"prompts"})
+
+
+def add_prompts(parser: ArgumentParser) -> None:
+    """Add ``--prompts TEXT [TEXT ...]``.
+
+    Left to its type hint, the flag would read a text such as ``[1]`` or ``null`` as YAML.
+    """
+    parser.add_argument("--prompts", nargs="+", type=str, help="Texts to answer, one an argument.")
