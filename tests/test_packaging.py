@@ -1,0 +1,83 @@
+"""What a wheel holds, and what pyproject, constraints and the Makefile promise one another."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = [
+    Requirement(line.partition("#")[0].strip())
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line.partition("#")[0].strip()
+]
+
+
+def requirements() -> list[Requirement]:
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    found = [Requirement(line) for lines in lists for line in lines]
+    return [requirement for requirement in found if requirement.name != "alignkit"]
+
+
+def test_every_dependency_is_constrained_within_its_range() -> None:
+    exact = {c.name: str(c.specifier).removeprefix("==") for c in CONSTRAINTS}
+    for requirement in requirements():
+        assert requirement.name in exact
+        assert requirement.specifier.contains(exact[requirement.name]), requirement
+
+
+def test_constraints_are_what_is_installed_here() -> None:
+    """Results are stated for these versions, so tests must run on them."""
+    for constraint in CONSTRAINTS:
+        installed = version(constraint.name).partition("+")[0]
+        assert str(constraint.specifier) == f"=={installed}", constraint.name
+
+
+def test_malicious_releases_of_lightning_are_out_of_reach() -> None:
+    (lightning,) = (r for r in requirements() if r.name == "lightning")
+    assert not any(lightning.specifier.contains(v) for v in ("2.6.2", "2.6.3"))
+    assert lightning.specifier.contains("2.6.4")
+
+
+def test_a_dry_run_of_each_make_target_installs_first() -> None:
+    for target, runs in {"demo": "alignkit.demo", "test": "pytest", "check": "mypy"}.items():
+        made = subprocess.run(
+            ["make", "--dry-run", "VENV=/no/such/venv", target],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert re.search(r"-m venv /no/such/venv.*--constraint constraints.txt", made, re.DOTALL)
+        assert runs in made.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
+        assert "alignkit = alignkit.cli:main" in archive.read(entry_points).decode()
+    assert {"alignkit/py.typed", "alignkit/demo/knowledge.txt", "alignkit/models.py"} <= {*names}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests", "runs")) for name in names)
