@@ -1,0 +1,1 @@
+"""alignkit: align causal language models in three stages, LoRA, SFT and DPO."""

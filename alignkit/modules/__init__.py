@@ -1,0 +1,9 @@
+"""The stages as LightningModules: engine, adapters and objectives joined."""
+
+from alignkit.modules.base import AlignmentModule
+from alignkit.modules.dpo import DPOModule
+from alignkit.modules.lora import LoRAModule
+from alignkit.modules.sft import SFTModule
+from alignkit.modules.window import LossOutput
+
+__all__ = ["AlignmentModule", "DPOModule", "LoRAModule", "LossOutput", "SFTModule"]

@@ -1,0 +1,250 @@
+"""What the three stages share: model, adapter, optimizer, exact steps, small checkpoints."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, is_dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel, get_scheduler
+
+from alignkit.engine import PackedBatch, check_engine
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, inject_lora
+from alignkit.models import base_fingerprint, load_model
+from alignkit.modules import checkpoint as ckpt
+from alignkit.modules.metrics import EpochMetrics
+from alignkit.modules.window import LossOutput, Window, scale_gradients
+
+log = logging.getLogger(__name__)
+
+
+class AlignmentModule(LightningModule):
+    """A causal language model under training; a subclass says what its loss is.
+
+    Overriding `compute_loss` makes a new objective. It returns sums, and the optimised loss is
+    exactly ``Σ loss_sum / Σ weight`` over every micro-batch of the accumulation window and every
+    rank, whatever their token counts.
+
+    Args:
+        base: Pretrained model: a Hub id, a local directory or a ``.gguf`` file.
+        tokenizer: Where its tokenizer lies, if not with the base; data modules follow it.
+        lora: Low-rank adapters to train over the frozen base; ``null`` trains the whole model.
+        init_from: Start from these weights: a checkpoint of any stage, or a PEFT adapter
+            directory. To resume a run of this stage use ``ckpt_path`` instead.
+        dtype: Of the base's weights. With LoRA ``bfloat16`` halves their memory; adapters and,
+            without LoRA, the whole model want ``float32``.
+        random_init: Draw the base's weights at random from its config, reading none.
+        optimizer: From parameters to an optimizer; only trainable parameters are handed over.
+        schedule: Shape of the learning rate after warm-up, a name of transformers'
+            ``get_scheduler``; it moves every optimizer step.
+        warmup_steps: Optimizer steps of linear warm-up; below 1, a fraction of all steps.
+        dropout: Keep the base model's own dropout (GPT-2's 0.1). Off by default: a preference
+            loss compares two models, and noise in one of them is no preference.
+        activation_checkpointing: Recompute each block's activations in the backward pass: less
+            memory, about a third more time.
+
+    Raises:
+        AlignkitError: The base cannot be loaded or scored, or ``init_from`` does not fit it.
+    """
+
+    perplexity = False
+    """Whether the loss is a cross-entropy whose exponential is worth logging."""
+
+    def __init__(
+        self,
+        base: str,
+        tokenizer: str | None = None,
+        lora: LoRAConfig | None = LoRAConfig(),  # noqa: B008 (frozen)
+        init_from: str | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        random_init: bool = False,
+        optimizer: OptimizerCallable = lambda params: AdamW(
+            params, lr=2e-4, weight_decay=0.0, fused=True
+        ),
+        schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
+        warmup_steps: float = 0.0,
+        dropout: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self._save_plain_hyperparameters()
+        if isinstance(lora, dict):  # from a checkpoint's hyper-parameters
+            lora = LoRAConfig.from_dict(lora)
+        self.base, self.lora = base, lora
+        self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
+        self.model = self._build_model(dtype, random_init, dropout)
+        if init_from is not None:
+            ckpt.load_weights(self.model, init_from, self.base_fingerprint)
+        if activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        check_engine(self.model)
+        self.train_metrics = EpochMetrics(self.perplexity)
+        self.val_metrics = EpochMetrics(self.perplexity)
+        self.window = Window()
+
+    # What a subclass says -------------------------------------------------------------------
+
+    def compute_loss(self, batch: PackedBatch) -> LossOutput:
+        """Return the batch's summed loss, its weight and its summed metrics.
+
+        Args:
+            batch: On the module's device; ``self.training`` tells training from validation.
+        """
+        raise TypeError(f"{type(self).__name__} must override compute_loss(batch) -> LossOutput")
+
+    # Steps ----------------------------------------------------------------------------------
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Return the *sum* loss; `on_before_optimizer_step` makes the mean exact."""
+        output = self.compute_loss(batch)
+        self.window.add(output, batch.num_tokens)
+        self.train_metrics.update(output)
+        return output.loss_sum
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add the batch to the epoch's means; no collective runs inside a step."""
+        self.val_metrics.update(self.compute_loss(batch))
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Measure a test batch as a validation batch is."""
+        self.validation_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn the accumulated, averaged sums into the gradient of the window's exact mean."""
+        strategy = self.trainer.strategy
+        totals = self.window.close(lambda t: strategy.reduce(t, reduce_op="sum"))
+        # Undo Lightning's division by the window and DDP's by the ranks.
+        constant = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        scale_gradients(parameters, constant / totals.weight)
+
+        if (self.global_step + 1) % max(int(self.trainer.log_every_n_steps), 1) == 0:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            self._log("train/grad_norm", nn.utils.get_total_norm(gradients))
+        for name, mean in totals.means.items():
+            self._log(f"train/{name}", mean, prog_bar=name == "loss")
+        self._log("train/lr", optimizer.param_groups[0]["lr"])
+        self._log("train/tokens_per_second", totals.tokens_per_second, prog_bar=True)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's training means as ``train/…_epoch``."""
+        for name, value in self.train_metrics.compute().items():
+            self.log(f"train/{name}_epoch", value, rank_zero_only=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation means as ``val/…``."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test means as ``test/…``."""
+        self._log_evaluation("test")
+
+    def on_fit_start(self) -> None:
+        """Put the policy in training mode: transformers models load in eval, fit leaves them so."""
+        self.model.train()
+
+    def on_train_epoch_start(self) -> None:
+        """Measure throughput from here: set-up and validation are not training."""
+        self.window.restart_clock()
+
+    def on_validation_end(self) -> None:
+        """Take the time that validation took out of the throughput."""
+        self.window.restart_clock()
+
+    # Optimizer ------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimizer over trainable parameters and its per-step schedule."""
+        optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = self.warmup_steps
+        scheduler = get_scheduler(
+            self.schedule,
+            optimizer,
+            num_warmup_steps=round(warmup * total if warmup < 1 else warmup),
+            num_training_steps=total,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    # Checkpoints ----------------------------------------------------------------------------
+
+    @property
+    def strict_loading(self) -> bool:
+        """False to Lightning, whose check would miss the frozen base; ours is in `checkpoint`."""
+        return False
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the policy's trainable parameters alone, under ``model.…``."""
+        return {f"model.{name}": value for name, value in ckpt.trainable_state(self.model).items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stamp the checkpoint with what it belongs to, and keep the random state."""
+        checkpoint[ckpt.STAMP] = self.checkpoint_stamp()
+        checkpoint["rng"] = ckpt.random_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another class, base or shape before anything is changed."""
+        ckpt.check_stamp(self.checkpoint_stamp(), checkpoint.get(ckpt.STAMP))
+        ckpt.check_state(self.model, ckpt.model_state(checkpoint), "ckpt_path")
+        self._random_state = checkpoint.get("rng")
+
+    def on_train_start(self) -> None:
+        """Continue the random stream of a resumed run, after the sanity check has used some."""
+        state = getattr(self, "_random_state", None)
+        if state is not None:
+            ckpt.restore_random_state(state, self.device, self.global_rank, self.global_step)
+            self._random_state = None
+
+    def checkpoint_stamp(self) -> dict[str, str]:
+        """Return what a checkpoint must share with the module that resumes from it."""
+        return {
+            "module": f"{type(self).__module__}.{type(self).__qualname__}",
+            "base": self.base,
+            "base_fingerprint": self.base_fingerprint,
+        }
+
+    # Inside ---------------------------------------------------------------------------------
+
+    def _build_model(self, dtype: str, random_init: bool, dropout: bool) -> PreTrainedModel:
+        model = load_model(self.base, dtype=getattr(torch, dtype), random_init=random_init)
+        self.base_fingerprint = base_fingerprint(model)
+        if not dropout:
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+                elif isinstance(getattr(module, "attention_dropout", None), float):
+                    module.attention_dropout = 0.0
+        if self.lora is not None:
+            return inject_lora(model, self.lora)
+        if dtype != "float32":
+            raise AlignkitError(
+                "model.dtype: full fine-tuning (model.lora: null) keeps master weights, which "
+                "bfloat16 would round away; set model.dtype to float32 and trainer.precision to "
+                "bf16-mixed"
+            )
+        return model.requires_grad_(True)
+
+    def _save_plain_hyperparameters(self) -> None:
+        """Keep hyper-parameters that load without unpickling: plain values, no callables."""
+        self.save_hyperparameters(ignore=["optimizer"])
+        for name, value in self.hparams.items():
+            if is_dataclass(value) and not isinstance(value, type):
+                self.hparams[name] = self._hparams_initial[name] = asdict(value)
+
+    def _log(self, name: str, value: float | Tensor, prog_bar: bool = False) -> None:
+        # Totals are already summed over ranks; batch_size keeps Lightning from guessing one.
+        self.log(name, value, prog_bar=prog_bar, batch_size=1, rank_zero_only=True)
+
+    def _log_evaluation(self, stage: str) -> None:
+        for name, value in self.val_metrics.compute().items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", batch_size=1)

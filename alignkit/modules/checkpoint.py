@@ -1,0 +1,211 @@
+"""Small checkpoints: what training changed, stamped with what it belongs to.
+
+A checkpoint holds the policy's trainable parameters, optimizer and loop state, never frozen base
+weights; the stamp names the module's class, its base and, for DPO, its reference. Everything
+loads with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, inject_lora, load_adapter
+from alignkit.lora.state import refuse_differences
+from alignkit.models import base_fingerprint, load_model, load_tokenizer
+
+STAMP = "alignkit"
+_PREFIX = "model."
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that training changes, by name; a tied parameter appears once."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a checkpoint's policy parameters under the model's own names."""
+    state: Mapping[str, Tensor] = checkpoint["state_dict"]
+    return {n.removeprefix(_PREFIX): v for n, v in state.items() if n.startswith(_PREFIX)}
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse, in one line, a state that does not hold exactly the trainable parameters."""
+    expected = {name: tuple(value.shape) for name, value in trainable_state(model).items()}
+    refuse_differences(state, expected, what)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read one of our ``.ckpt`` files without unpickling objects.
+
+    Raises:
+        AlignkitError: The file is missing, damaged, holds more than plain values and tensors, or
+            was not written by alignkit.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise AlignkitError(f"{path}: no such checkpoint; give a .ckpt file that exists") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise AlignkitError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
+    except pickle.UnpicklingError:
+        raise AlignkitError(
+            f"{path}: holds objects beyond tensors and plain values; only checkpoints written by "
+            "alignkit are loaded"
+        ) from None
+    if not isinstance(checkpoint, dict) or STAMP not in checkpoint:
+        raise AlignkitError(f"{path}: was not written by alignkit; give one of its checkpoints")
+    return checkpoint
+
+
+def check_stamp(own: Mapping[str, str], given: Mapping[str, str] | None) -> None:
+    """Refuse to resume from a checkpoint of another class, base or reference.
+
+    Raises:
+        AlignkitError: They differ; the message says what to pass instead.
+    """
+    if given is None:
+        raise AlignkitError("ckpt_path: was not written by alignkit; give one of its checkpoints")
+    if given["module"] != own["module"]:
+        theirs, ours = (stamp["module"].rpartition(".")[2] for stamp in (given, own))
+        raise AlignkitError(
+            f"ckpt_path: a checkpoint of {theirs} cannot resume {ours}; to start {ours} from its "
+            "weights pass it as model.init_from"
+        )
+    _check_base(own["base_fingerprint"], given, "ckpt_path")
+    if given.get("reference_fingerprint") != own.get("reference_fingerprint"):
+        raise AlignkitError(
+            "ckpt_path: was trained against another reference; resume with the model.init_from "
+            "that the run started with"
+        )
+
+
+def load_weights(model: PreTrainedModel, path: str, fingerprint: str) -> None:
+    """Start from a checkpoint of any stage or from a PEFT adapter directory.
+
+    Args:
+        model: Built like the one that was saved: the same base and the same LoRA settings.
+        path: A ``.ckpt`` file of ours, or a directory with ``adapter_config.json``.
+        fingerprint: The base's, to hold against the checkpoint's.
+
+    Raises:
+        AlignkitError: Missing, damaged, of another base or of other LoRA settings; the model is
+            unchanged.
+    """
+    if Path(path).is_dir():
+        load_adapter(model, path)
+        return
+    checkpoint = read_checkpoint(path)
+    _check_base(fingerprint, checkpoint[STAMP], f"init_from {path}")
+    state = model_state(checkpoint)
+    check_state(model, state, f"init_from {path}")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[name])
+
+
+def load_policy(
+    path: str, base: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what a run made, or a plain model, for generation and export.
+
+    Args:
+        path: A ``.ckpt`` of ours, a PEFT adapter directory, or anything `load_model` takes.
+        base: Where the base model lies now, if not where the checkpoint or adapter says.
+        dtype: Of the base's weights.
+
+    Returns:
+        The model in eval mode on the CPU, adapters active, and its base's tokenizer.
+
+    Raises:
+        AlignkitError: Something is missing, damaged, or does not fit its base.
+    """
+    place, tokenizer = Path(path), None
+    if place.suffix == ".ckpt":
+        checkpoint = read_checkpoint(path)
+        hparams = checkpoint["hyper_parameters"]
+        base = base or str(checkpoint[STAMP]["base"])
+        model = load_model(base, dtype=dtype, random_init=bool(hparams.get("random_init")))
+        if not hparams.get("random_init"):
+            _check_base(base_fingerprint(model), checkpoint[STAMP], path)
+        lora = hparams.get("lora", {})
+        if lora is None:
+            model.requires_grad_(True)
+        else:
+            model = inject_lora(model, LoRAConfig.from_dict(lora))
+        state = model_state(checkpoint)
+        check_state(model, state, path)
+        model.load_state_dict(state, strict=False)
+        tokenizer = hparams.get("tokenizer")
+    elif (place / "adapter_config.json").is_file():
+        from alignkit.lora.io import read_config
+
+        base = base or str(read_config(place).get("base_model_name_or_path") or "")
+        if not base:
+            raise AlignkitError(f"{path}: names no base model; pass it as base")
+        model = load_adapter(load_model(base, dtype=dtype), path)
+    else:
+        base = path
+        model = load_model(base, dtype=dtype)
+    return model.requires_grad_(False).eval(), load_tokenizer(tokenizer or base)
+
+
+def tensors_fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return 32 hex digits over names, shapes and exact values of trained tensors.
+
+    A factor A whose B is zero changes nothing and is left out: every untrained adapter has the
+    fingerprint of its base, whatever A was drawn.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        partner = state.get(name.replace("lora_A", "lora_B"))
+        if "lora_A" in name and partner is not None and not partner.any():
+            continue
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return torch's random states on the host and on the device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(
+    state: Mapping[str, Tensor], device: torch.device, rank: int, step: int
+) -> None:
+    """Restore `random_state`. A checkpoint holds rank 0's; other ranks draw a stream of their own.
+
+    Only adapter dropout draws during training, so with the default ``dropout: 0`` every rank
+    resumes exactly; with dropout, rank 0 does.
+    """
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if rank > 0:
+        torch.manual_seed(torch.initial_seed() + 1_000_003 * rank + step)
+
+
+def _check_base(fingerprint: str, stamp: Mapping[str, str], where: str) -> None:
+    if stamp["base_fingerprint"] != fingerprint:
+        raise AlignkitError(
+            f"{where}: belongs to another base model (trained on {stamp['base']!r}); pass that one "
+            "as model.base"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,179 @@
+"""Stage 3: direct preference optimization against a frozen reference.
+
+Shape letters: B pairs, R = 2B responses.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignkit.engine import PackedBatch, response_lengths, response_sums, score
+from alignkit.errors import AlignkitError
+from alignkit.modules.base import AlignmentModule
+from alignkit.modules.checkpoint import tensors_fingerprint
+from alignkit.modules.window import LossOutput
+from alignkit.objectives.preference import PairScores, get_loss, rewards
+
+# A policy that is its reference's copy scores the same row through the same kernels: what is
+# left is the kernels' own nondeterminism.
+STEP_0_TOLERANCE = 1e-4
+
+
+class DPOModule(AlignmentModule):
+    """Preference optimization: raise chosen over rejected answers, tied to a reference by β.
+
+    The reference is a frozen deep copy of the policy, taken after ``init_from`` is loaded. The
+    copy shares the storage of whatever is frozen in the policy, so under LoRA it costs the
+    adapters alone.
+
+    A new objective overrides `preference_loss`.
+
+    Args:
+        *args: As in `AlignmentModule`.
+        loss: Name of the loss in `alignkit.objectives.preference.LOSSES`.
+        beta: Strength of the tie to the reference, β of DPO (arXiv:2305.18290, equation 7).
+        label_smoothing: Probability that a label is flipped, for the losses that know one.
+        **kwargs: As in `AlignmentModule`.
+
+    Raises:
+        AlignkitError: An unknown loss, a β that is not positive, or a base that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: str = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not beta > 0:
+            raise AlignkitError(f"model.beta: must be positive, got {beta}")
+        self.beta, self.label_smoothing = beta, label_smoothing
+        self.loss = get_loss(loss)
+        self.reference = frozen_copy(self.model)
+        self.reference_fingerprint = tensors_fingerprint(
+            {n: p for n, p in self.reference.named_parameters() if n in _trained(self.model)}
+        )
+        # DDP synchronises parameters and buffers by name; the reference never changes.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"reference.{name}" for name in self.reference.state_dict(keep_vars=True)
+        ]
+
+    def preference_loss(self, policy: PairScores, reference: PairScores) -> Tensor:
+        """Return one loss a pair, [B] fp32: what a new objective overrides.
+
+        Args:
+            policy: Log-probabilities of both answers under the model in training; carries
+                gradients.
+            reference: The same under the frozen reference.
+        """
+        return self.loss(
+            policy, reference, beta=self.beta, label_smoothing=self.label_smoothing
+        )
+
+    def compute_loss(self, batch: PackedBatch) -> LossOutput:
+        """Score both answers under policy and reference; a batch weighs its pairs."""
+        if batch.num_responses != 2 * batch.num_examples:
+            raise AlignkitError(
+                "data: DPO needs exactly two responses a prompt, chosen before rejected; use "
+                "HHPreferenceDataModule"
+            )
+        policy = pair_scores(self.model, batch)
+        reference = self.reference_scores(batch)
+        if self._is_first_step():
+            self._check_first_step(batch, reference)
+        loss_B = self.preference_loss(policy, reference)
+        return LossOutput(loss_B.sum(), len(loss_B), self._metrics(policy, reference))
+
+    @torch.no_grad()
+    def reference_scores(self, batch: PackedBatch) -> PairScores:
+        """Score the batch's answers under the frozen reference."""
+        return pair_scores(self.reference, batch)
+
+    def on_fit_start(self) -> None:
+        """Put the policy, and it alone, in training mode."""
+        super().on_fit_start()
+        # Lightning counts modules in eval mode and warns; the reference is meant to be.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+
+    def train(self, mode: bool = True) -> DPOModule:
+        """Set the mode of everything but the reference, which stays in eval."""
+        super().train(mode)
+        self.reference.eval()
+        return self
+
+    def checkpoint_stamp(self) -> dict[str, str]:
+        """Return the base's stamp with the reference's fingerprint."""
+        return {**super().checkpoint_stamp(), "reference_fingerprint": self.reference_fingerprint}
+
+    def _metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
+        with torch.no_grad():
+            chosen_B, rejected_B = rewards(policy, reference, self.beta)
+            return {
+                "rewards/chosen": chosen_B.sum(),
+                "rewards/rejected": rejected_B.sum(),
+                "rewards/accuracies": (chosen_B > rejected_B).sum(),
+                "rewards/margins": (chosen_B - rejected_B).sum(),
+                "logps/chosen": policy.chosen.sum(),
+                "logps/rejected": policy.rejected.sum(),
+            }
+
+    def _is_first_step(self) -> bool:
+        trainer = self._trainer
+        return bool(
+            self.training
+            and trainer is not None
+            and trainer.global_step == 0
+            and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 1
+        )
+
+    @torch.no_grad()
+    def _check_first_step(self, batch: PackedBatch, reference: PairScores) -> None:
+        """Stop a run whose policy does not start as its reference.
+
+        Measured without dropout: with adapter dropout the training loss itself starts near ln 2.
+        """
+        self.model.eval()
+        policy = pair_scores(self.model, batch)
+        self.model.train()
+        gap = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
+        worst = gap.abs().max().item()
+        scale = policy.rejected.abs().max().item() + 1.0
+        if not worst <= STEP_0_TOLERANCE * scale:
+            raise AlignkitError(
+                f"model: policy and reference differ by {worst:.3g} nats before the first step, so "
+                "rewards would not start at 0; the policy was changed after the reference was "
+                "copied, or its forward pass is not deterministic"
+            )
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Deep-copy a model, sharing the parameters that are frozen in it and all its buffers.
+
+    Args:
+        model: The policy.
+
+    Returns:
+        The copy in eval mode with nothing trainable.
+    """
+    shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    return copied.requires_grad_(False).eval()  # what is shared was frozen before
+
+
+def pair_scores(model: PreTrainedModel, batch: PackedBatch) -> PairScores:
+    """Score B pairs under one model: `PairScores` of [B] sums, fp32."""
+    sums_R = response_sums(score(model, batch), batch)
+    return PairScores.from_responses(sums_R, response_lengths(batch))
+
+
+def _trained(model: PreTrainedModel) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
