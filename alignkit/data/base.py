@@ -1,0 +1,331 @@
+"""What the data modules share: finding, encoding and caching a set, and dealing its batches."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.cache import cache_root, cached_store
+from alignkit.data.files import Source
+from alignkit.data.samplers import TokenBudgetBatchSampler
+from alignkit.data.sources import DataPath, find_splits, quotas, weights_of
+from alignkit.data.store import Store, StoreWriter
+from alignkit.engine import Example, PackedBatch, collate
+from alignkit.errors import AlignkitError
+from alignkit.models import load_tokenizer
+
+_log = logging.getLogger("alignkit.data")
+_FORMAT_VERSION = 1
+
+
+class RowEncoder(Protocol):
+    """Turns a source's rows into examples."""
+
+    masked: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything beside the rows that decides the examples, as JSON values."""
+
+    def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
+        """Encode a source; returns its counts as `Tally.to_dict`."""
+
+
+class ExampleSet(Dataset[Example]):
+    """Chosen examples of one encoded set or several, end to end.
+
+    Args:
+        stores: Where the examples are.
+        chosen: For each store, the indices [C] int64 that belong to the set.
+    """
+
+    def __init__(self, stores: Sequence[Store], chosen: Sequence[NDArray[np.int64]]) -> None:
+        self._stores = list(stores)
+        self._chosen = list(chosen)
+        self._ends = list(accumulate(len(each) for each in chosen))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many examples come from each store."""
+        return [len(each) for each in self._chosen]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[E] int64, tokens of each example, its prompt counted once."""
+        parts = [s.lengths[c] for s, c in zip(self._stores, self._chosen, strict=True)]
+        return np.concatenate(parts)
+
+    def __getitem__(self, index: int) -> Example:
+        part = bisect_right(self._ends, index)
+        first = self._ends[part - 1] if part else 0
+        return self._stores[part][int(self._chosen[part][index - first])]
+
+
+class AlignmentDataModule(LightningDataModule):
+    """Encoded examples as packed batches; a leaf says how rows become examples.
+
+    The training split is dealt in random order by `TokenBudgetBatchSampler`; a run resumes from
+    a checkpoint at the very batch it would have had next. Validation and test examples are each
+    shown once, however many ranks there are.
+
+    Args:
+        tokenizer: A Hub id or a local directory.
+        path: A Hub id (``name`` or ``name:configuration``), a local directory with ``train.*``
+            and ``validation.*`` or ``test.*`` files, or one ``.jsonl``, ``.jsonl.gz`` or
+            ``.parquet`` file. A list mixes several as they are; a mapping to weights makes
+            each epoch draw from them in these shares.
+        tokens_per_batch: Most tokens in one micro-batch of one rank.
+        examples_per_batch: Examples of one optimizer step, over all ranks and micro-batches,
+            instead of a token budget.
+        val_fraction: Share of the training rows set apart for validation and test, where the
+            path has no split for either.
+        seed: Seeds that share and every epoch's order.
+        num_workers: Processes that collate ahead of the step.
+        cache_dir: Where encoded sets are kept; default ``$ALIGNKIT_CACHE`` or
+            ``~/.cache/alignkit``.
+        max_train_examples: Use only the first ones of each training source.
+        max_val_examples: Use only the first ones of each validation and test source.
+
+    Attributes:
+        stats: After `setup`: numbers about the training split (rows, examples, tokens, a count
+            for each defect, ``truncated_frac``), for logging.
+    """
+
+    # A rank may hold one evaluation batch less than another; evaluation does not synchronise.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        tokenizer: str,
+        path: DataPath,
+        *,
+        tokens_per_batch: int = 4096,
+        examples_per_batch: int | None = None,
+        val_fraction: float = 0.05,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+        max_train_examples: int | None = None,
+        max_val_examples: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 < val_fraction < 1:
+            raise AlignkitError(f"data.val_fraction={val_fraction}: give a share between 0 and 1")
+        self.tokenizer = tokenizer
+        self.path = path
+        self.tokens_per_batch = tokens_per_batch
+        self.examples_per_batch = examples_per_batch
+        self.val_fraction = val_fraction
+        self.seed = seed
+        self.num_workers = num_workers
+        self.max_train_examples = max_train_examples
+        self.max_val_examples = max_val_examples
+        self.stats: dict[str, float] = {}
+        self._cache = cache_root(cache_dir)
+        self._sets: dict[str, ExampleSet] = {}
+        self._quotas: list[tuple[int, int]] = []
+        self._train_sampler: TokenBudgetBatchSampler | None = None
+        self._resumed: dict[str, Any] | None = None
+
+    @abstractmethod
+    def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+        """How this module's rows become examples."""
+
+    def prepare_data(self) -> None:
+        """Encode what is not cached yet; Lightning calls this in one process of each machine."""
+        self._load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the encoded splits; without `prepare_data` before, encode them too.
+
+        Raises:
+            AlignkitError: The data is missing, empty or bad, or a policy says ``error``.
+        """
+        if not self._sets:
+            self._load()
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        """Packed batches in random order, from the position of a resumed checkpoint."""
+        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
+        sampler = TokenBudgetBatchSampler(
+            self._set("train").lengths,
+            self.tokens_per_batch,
+            examples_per_batch=self.examples_per_batch,
+            shuffle=not overfit,
+            seed=self.seed,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
+            quotas=self._quotas,
+            rank=self._rank,
+            world_size=self._world,
+        )
+        if self.trainer is not None:
+            # A loader with workers draws before Lightning tells the sampler its epoch.
+            sampler.set_epoch(self.trainer.current_epoch)
+        if self._resumed is not None:
+            sampler.load_state_dict(self._resumed)
+            self._resumed = None
+        self._train_sampler = sampler
+        return self._loader("train", sampler)
+
+    def val_dataloader(self) -> DataLoader[PackedBatch]:
+        """Packed batches of the validation split, every example once over all ranks."""
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> DataLoader[PackedBatch]:
+        """Packed batches of the test split, every example once over all ranks."""
+        return self._evaluation("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training position: epoch and micro-batches done in it."""
+        if self.trainer is None or self._train_sampler is None:
+            return {}
+        return {
+            "epoch": self.trainer.current_epoch,
+            "batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,
+            "plan": self._train_sampler.fingerprint,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a training position; the next training loader starts there."""
+        self._resumed = state_dict or None
+
+    def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
+        sampler = TokenBudgetBatchSampler(
+            self._set(split).lengths,
+            self.tokens_per_batch,
+            shuffle=False,
+            equal=False,
+            rank=self._rank,
+            world_size=self._world,
+        )
+        return self._loader(split, sampler)
+
+    def _loader(self, split: str, sampler: TokenBudgetBatchSampler) -> DataLoader[PackedBatch]:
+        return DataLoader(
+            self._set(split),  # type: ignore[arg-type]  # typed by its items, not its batches
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _set(self, split: str) -> ExampleSet:
+        self.setup()
+        if split not in self._sets:
+            raise AlignkitError(f"data.path {self.path}: it has no {split} split")
+        return self._sets[split]
+
+    def _load(self) -> None:
+        encoder = self.row_encoder(load_tokenizer(self.tokenizer))
+        parts: dict[str, list[tuple[Store, NDArray[np.int64]]]] = {}
+        weights = weights_of(self.path)
+        metas: list[dict[str, Any]] = []
+        sizes: list[int] = []
+        for place in weights:
+            opened = self._open_splits(place, encoder)
+            for split, (stores, chosen) in opened.items():
+                parts.setdefault(split, []).extend(zip(stores, chosen, strict=True))
+            stores, chosen = opened.get("train", ([], []))
+            metas += [store.meta for store in stores]
+            sizes.append(sum(len(each) for each in chosen))
+        self._sets = {
+            split: ExampleSet([store for store, _ in pairs], [chosen for _, chosen in pairs])
+            for split, pairs in parts.items()
+        }
+        for split, examples in self._sets.items():
+            if len(examples) == 0:
+                raise AlignkitError(f"data.path {self.path}: no example is left in {split}")
+        self._quotas = quotas(sizes, list(weights.values()))
+        self.stats = self._count(metas)
+
+    def _open_splits(
+        self, place: str, encoder: RowEncoder
+    ) -> dict[str, tuple[list[Store], list[NDArray[np.int64]]]]:
+        """Each split of one place: its stores and, for each, the chosen examples."""
+        found = {
+            split: [self._encoded(source, encoder) for source in sources]
+            for split, sources in find_splits(place).items()
+        }
+        chosen = {
+            split: [np.arange(len(store), dtype=np.int64) for store in stores]
+            for split, stores in found.items()
+        }
+        if not {"validation", "test"} & set(found):
+            found["validation"] = found["train"]
+            rng = np.random.default_rng(self.seed)
+            held_out = [rng.random(len(store)) < self.val_fraction for store in found["validation"]]
+            chosen["train"] = [np.flatnonzero(~held) for held in held_out]
+            chosen["validation"] = [np.flatnonzero(held) for held in held_out]
+        for split, other in (("validation", "test"), ("test", "validation")):
+            if split not in found:
+                found[split], chosen[split] = found[other], chosen[other]
+        limits = {"train": self.max_train_examples}
+        return {
+            split: (
+                stores,
+                [each[: limits.get(split, self.max_val_examples)] for each in chosen[split]],
+            )
+            for split, stores in found.items()
+        }
+
+    def _encoded(self, source: Source, encoder: RowEncoder) -> Store:
+        identity = {
+            "version": _FORMAT_VERSION,
+            "kind": type(encoder).__name__,
+            "data": source.digest,
+            **encoder.identity,
+        }
+
+        def build(writer: StoreWriter) -> dict[str, Any]:
+            _log.info("encoding %s", source.name)
+            return encoder.write(source, writer)
+
+        store = cached_store(self._cache, identity, build, scored=encoder.masked)
+        _log_counts(source.name, store.meta)
+        return store
+
+    def _count(self, metas: Sequence[dict[str, Any]]) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for meta in metas:
+            for name, count in meta["counts"].items():
+                totals[name] = totals.get(name, 0) + count
+        examples = totals.get("examples", 0)
+        totals["truncated_frac"] = totals.get("truncated", 0) / examples if examples else 0.0
+        if "train" in self._sets:
+            totals["train_examples"] = len(self._sets["train"])
+            totals["train_tokens"] = int(self._sets["train"].lengths.sum())
+        return totals
+
+
+def _log_counts(name: str, meta: dict[str, Any]) -> None:
+    counts, lines = dict(meta["counts"]), meta["lines"]
+    rows, examples = counts.pop("rows", 0), counts.pop("examples", 0)
+    details = "; ".join(
+        f"{defect} {count} (line {', '.join(map(str, lines[defect]))}"
+        f"{', …' if count > len(lines[defect]) else ''})"
+        for defect, count in sorted(counts.items())
+    )
+    _log.info("%s: %d rows, %d examples; %s", name, rows, examples, details or "no defects")

@@ -1,0 +1,254 @@
+"""Dialogues to examples: encoding, the boundary proof, and truncation that knows turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.defects import Dropped, Judge, Policies, Tally
+from alignkit.data.dialogue import Dialogue, RowError
+from alignkit.data.files import BadRow, Row, Source
+from alignkit.data.formats import Format, PromptFormat, Rendered
+from alignkit.data.shapes import Side
+from alignkit.data.store import StoreWriter
+from alignkit.data.tokens import TextEncoder
+from alignkit.engine import Example
+from alignkit.errors import AlignkitError
+
+_CHUNK = 256
+_Item = TypeVar("_Item")
+
+
+@dataclass
+class Draft:
+    """An example on its way from text to ids.
+
+    Attributes:
+        line: Its line in the source.
+        dialogue: Its text.
+        restarts: Where the prompt may start instead, once old turns are dropped.
+        text: What was encoded.
+        prompt: Ids of the prompt, BOS first where there is one.
+        responses: Ids of each response, EOS last.
+        scored: Which of them carry loss.
+        truncated: Whether the prompt lost its left end.
+        violation: The response's text whose ids change when prompt and response are encoded
+            together; ``None`` where all is well.
+    """
+
+    line: int
+    dialogue: Dialogue
+    restarts: list[int] = field(default_factory=list)
+    text: Rendered = field(default_factory=lambda: Rendered("", ()))
+    prompt: list[int] = field(default_factory=list)
+    responses: list[list[int]] = field(default_factory=list)
+    scored: list[list[bool]] = field(default_factory=list)
+    truncated: bool = False
+    violation: str | None = None
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the longest response."""
+        return max(len(response) for response in self.responses)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with the longest response."""
+        return len(self.prompt) + self.answer_length
+
+
+class DialogueEncoder:
+    """Encodes dialogue rows, each as one `Example` whose responses share one prompt.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        sides: Reads a row: `preference_sides` or `sft_sides`.
+        max_length: Most tokens of a prompt and one response together, EOS included.
+        prompt_format: See `alignkit.data.formats`.
+        all_turns: Score every turn of the assistant instead of the last alone.
+        policies: What to do about defects.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sides: Callable[[Mapping[str, Any]], list[Side]],
+        *,
+        max_length: int,
+        prompt_format: PromptFormat = "boundary",
+        all_turns: bool = False,
+        policies: Policies | None = None,
+    ) -> None:
+        policies = policies or Policies()
+        if policies.boundary == "auto":
+            policies = replace(policies, boundary="keep" if prompt_format == "seed" else "error")
+        if max_length < 2:
+            raise AlignkitError(f"max_length={max_length}: give at least 2")
+        self.policies = policies
+        self.max_length = max_length
+        self.masked = all_turns
+        self._encode_texts = TextEncoder(tokenizer)
+        self._format = Format(prompt_format, tokenizer, all_turns=all_turns)
+        self._sides = sides
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything beside the rows that decides the examples."""
+        return {
+            "tokens": self._encode_texts.fingerprint,
+            "format": self._format.identity,
+            "sides": self._sides.__name__,
+            "max_length": self.max_length,
+            "policies": vars(self.policies),
+        }
+
+    def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
+        """Encode a source into a store.
+
+        Returns:
+            The counts of its rows and their defects, as `Tally.to_dict`.
+
+        Raises:
+            AlignkitError: A defect whose policy is ``error``; for the boundary proof, after all
+                violations have been counted.
+        """
+        tally = Tally()
+        shown = ""
+        for draft in self.drafts(source, tally):
+            if draft.violation is not None:
+                shown = shown or f"{draft.text.prompt[-20:]!r} + {draft.violation[:20]!r}"
+            writer.add(self.example(draft), draft.line)
+        violations = tally.counts.get("boundary", 0)
+        if violations and self.policies.boundary == "error":
+            raise AlignkitError(
+                f"{source.name}:{tally.lines['boundary'][0]}: prompt and answer have other ids "
+                f"together than apart in {violations} of {writer.examples} examples ({shown}); "
+                "use prompt_format=boundary, or allow it by data.policies.boundary=keep"
+            )
+        return tally.to_dict()
+
+    def drafts(self, source: Source, tally: Tally) -> Iterator[Draft]:
+        """The source's finished examples, in order; ``tally`` counts rows and defects."""
+        judge = Judge(source.name, self.policies, tally)
+        for drafts in chunks(self._settled(source, judge), _CHUNK):
+            self._encode(drafts)
+            self._drop_turns(drafts)
+            self._prove(drafts)
+            for draft in drafts:
+                try:
+                    self._finish(draft, judge)
+                except Dropped:
+                    continue
+                yield draft
+
+    def example(self, draft: Draft) -> Example:
+        """A finished draft as the engine takes it."""
+        return Example(draft.prompt, draft.responses, draft.scored if self.masked else None)
+
+    def _settled(self, source: Source, judge: Judge) -> Iterator[Draft]:
+        for line, row in source.rows():
+            judge.tally.add("rows", line)
+            try:
+                sides = read_row(row, self._sides, judge, line)
+                yield Draft(line, judge.settle(sides, line))
+            except Dropped:
+                continue
+
+    def _encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
+        """Fill in the ids: each prompt once, whatever the number of its responses."""
+        for draft, start in zip(drafts, starts or [0] * len(drafts), strict=True):
+            draft.text = self._format.render(draft.dialogue, start)
+        texts = [piece for draft in drafts for piece in draft.text.pieces()]
+        ids = iter(self._encode_texts(texts, specials=self._format.specials))
+        for draft in drafts:
+            draft.prompt = [*self._encode_texts.bos, *next(ids)]
+            draft.responses, draft.scored = [], []
+            for response in draft.text.responses:
+                pieces = [next(ids) for _ in response]
+                pieces[-1].append(self._encode_texts.eos)
+                draft.responses.append([token for piece in pieces for token in piece])
+                if self.masked:
+                    flags = [[i % 2 == 0] * len(piece) for i, piece in enumerate(pieces)]
+                    draft.scored.append([flag for piece in flags for flag in piece])
+
+    def _drop_turns(self, drafts: Sequence[Draft]) -> None:
+        """Drop old turns, whole, from the dialogues that are too long.
+
+        A dialogue restarts at a later turn of the human, as every published one starts with one;
+        what is left is encoded again, so its ids are those of its text.
+        """
+        pending = [draft for draft in drafts if draft.length > self.max_length]
+        for draft in pending:
+            draft.truncated = True
+            draft.restarts = self._format.restarts(draft.dialogue)
+        while pending := [each for each in pending if each.restarts and self._too_long(each)]:
+            self._encode(pending, [draft.restarts.pop(0) for draft in pending])
+
+    def _too_long(self, draft: Draft) -> bool:
+        return draft.length > self.max_length
+
+    def _prove(self, drafts: Sequence[Draft]) -> None:
+        """The boundary proof: encode prompt and response together and compare the ids."""
+        whole = [
+            draft.text.prompt + "".join(response)
+            for draft in drafts
+            for response in draft.text.responses
+        ]
+        together = iter(self._encode_texts(whole, specials=self._format.specials))
+        bos = len(self._encode_texts.bos)
+        for draft in drafts:
+            for response, ids in zip(draft.text.responses, draft.responses, strict=True):
+                if next(together) != draft.prompt[bos:] + ids[:-1]:
+                    draft.violation = draft.violation or "".join(response)
+
+    def _finish(self, draft: Draft, judge: Judge) -> None:
+        """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
+        if draft.answer_length > self.max_length:
+            detail = f"an answer of {draft.answer_length} tokens exceeds max_length"
+            judge.count("too_long", draft.line, f"{detail}={self.max_length}")
+        if draft.violation is not None:
+            if self.policies.boundary == "error":
+                judge.tally.add("boundary", draft.line)  # the run fails once all are counted
+            else:
+                judge.count("boundary", draft.line)
+        if draft.truncated:
+            judge.tally.add("truncated", draft.line)
+        excess = draft.length - self.max_length
+        if excess > 0:
+            bos = len(self._encode_texts.bos)
+            kept = draft.prompt[bos + excess :]
+            draft.prompt = ([*self._encode_texts.bos, *kept]) if kept else []
+        judge.tally.add("examples", draft.line)
+
+
+def read_row(
+    row: Row,
+    sides: Callable[[Mapping[str, Any]], list[Side]],
+    judge: Judge,
+    line: int,
+) -> list[Side]:
+    """The sides of a row.
+
+    Raises:
+        AlignkitError: The row is bad and its policy is ``error``.
+        Dropped: The row is bad and its policy is ``drop``.
+    """
+    reason = row.reason if isinstance(row, BadRow) else ""
+    if not isinstance(row, BadRow):
+        try:
+            return sides(row)
+        except RowError as error:
+            reason = str(error)
+    judge.count("bad_rows", line, reason)
+    raise Dropped
+
+
+def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    """Lists of up to ``size`` items, in order."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

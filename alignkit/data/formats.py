@@ -1,0 +1,201 @@
+r"""How a dialogue becomes text for the tokenizer: three formats, one interface.
+
+``boundary`` (the default)
+    The published text. The prompt ends right after ``Assistant:`` and the answer keeps its space,
+    so both have the same tokens apart as together.
+``seed``
+    The seed report's template, ``prompt + "\nAssistant: " + response``, both stripped. The prompt
+    ends with a space that the model meets nowhere else: with GPT-2's and GPT-NeoX's tokenizers
+    99.8 % of HH-RLHF's answers begin with another token when the text is encoded whole, so the
+    boundary proof fails for nearly every row. It is here to reproduce the report.
+``chat``
+    The tokenizer's chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.dialogue import ASSISTANT, HUMAN, Dialogue
+from alignkit.errors import AlignkitError
+
+PromptFormat = Literal["boundary", "seed", "chat"]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Texts to encode.
+
+    Attributes:
+        prompt: What generation is fed.
+        responses: What follows it, without EOS, each in pieces that carry loss and do not, by
+            turns; the first and the last one do. Mostly there is one piece, the answer.
+    """
+
+    prompt: str
+    responses: tuple[tuple[str, ...], ...]
+
+    def pieces(self) -> Iterator[str]:
+        """Every text, the prompt first."""
+        yield self.prompt
+        for response in self.responses:
+            yield from response
+
+
+class Format:
+    """Renders dialogues, from any of their turns on.
+
+    Args:
+        name: One of the formats above.
+        tokenizer: Needed by ``chat`` for its template.
+        all_turns: Let every turn of the assistant be a response, not the last alone.
+
+    Attributes:
+        specials: Whether the texts hold special tokens that are meant as such.
+
+    Raises:
+        AlignkitError: An unknown name, a tokenizer without the template ``chat`` needs, or
+            ``all_turns`` with ``seed``, which knows one answer only.
+    """
+
+    def __init__(
+        self, name: PromptFormat, tokenizer: PreTrainedTokenizerBase, *, all_turns: bool = False
+    ) -> None:
+        if name not in get_args(PromptFormat):
+            known = ", ".join(get_args(PromptFormat))
+            raise AlignkitError(f"prompt_format={name!r}: choose one of {known}")
+        if name == "chat" and not tokenizer.chat_template:
+            raise AlignkitError(
+                f"prompt_format=chat: the tokenizer {tokenizer.name_or_path} has no chat template; "
+                "use prompt_format=boundary"
+            )
+        if name == "seed" and all_turns:
+            raise AlignkitError(
+                "turns=all: prompt_format=seed knows the last answer only; "
+                "use prompt_format=boundary"
+            )
+        self.name = name
+        self.specials = name == "chat"
+        self._tokenizer = tokenizer
+        self._all_turns = all_turns
+
+    @property
+    def identity(self) -> list[Any]:
+        """What the encoded set depends on beside the tokenizer's ids."""
+        template = str(self._tokenizer.chat_template) if self.specials else None
+        return [self.name, template, self._all_turns]
+
+    def restarts(self, dialogue: Dialogue) -> list[int]:
+        """Where a dialogue may start once old turns are dropped: at its later human turns."""
+        starts = dialogue.turn_starts()
+        human = [at for at in starts if dialogue.prompt[at:].lstrip().startswith(HUMAN)]
+        return human[1:]
+
+    def render(self, dialogue: Dialogue, start: int = 0) -> Rendered:
+        """The dialogue's texts, its prompt from the character ``start`` on (a turn's start)."""
+        if self.name == "chat":
+            return self._chat(dialogue, start)
+        if self.name == "seed":
+            stem = dialogue.since(start).removesuffix(ASSISTANT).strip()
+            answers = tuple((answer.strip(),) for answer in dialogue.answers)
+            return Rendered(f"{stem}\n{ASSISTANT} ", answers)
+        if self._all_turns:
+            return _all_turns(dialogue, start)
+        return Rendered(dialogue.since(start), tuple((answer,) for answer in dialogue.answers))
+
+    def _chat(self, dialogue: Dialogue, start: int) -> Rendered:
+        messages = chat_messages(dialogue, start)
+        first = next(
+            (
+                i
+                for i, message in enumerate(messages)
+                if self._all_turns and message["role"] == "assistant"
+            ),
+            len(messages),
+        )
+        prompt = self._apply(messages[:first], add_generation_prompt=True)
+        responses = []
+        for answer in dialogue.answers:
+            reply = {"role": "assistant", "content": answer.strip()}
+            responses.append(self._chat_pieces([*messages, reply], first, prompt))
+        return Rendered(prompt, tuple(responses))
+
+    def _chat_pieces(
+        self, messages: list[dict[str, str]], first: int, prompt: str
+    ) -> tuple[str, ...]:
+        """What follows the prompt: the assistant's messages and what lies between them."""
+        pieces = []
+        so_far = prompt
+        for i in range(first, len(messages)):
+            if messages[i]["role"] != "assistant":
+                continue
+            for upto, asks in ((i, True), (i + 1, False)):
+                whole = self._apply(messages[:upto], add_generation_prompt=asks)
+                if not whole.startswith(so_far):
+                    raise AlignkitError(
+                        "prompt_format=chat: this chat template renders a prompt differently "
+                        "once its answer follows, so no answer can be scored; "
+                        "use prompt_format=boundary"
+                    )
+                pieces.append(whole[len(so_far) :])
+                so_far = whole
+        # The first piece is what lies between the prompt and itself: nothing.
+        last = pieces[-1].rstrip().removesuffix(str(self._tokenizer.eos_token))  # comes as an id
+        return (*pieces[1:-1], last)
+
+    def _apply(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program: it raises what it likes
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise AlignkitError(f"prompt_format=chat: the template failed ({reason})") from error
+        return str(text)
+
+
+def _all_turns(dialogue: Dialogue, start: int) -> Rendered:
+    """The published text, cut after each label of the assistant and where its turn ends."""
+    text = dialogue.prompt
+    starts = dialogue.turn_starts()
+    cuts = []
+    for begin, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        if begin >= start and text[begin:].lstrip().startswith(ASSISTANT):
+            cuts += [text.index(ASSISTANT, begin) + len(ASSISTANT), end]
+    if cuts and cuts[-1] == len(text):
+        cuts.pop()  # the turn that the answer continues
+    if len(cuts) % 2 == 0:
+        cuts.append(len(text))  # the prompt's last label stands in a human turn
+    between = [text[i:j] for i, j in pairwise(cuts)]
+    prompt = dialogue.since(start)
+    prompt = prompt[: len(prompt) - (len(text) - cuts[0])]
+    return Rendered(
+        prompt, tuple((*between, text[cuts[-1] :] + answer) for answer in dialogue.answers)
+    )
+
+
+def chat_messages(dialogue: Dialogue, start: int = 0) -> list[dict[str, str]]:
+    """A dialogue's prompt as chat messages, from the character ``start`` on.
+
+    Text before the first turn becomes the system message, and stays with a shortened dialogue.
+    """
+    prompt = dialogue.prompt
+    starts = dialogue.turn_starts()
+    system = prompt[: starts[0]].strip() if starts else ""
+    messages = [{"role": "system", "content": system}] if system else []
+    for begin, end in zip(starts, [*starts[1:], len(prompt)], strict=True):
+        if begin < start:
+            continue
+        turn = prompt[begin:end].strip()
+        role = "user" if turn.startswith(HUMAN) else "assistant"
+        content = turn.removeprefix(HUMAN).removeprefix(ASSISTANT)
+        if end == len(prompt):
+            content = content.removesuffix(ASSISTANT)  # it asks for the answer
+        if end < len(prompt) or content.strip():
+            messages.append({"role": role, "content": content.strip()})
+    return messages

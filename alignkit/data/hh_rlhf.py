@@ -1,0 +1,85 @@
+"""HH-RLHF for SFT and for preference training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.base import AlignmentDataModule, RowEncoder
+from alignkit.data.defects import Policies
+from alignkit.data.encode import DialogueEncoder
+from alignkit.data.formats import PromptFormat
+from alignkit.data.shapes import Side, preference_sides, sft_sides
+from alignkit.data.sources import DataPath
+
+HH_RLHF = "Anthropic/hh-rlhf"
+
+
+class HHPreferenceDataModule(AlignmentDataModule):
+    """Prompts with ranked answers, the best first: HH-RLHF's pairs, or any k ≥ 2.
+
+    Args:
+        tokenizer: See `AlignmentDataModule`, as for every argument not named here.
+        path: See `AlignmentDataModule`.
+        max_length: Most tokens of a prompt with one answer, EOS included. Old turns go first,
+            whole, then the left of the last one; an answer is never cut.
+        prompt_format: ``boundary`` (the published text), ``seed`` or ``chat``; see
+            `alignkit.data.formats`.
+        policies: What to do with each defect; see `Policies`.
+        **options: Passed to `AlignmentDataModule`.
+    """
+
+    _sides: Callable[[Mapping[str, Any]], list[Side]] = staticmethod(preference_sides)
+    _all_turns = False
+
+    def __init__(
+        self,
+        tokenizer: str,
+        path: DataPath = HH_RLHF,
+        *,
+        max_length: int = 512,
+        prompt_format: PromptFormat = "boundary",
+        policies: Policies | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(tokenizer, path, **options)
+        self.max_length = max_length
+        self.prompt_format = prompt_format
+        self.policies = policies
+
+    def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+        """One example a row, its answers sharing the prompt."""
+        return DialogueEncoder(
+            tokenizer,
+            self._sides,
+            max_length=self.max_length,
+            prompt_format=self.prompt_format,
+            all_turns=self._all_turns,
+            policies=self.policies,
+        )
+
+
+class HHSFTDataModule(HHPreferenceDataModule):
+    """Prompts with the answer to imitate: the chosen one of HH-RLHF.
+
+    Args:
+        tokenizer: As in `HHPreferenceDataModule`, and so on for every argument not named here.
+        path: See `AlignmentDataModule`.
+        turns: ``last`` trains on the last answer alone, ``all`` on every turn of the assistant.
+        **options: Passed to `HHPreferenceDataModule`.
+    """
+
+    _sides = staticmethod(sft_sides)
+
+    def __init__(
+        self,
+        tokenizer: str,
+        path: DataPath = HH_RLHF,
+        *,
+        turns: Literal["last", "all"] = "last",
+        **options: Any,
+    ) -> None:
+        super().__init__(tokenizer, path, **options)
+        self._all_turns = turns == "all"

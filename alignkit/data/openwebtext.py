@@ -1,0 +1,138 @@
+"""Plain text for language modelling: OpenWebText."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.base import AlignmentDataModule, RowEncoder
+from alignkit.data.defects import Dropped, Judge, Policies, Tally, has_unreadable, readable
+from alignkit.data.encode import chunks
+from alignkit.data.files import BadRow, Row, Source
+from alignkit.data.packing import Document, Packing, rows
+from alignkit.data.sources import DataPath
+from alignkit.data.store import StoreWriter
+from alignkit.data.tokens import TextEncoder
+
+OPENWEBTEXT = "stas/openwebtext-10k"
+_CHUNK = 64
+
+
+class DocumentEncoder:
+    """Encodes ``{"text": …}`` rows as rows of ``block_size`` tokens.
+
+    Args:
+        tokenizer: A fast tokenizer; its EOS ends every document.
+        block_size: Tokens of a row.
+        packing: See `alignkit.data.packing.rows`.
+        policies: What to do about rows that are bad, empty or hold control characters.
+    """
+
+    masked = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        block_size: int,
+        packing: Packing,
+        policies: Policies | None = None,
+    ) -> None:
+        self.policies = policies or Policies()
+        self._encode = TextEncoder(tokenizer)
+        self._block_size = block_size
+        self._packing = packing
+        rows([], block_size, packing)  # refuses what it does not know, before any work
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything beside the documents that decides the rows."""
+        return {
+            "tokens": self._encode.fingerprint,
+            "block_size": self._block_size,
+            "packing": self._packing,
+            "policies": vars(self.policies),
+        }
+
+    def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
+        """Encode a source into a store; returns its counts as `Tally.to_dict`."""
+        tally = Tally()
+        documents = self.documents(source, tally)
+        for line, example in rows(documents, self._block_size, self._packing):
+            tally.add("examples", line)
+            writer.add(example, line)
+        return tally.to_dict()
+
+    def documents(self, source: Source, tally: Tally) -> Iterator[Document]:
+        """The source's documents as token ids, EOS last; ``tally`` counts rows and defects."""
+        judge = Judge(source.name, self.policies, tally)
+        for texts in chunks(_texts(source, judge), _CHUNK):
+            encoded = self._encode([text for _, text in texts])
+            for (line, _), ids in zip(texts, encoded, strict=True):
+                yield line, [*ids, self._encode.eos]
+
+
+def _texts(source: Source, judge: Judge) -> Iterator[tuple[int, str]]:
+    for line, row in source.rows():
+        judge.tally.add("rows", line)
+        try:
+            yield line, _text(row, judge, line)
+        except Dropped:
+            continue
+
+
+def _text(row: Row, judge: Judge, line: int) -> str:
+    """A row's text.
+
+    Raises:
+        AlignkitError: The row has a defect whose policy is ``error``.
+        Dropped: The row has a defect whose policy is ``drop``.
+    """
+    reason = row.reason if isinstance(row, BadRow) else "the row has no `text`"
+    text = None if isinstance(row, BadRow) else row.get("text")
+    if not isinstance(text, str):
+        judge.count("bad_rows", line, reason)
+        raise Dropped
+    if has_unreadable(text):
+        judge.count("control_characters", line)
+        text = readable(text)
+    if not text.strip():
+        judge.count("empty_answers", line)
+        raise Dropped
+    return text
+
+
+class OpenWebTextDataModule(AlignmentDataModule):
+    """Documents as rows of ``block_size`` tokens, tokenized once.
+
+    Args:
+        tokenizer: See `AlignmentDataModule`, as for every argument not named here.
+        path: See `AlignmentDataModule`; rows are ``{"text": …}``.
+        block_size: Tokens of a row.
+        packing: ``concatenate`` or ``best_fit``; see `alignkit.data.packing.rows`.
+        policies: What to do with each defect; see `Policies`.
+        **options: Passed to `AlignmentDataModule`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        path: DataPath = OPENWEBTEXT,
+        *,
+        block_size: int = 512,
+        packing: Packing = "concatenate",
+        policies: Policies | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(tokenizer, path, **options)
+        self.block_size = block_size
+        self.packing = packing
+        self.policies = policies
+
+    def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+        """Rows of documents."""
+        return DocumentEncoder(
+            tokenizer, block_size=self.block_size, packing=self.packing, policies=self.policies
+        )

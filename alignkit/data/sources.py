@@ -1,0 +1,115 @@
+"""Where data comes from: a file, a directory, a Hub dataset, or a mix of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignkit.data.files import SUFFIXES, Row, Source, directory_splits, file_source
+from alignkit.errors import AlignkitError
+
+DataPath = str | list[str] | dict[str, float]
+"""One place, several, or several with the share of examples an epoch draws from each."""
+
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
+_HUB_SPLITS = ("train", "validation", "test")
+
+
+def find_splits(path: str) -> dict[str, list[Source]]:
+    """The splits a path offers, each as one source or more.
+
+    Args:
+        path: A local directory (``train.*`` and ``test.*`` or ``validation.*`` files), one file
+            (its rows are all in ``train``), or a Hub id, ``name`` or ``name:configuration``
+            (for HH-RLHF, whose configurations are folders, ``Anthropic/hh-rlhf:helpful-base``).
+
+    Raises:
+        AlignkitError: Nothing is there, or the Hub cannot be reached.
+    """
+    local = Path(path).expanduser()
+    try:
+        if local.is_dir():
+            return directory_splits(local)
+        if local.exists() or _looks_local(path):
+            return {"train": [file_source(local)]}
+    except OSError as error:
+        raise AlignkitError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return _hub_splits(path)
+
+
+def weights_of(path: DataPath) -> dict[str, float | None]:
+    """The places of a data path with their weights, ``None`` where it gives none.
+
+    Raises:
+        AlignkitError: No place, or a weight that is not a positive number.
+    """
+    if isinstance(path, dict):
+        for place, weight in path.items():
+            if not weight > 0:
+                raise AlignkitError(f"data.path: the weight of {place} is {weight}; give one > 0")
+        places: dict[str, float | None] = dict(path)
+    else:
+        places = dict.fromkeys([path] if isinstance(path, str) else path)
+    if not places:
+        raise AlignkitError("data.path: it is empty; give a file, a directory or a Hub id")
+    return places
+
+
+def quotas(sizes: Sequence[int], weights: Sequence[float | None]) -> list[tuple[int, int]]:
+    """How many of each source's examples an epoch draws: ``(size, drawn)``.
+
+    The mix is as large as it can be without repeating an example: with sizes nᵢ and shares
+    pᵢ = wᵢ / Σw it has n = min nᵢ / pᵢ examples. Each epoch draws anew, so over the epochs all
+    of a large source is seen.
+    """
+    given = [weight for weight in weights if weight is not None]
+    if len(given) < len(weights):
+        return [(size, size) for size in sizes]
+    shares = [weight / sum(given) for weight in given]
+    total = min(size / share for size, share in zip(sizes, shares, strict=True))
+    return [
+        (size, min(size, max(1, round(total * share))))
+        for size, share in zip(sizes, shares, strict=True)
+    ]
+
+
+def _looks_local(path: str) -> bool:
+    return path.endswith(SUFFIXES) or not _HUB_ID.match(path) or path.startswith(".")
+
+
+def _hub_splits(path: str) -> dict[str, list[Source]]:
+    import datasets
+
+    name, _, configuration = path.partition(":")
+    try:
+        loaded = _load_hub(datasets, name, configuration)
+    except Exception as error:  # the Hub's client raises whatever its transport raises
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise AlignkitError(
+            f"data.path {path}: not a local path, and the Hub did not give it ({reason}); "
+            "pass data.path a local directory or file instead"
+        ) from error
+    splits = {
+        split: [_hub_source(path, split, loaded[split])] for split in _HUB_SPLITS if split in loaded
+    }
+    if not splits:
+        raise AlignkitError(f"data.path {path}: no split named {', '.join(_HUB_SPLITS)}")
+    return splits
+
+
+def _load_hub(datasets: Any, name: str, configuration: str) -> Any:
+    # Progress bars and retries are the Hub client's own; its errors become one line above.
+    if not configuration:
+        return datasets.load_dataset(name)
+    if configuration in datasets.get_dataset_config_names(name):
+        return datasets.load_dataset(name, configuration)
+    return datasets.load_dataset(name, data_dir=configuration)
+
+
+def _hub_source(path: str, split: str, rows: Any) -> Source:
+    def read() -> Iterator[tuple[int, Row]]:
+        yield from enumerate(rows, start=1)
+
+    return Source(f"{path}[{split}]", str(rows._fingerprint), read)

@@ -1,0 +1,200 @@
+"""The encoded set on disk: flat arrays, memory-mapped, checked before they are trusted.
+
+A store is a directory:
+
+    tokens.bin    [T] int32, every example's prompt and responses, end to end
+    segments.bin  [S+1] int64, where each segment (a prompt or a response) begins in ``tokens``
+    examples.bin  [E+1] int64, each example's first segment: its prompt, then its k responses
+    lines.bin     [E] int64, the line of the source each example came from
+    scored.bin    [T] bool, present where only some response tokens carry loss
+    manifest.json sizes and checksums of the above, and the counts made while encoding
+
+The manifest is written last, so a directory without one, or whose files differ from it, was left
+half-written or damaged.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignkit.engine import Example
+
+_DTYPES = {
+    "tokens": np.int32,
+    "segments": np.int64,
+    "examples": np.int64,
+    "lines": np.int64,
+    "scored": np.bool_,
+}
+_MANIFEST = "manifest.json"
+_BLOCK = 2**22
+_CHECKED_WHOLE = 2**31
+
+
+class StoreError(Exception):
+    """A store that is half-written or damaged, and how one can tell."""
+
+
+class StoreWriter:
+    """Writes a store example by example, holding none of it in memory.
+
+    Args:
+        directory: An empty directory.
+        scored: Whether the examples carry masks of scored tokens.
+    """
+
+    def __init__(self, directory: Path, *, scored: bool = False) -> None:
+        self._directory = directory
+        names = [name for name in _DTYPES if scored or name != "scored"]
+        self._files = {name: (directory / f"{name}.bin").open("wb") for name in names}
+        self._tokens = 0
+        self._segments = 0
+        self.examples = 0
+        self._write("segments", [0])
+        self._write("examples", [0])
+
+    def add(self, example: Example, line: int) -> None:
+        """Append one example, read from ``line`` of its source."""
+        parts = [example.prompt, *example.responses]
+        ends = np.cumsum([len(part) for part in parts]) + self._tokens
+        self._write("tokens", np.concatenate([np.asarray(part, np.int32) for part in parts]))
+        self._write("segments", ends)
+        if "scored" in self._files:
+            masks = example.scored or [[True] * len(part) for part in example.responses]
+            flags = [[False] * len(example.prompt), *masks]
+            self._write("scored", np.concatenate([np.asarray(flag, np.bool_) for flag in flags]))
+        self._tokens = int(ends[-1])
+        self._segments += len(parts)
+        self.examples += 1
+        self._write("examples", [self._segments])
+        self._write("lines", [line])
+
+    def close(self, meta: dict[str, Any]) -> None:
+        """Finish the files, then write the manifest, which makes the store valid.
+
+        Args:
+            meta: What to keep beside the arrays, JSON values.
+        """
+        for file in self._files.values():
+            file.close()
+        arrays = {
+            name: _measure(self._directory / f"{name}.bin", whole=True) for name in self._files
+        }
+        body = json.dumps({"arrays": arrays, "meta": meta})
+        manifest = {"crc32": zlib.crc32(body.encode()), "body": body}
+        (self._directory / _MANIFEST).write_text(json.dumps(manifest))
+
+    def _write(self, name: str, values: Sequence[int] | NDArray[Any]) -> None:
+        self._files[name].write(np.asarray(values, _DTYPES[name]).tobytes())
+
+
+class Store:
+    """A store opened for reading; picklable, so that workers map the same files.
+
+    Args:
+        directory: What a `StoreWriter` closed.
+
+    Attributes:
+        meta: What was given to `StoreWriter.close`.
+
+    Raises:
+        StoreError: The manifest is missing, or an array is not what it says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            manifest = json.loads((directory / _MANIFEST).read_text())
+            intact = manifest["crc32"] == zlib.crc32(manifest["body"].encode())
+            body = json.loads(manifest["body"])
+            arrays, self.meta = body["arrays"], body["meta"]
+            self._names = list(arrays)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"no readable manifest ({error})") from error
+        if not intact:
+            raise StoreError("the manifest's checksum differs")
+        for name, expected in arrays.items():
+            path = directory / f"{name}.bin"
+            try:
+                found = _measure(path, whole=path.stat().st_size <= _CHECKED_WHOLE)
+            except OSError as error:
+                raise StoreError(f"{path.name} is missing") from error
+            for key in found:
+                if found[key] != expected.get(key):
+                    raise StoreError(f"{path.name}: {key} {found[key]}, not {expected.get(key)}")
+
+    def __len__(self) -> int:
+        return len(self._arrays["lines"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"directory": self.directory, "meta": self.meta, "_names": self._names}
+
+    @cached_property
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in self._names:
+            path = self.directory / f"{name}.bin"
+            empty = path.stat().st_size == 0
+            dtype = _DTYPES[name]
+            arrays[name] = (
+                np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r").view(np.ndarray)
+            )
+        return arrays
+
+    @property
+    def lines(self) -> NDArray[np.int64]:
+        """[E] int64, the line each example came from."""
+        lines: NDArray[np.int64] = self._arrays["lines"]
+        return lines
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """[E] int64, tokens of each example, its prompt counted once."""
+        starts = np.asarray(self._arrays["segments"])[np.asarray(self._arrays["examples"])]
+        lengths: NDArray[np.int64] = np.diff(starts)
+        return lengths
+
+    def __getitem__(self, index: int) -> Example:
+        """One example; its ids are views of the mapped file, int32."""
+        arrays = self._arrays
+        first, last = arrays["examples"][index], arrays["examples"][index + 1]
+        bounds = arrays["segments"][first : last + 1].tolist()
+        pairs = list(pairwise(bounds))
+        tokens = arrays["tokens"]
+        parts: list[Any] = [tokens[start:end] for start, end in pairs]
+        scored: list[Any] | None = None
+        if "scored" in arrays:
+            scored = [arrays["scored"][start:end] for start, end in pairs[1:]]
+        return Example(parts[0], parts[1:], scored)
+
+
+def _measure(path: Path, *, whole: bool) -> dict[str, Any]:
+    """Size and checksums of a file.
+
+    A file too large to be read whole at every start is checked by its size and by the checksum
+    of sixteen blocks spread over it.
+    """
+    size = path.stat().st_size
+    checks: dict[str, Any] = {"bytes": size}
+    with path.open("rb") as file:
+        if whole:
+            total = 0
+            while block := file.read(_BLOCK):
+                total = zlib.crc32(block, total)
+            checks["crc32"] = total
+        if size > _CHECKED_WHOLE:
+            total = 0
+            for part in range(16):
+                file.seek(part * max(0, size - _BLOCK) // 15)
+                total = zlib.crc32(file.read(_BLOCK), total)
+            checks["sampled_crc32"] = total
+    return checks
