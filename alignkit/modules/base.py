@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
@@ -135,8 +137,9 @@ class AlignmentModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means as ``train/…_epoch``."""
-        for name, value in self.train_metrics.compute().items():
-            self.log(f"train/{name}_epoch", value, rank_zero_only=True)
+        for name, metric in self.train_metrics.named().items():
+            attribute = f"train_metrics.means.{name}"
+            self.log(f"train/{name}_epoch", metric, metric_attribute=attribute)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means as ``val/…``."""
@@ -178,14 +181,18 @@ class AlignmentModule(LightningModule):
 
     # Checkpoints ----------------------------------------------------------------------------
 
-    @property
-    def strict_loading(self) -> bool:
-        """False to Lightning, whose check would miss the frozen base; ours is in `checkpoint`."""
-        return False
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the policy's trainable parameters alone, under ``model.…``."""
         return {f"model.{name}": value for name, value in ckpt.trainable_state(self.model).items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load what `state_dict` returns: exactly the trainable parameters, or nothing.
+
+        Lightning's own strictness would ask for the frozen base as well.
+        """
+        state = ckpt.model_state({"state_dict": state_dict})
+        ckpt.load_trainable(self.model, state, "ckpt_path")
+        return _IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stamp the checkpoint with what it belongs to, and keep the random state."""
@@ -195,7 +202,6 @@ class AlignmentModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another class, base or shape before anything is changed."""
         ckpt.check_stamp(self.checkpoint_stamp(), checkpoint.get(ckpt.STAMP))
-        ckpt.check_state(self.model, ckpt.model_state(checkpoint), "ckpt_path")
         self._random_state = checkpoint.get("rng")
 
     def on_train_start(self) -> None:
@@ -246,5 +252,8 @@ class AlignmentModule(LightningModule):
         self.log(name, value, prog_bar=prog_bar, batch_size=1, rank_zero_only=True)
 
     def _log_evaluation(self, stage: str) -> None:
-        for name, value in self.val_metrics.compute().items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", batch_size=1)
+        for name, metric in self.val_metrics.named().items():
+            attribute = f"val_metrics.means.{name}"
+            self.log(
+                f"{stage}/{name}", metric, prog_bar=name == "loss", metric_attribute=attribute
+            )

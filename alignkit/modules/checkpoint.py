@@ -37,10 +37,17 @@ def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {n.removeprefix(_PREFIX): v for n, v in state.items() if n.startswith(_PREFIX)}
 
 
-def check_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Refuse, in one line, a state that does not hold exactly the trainable parameters."""
-    expected = {name: tuple(value.shape) for name, value in trainable_state(model).items()}
-    refuse_differences(state, expected, what)
+def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Copy a state into the model's trainable parameters, which it must match exactly.
+
+    Raises:
+        AlignkitError: Names or shapes differ; one line that starts with ``what``. The model is
+            then unchanged.
+    """
+    own = trainable_state(model)
+    refuse_differences(state, {name: tuple(value.shape) for name, value in own.items()}, what)
+    for name, value in own.items():
+        value.copy_(state[name])
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -105,12 +112,7 @@ def load_weights(model: PreTrainedModel, path: str, fingerprint: str) -> None:
         return
     checkpoint = read_checkpoint(path)
     _check_base(fingerprint, checkpoint[STAMP], f"init_from {path}")
-    state = model_state(checkpoint)
-    check_state(model, state, f"init_from {path}")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(state[name])
+    load_trainable(model, model_state(checkpoint), f"init_from {path}")
 
 
 def load_policy(
@@ -142,9 +144,7 @@ def load_policy(
             model.requires_grad_(True)
         else:
             model = inject_lora(model, LoRAConfig.from_dict(lora))
-        state = model_state(checkpoint)
-        check_state(model, state, path)
-        model.load_state_dict(state, strict=False)
+        load_trainable(model, model_state(checkpoint), path)
         tokenizer = hparams.get("tokenizer")
     elif (place / "adapter_config.json").is_file():
         from alignkit.lora.io import read_config

@@ -49,47 +49,38 @@ class Perplexity(WeightedMean):
 class EpochMetrics(nn.Module):
     """The loss and every metric that a stage's `LossOutput`s name, aggregated over an epoch."""
 
+    anchor: Tensor
+
     def __init__(self, perplexity: bool = False) -> None:
         super().__init__()
         self.means = nn.ModuleDict()
         self.perplexity = perplexity
+        # Follows the module to its device, where metrics first met on the way are made.
+        self.register_buffer("anchor", torch.empty(0), persistent=False)
 
     def update(self, output: LossOutput) -> None:
         """Add one batch."""
-        for name, total in {"loss": output.loss_sum, **output.metrics}.items():
-            self._mean(name, WeightedMean, total.device).update(total, output.weight)
+        totals = {"loss": output.loss_sum, **output.metrics}
         if self.perplexity:
-            loss = output.loss_sum
-            self._mean("perplexity", Perplexity, loss.device).update(loss, output.weight)
+            totals["perplexity"] = output.loss_sum
+        for name, total in totals.items():
+            self._mean(name).update(total, output.weight)
 
-    def compute(self) -> dict[str, Tensor]:
-        """Return name to mean over all ranks, and start over."""
-        values = {}
-        for name in sorted(self._names_on_all_ranks()):
-            kind = Perplexity if name == "perplexity" else WeightedMean
-            mean = self._mean(name, kind, self._device())
-            values[name] = mean.compute()
-            mean.reset()
-        return values
+    def named(self) -> dict[str, WeightedMean]:
+        """Return the metrics by name, the same names on every rank.
 
-    def _mean(self, name: str, kind: type[WeightedMean], device: torch.device) -> WeightedMean:
-        if name not in self.means:
-            self.means[name] = kind().to(device)
-        mean = self.means[name]
-        assert isinstance(mean, WeightedMean)
-        return mean
-
-    def _names_on_all_ranks(self) -> set[str]:
-        # A rank that saw no batch has met no names, yet must take part in every reduction.
+        A rank that saw no batch has met no names, yet must take part in every reduction.
+        """
         names = list(self.means)
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return set(names)
-        gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(gathered, names)
-        return {name for rank in gathered for name in rank}
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(gathered, names)
+            names = sorted({name for rank in gathered for name in rank})
+        return {name: self._mean(name) for name in names}
 
-    def _device(self) -> torch.device:
-        for mean in self.means.values():
-            assert isinstance(mean, WeightedMean)
-            return mean.total.device
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def _mean(self, name: str) -> WeightedMean:
+        if name not in self.means:
+            kind = Perplexity if name == "perplexity" else WeightedMean
+            self.means[name] = kind().to(self.anchor.device)
+        mean: WeightedMean = self.means[name]  # type: ignore[assignment]
+        return mean

@@ -1,0 +1,101 @@
+"""Two gloo ranks against one process: the same parameters, the same logged means."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from alignkit.engine import Example, PackedBatch, collate
+from alignkit.modules import DPOModule, SFTModule
+from tests.modules.helpers import answers, loader, pairs, plain_cross_entropy_steps, sgd, trainer
+
+
+class UnevenBatches(torch.utils.data.IterableDataset[PackedBatch]):
+    """Rank 0 gets one example a batch, rank 1 three: unequal weights on purpose."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples) // 4
+
+    def __iter__(self):
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        for start in range(0, len(self.examples), 4):
+            mine = self.examples[start : start + 1] if rank == 0 else None
+            yield collate(mine or self.examples[start + 1 : start + 4])
+
+
+class Save(L.Callback):
+    """Write what rank 0 ends with."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            metrics = {k: v.clone() for k, v in trainer.callback_metrics.items()}
+            torch.save({"state": pl_module.state_dict(), "metrics": metrics}, self.path)
+
+
+def run(module: L.LightningModule, examples: list[Example], directory: Path, accumulate: int):
+    """Train on two spawned ranks and return rank 0's parameters and metrics."""
+    batches = torch.utils.data.DataLoader(UnevenBatches(examples), batch_size=None)
+    saver = Save(directory / "end.pt")
+    trainer(
+        directory,
+        devices=2,
+        strategy="ddp_spawn",
+        max_epochs=1,
+        accumulate_grad_batches=accumulate,
+        callbacks=[saver],
+    ).fit(module, batches, batches)
+    return torch.load(saver.path, weights_only=True)
+
+
+def test_gradients_of_two_uneven_ranks_equal_one_big_batch(
+    model_dir: Callable, tmp_path: Path
+) -> None:
+    """Six global batches in windows of four and two, 1 + 3 examples on the ranks."""
+    base = str(model_dir("gpt2"))
+    module = SFTModule(base, optimizer=sgd, schedule="constant_with_warmup")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.05)
+    plain = copy.deepcopy(module.model).train()
+    examples = answers(24)
+    losses = plain_cross_entropy_steps(plain, [examples[:16], examples[16:]])
+    end = run(module, examples, tmp_path, accumulate=4)
+    expected = dict(plain.named_parameters())
+    for name, value in end["state"].items():
+        expected_value = expected[name.removeprefix("model.")]
+        torch.testing.assert_close(value, expected_value, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(end["metrics"]["train/loss"].item(), losses[-1], rtol=1e-5, atol=0)
+    assert end["metrics"]["val/perplexity"] > 1
+
+
+def test_dpo_reference_stays_out_of_ddp(model_dir: Callable, tmp_path: Path) -> None:
+    """Ranks agree with a single process, and validation means run over all pairs of all ranks."""
+    base = str(model_dir("llama"))
+    lora = {"targets": ["q_proj", "v_proj"]}
+    torch.manual_seed(3)
+    module = DPOModule(base, lora=lora, optimizer=sgd, schedule="constant_with_warmup", beta=1.0)
+    single = copy.deepcopy(module)
+    examples = pairs(8)
+    end = run(module, examples, tmp_path, accumulate=1)
+    batches = loader(examples, 4)
+    run_single = trainer(tmp_path, max_epochs=1)
+    run_single.fit(single, batches, batches)
+    assert not any("reference" in name for name in end["state"])
+    for name, value in single.state_dict().items():
+        torch.testing.assert_close(end["state"][name], value, atol=2e-6, rtol=1e-4)
+    for name in ("val/loss", "val/rewards/margins", "train/loss", "val/logps/chosen"):
+        torch.testing.assert_close(
+            end["metrics"][name], run_single.callback_metrics[name], atol=1e-5, rtol=1e-5
+        )
