@@ -67,7 +67,7 @@ class Request:
         self.questions = gather_prompts(self.prompts, self.prompts_file)
         drawn = {f.name: getattr(self, f.name) for f in fields(Sampling) if f.name != "stop"}
         self.sampling = Sampling(**drawn, stop=TURN if self.stop_at_turn else None)
-        self.target = _resolve_device(self.device)
+        self.target = resolve_device(self.device)
 
     def load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load whatever ``path`` names, in evaluation mode on the device."""
@@ -104,7 +104,12 @@ def ask(
     return complete(model, tokenizer, texts, sampling, batch_size)
 
 
-def _resolve_device(device: str) -> torch.device:
+def resolve_device(device: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1``, … into a device that is there.
+
+    Raises:
+        AlignkitError: There is no such device.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

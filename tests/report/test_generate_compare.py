@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, inject_lora, save_adapter
 from alignkit.models import load_model, load_tokenizer
 from alignkit.report import compare as compare_module
 from alignkit.report import generate as generate_module
@@ -29,16 +30,6 @@ SHORT = {"max_new_tokens": 8, "temperature": 0.0, "device": "cpu"}
 @pytest.fixture
 def base(model_dir: Callable[[str], Path]) -> str:
     return str(model_dir("gpt2"))
-
-
-@pytest.fixture(autouse=True)
-def _plain_directories(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load transformers directories without the training modules behind `load_policy`."""
-
-    def load(self: Request, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_model(path), load_tokenizer(path)
-
-    monkeypatch.setattr(Request, "load", load)
 
 
 def test_generate_prints_and_saves_what_the_model_says(
@@ -59,6 +50,20 @@ def test_generate_prints_and_saves_what_the_model_says(
     ]
     assert saved["settings"]["temperature"] == 0
     assert saved["settings"]["repetition_penalty"] == 1.1
+
+
+def test_an_adapter_answers_otherwise_than_its_base(base: str, tmp_path: Path) -> None:
+    model = inject_lora(load_model(base), LoRAConfig())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(model, tmp_path)
+    answers = generate(str(tmp_path), base=base, prompts="Why?", **SHORT)
+    text = as_dialogue("Why?")
+    sampling = Sampling(temperature=0, max_new_tokens=8, stop="\n\nHuman:")
+    assert answers == list(complete(model, load_tokenizer(base), [text], sampling))
+    assert answers != generate(base, prompts="Why?", **SHORT)
 
 
 def test_raw_prompts_are_given_as_they_are(base: str) -> None:

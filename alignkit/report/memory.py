@@ -1,0 +1,39 @@
+"""How much memory this process has used at most: on a GPU by torch's count, else by the kernel's.
+
+Linux gives a process its own high-water mark and lets it start again; where there is no
+``/proc`` (macOS) the mark is that of the whole life of the process.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        with suppress(PermissionError):  # some sandboxes forbid it; the mark is then the life's
+            _CLEAR.write_text("5")  # proc(5): the peak resident set size becomes the current one
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most bytes allocated on the GPU, or resident on the host, since the reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

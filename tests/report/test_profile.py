@@ -1,0 +1,157 @@
+"""The profile of full fine-tuning against LoRA: what is measured, how it is put together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig
+from alignkit.report import profile as profile_module
+from alignkit.report.memory import peak_bytes, reset_peak
+from alignkit.report.profile import Profile, profile
+from alignkit.report.profile_step import Measurement, Setup, measure
+
+MIB = 2**20
+
+
+def setup(base: Path, lora: LoRAConfig | None, **changes: Any) -> Setup:
+    values = {"random_init": True, "mixed": True, "rows": 2, "tokens": 16, "steps": 2}
+    values |= {"device": "cpu", **changes}
+    return Setup(base=str(base), lora=lora and lora.to_dict(), **values)
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_a_setup_is_measured(model_dir: Callable[[str], Path], mixed: bool) -> None:
+    """Tiny GPT-2, width 32: c_attn is 32 → 96, c_proj 32 → 32, two blocks, r = 8."""
+    base = model_dir("gpt2")
+    full = measure(setup(base, None, mixed=mixed))
+    lora = measure(setup(base, LoRAConfig(), mixed=mixed))
+    assert full.trainable_parameters == full.base_parameters == lora.base_parameters
+    assert lora.trainable_parameters == 2 * 8 * (32 + 96 + 32 + 32)
+    for found in (full, lora):
+        assert min(found.forward, found.backward, found.optimizer) > 0
+        assert found.step >= max(found.forward, found.backward)
+
+
+def test_a_row_longer_than_the_context_is_refused(model_dir: Callable[[str], Path]) -> None:
+    with pytest.raises(AlignkitError, match="tokens: 513 passes the model's context of 512"):
+        measure(setup(model_dir("gpt2"), None, tokens=513))
+
+
+def test_the_peak_counts_what_is_gone_again() -> None:
+    """64 MiB come and go between the reset and the reading; a later reset forgets them."""
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    before = peak_bytes(cpu)
+    torch.ones(16 * MIB).sum()
+    assert 60 * MIB < peak_bytes(cpu) - before < 80 * MIB
+    reset_peak(cpu)
+    assert peak_bytes(cpu) - before < 30 * MIB
+
+
+def measurement(step: float, peak: int = 100 * MIB, trainable: int = 1000) -> Measurement:
+    return Measurement(1000, trainable, step / 4, step / 2, step / 4, step, peak)
+
+
+def test_rounds_alternate_and_ratios_are_paired(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Full takes 1, 2, 4 s and LoRA 0.5, 1.5, 2 s: medians 2 and 1.5, but the ratios are
+    0.5, 0.75, 0.5, so 0.5: a machine that slows down slows both sides of a pair."""
+    times = {"full": iter([1.0, 2.0, 4.0]), "lora": iter([0.5, 1.5, 2.0])}
+    order = []
+
+    def run(name: str, given: Setup) -> Measurement:
+        assert (given.lora is None) == (name == "full")
+        order.append(name)
+        if name == "full":
+            return measurement(next(times[name]))
+        return measurement(next(times[name]), peak=25 * MIB, trainable=10)
+
+    monkeypatch.setattr(profile_module, "_run_process", run)
+    paths = {kind: tmp_path / f"new/p.{kind}" for kind in ("md", "json", "png")}
+    result = profile(
+        "model",
+        device="cpu",
+        rounds=3,
+        markdown=str(paths["md"]),
+        json=str(paths["json"]),
+        plot=str(paths["png"]),
+    )
+    assert order == ["full", "lora", "lora", "full", "full", "lora"]
+    assert result.setups["full"].step == 2.0
+    assert result.setups["lora"].step == 1.5
+    assert result.ratios["step"] == 0.5
+    assert result.ratios["peak"] == 0.25
+    markdown = paths["md"].read_text(encoding="utf-8")
+    assert "| trainable parameters | 1,000 | 10 | 0.0100 |" in markdown
+    assert "| step (ms) | 2000.0 | 1500.0 | 0.50 |" in markdown
+    assert "| peak memory (MiB) | 100 | 25 | 0.25 |" in markdown
+    assert markdown.splitlines()[-1].startswith("model (1,000 parameters), 4 × 256 tokens")
+    assert json.loads(paths["json"].read_text())["ratios"]["step"] == 0.5
+    with Image.open(paths["png"]) as picture:
+        assert picture.size[0] > 2 * picture.size[1]
+
+
+def test_in_processes_of_their_own(
+    model_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = profile(
+        str(model_dir("gpt2")),
+        lora=LoRAConfig(r=2),
+        random_init=True,
+        rows=1,
+        tokens=16,
+        steps=1,
+        rounds=1,
+        device="cpu",
+    )
+    assert isinstance(result, Profile)
+    assert result.setups["lora"].trainable_parameters == 2 * 2 * (32 + 96 + 32 + 32)
+    assert result.setups["full"].peak_bytes > 0
+    assert "Full fine-tuning" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "errors", "message"),
+    [
+        (2, '{"error": "base \'x\': no such file"}', "noise", "^base 'x': no such file$"),
+        (-9, "", "", r"Full fine-tuning failed \(killed, likely out of memory\); try fewer rows"),
+        (1, "", "Traceback\nRuntimeError: boom", r"failed \(RuntimeError: boom\)"),
+    ],
+)
+def test_a_failed_process_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, code: int, output: str, errors: str, message: str
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, code, output, errors)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(AlignkitError, match=message) as error:
+        profile("x", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "rows: must be 1 or more, got 0"),
+        ({"tokens": 1}, "tokens: must be 2 or more"),
+        ({"rounds": 0}, "rounds: must be 1 or more"),
+        ({"plot": "."}, r"plot '\.': is a directory"),
+    ],
+)
+def test_bad_options_start_no_process(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(profile_module, "_run_process", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(AlignkitError, match=message):
+        profile("x", **{"device": "cpu", **options})
