@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -86,7 +85,14 @@ class AdapterLayer(nn.Module):
         """Return the adapter in use, or ``None``."""
         if self.active is None or self.active not in self.adapters:
             return None
-        return self.adapters[self.active]  # type: ignore[return-value]
+        return self.adapter(self.active)
+
+    def adapter(self, name: str) -> Adapter:
+        """Return an adapter this layer has."""
+        adapter = self.adapters[name]
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"{name!r} is a {type(adapter).__name__}, not an Adapter")
+        return adapter
 
     def original(self, name: str) -> nn.Parameter:
         """Return a parameter of the base as it is without any adapter, merged or not."""
@@ -111,11 +117,6 @@ class AdapterLayer(nn.Module):
         for name, original in self.originals.items():
             setattr(self.base, name, original)
         self.originals = nn.ParameterDict()
-
-    def own_state(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the adapters' parameters as ``adapters.<name>.<parameter>``."""
-        for name, parameter in self.adapters.named_parameters():
-            yield f"adapters.{name}", parameter
 
     def extra_repr(self) -> str:
         """Say which adapter is in use."""

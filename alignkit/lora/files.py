@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,17 +19,38 @@ from alignkit.errors import AlignkitError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+CONFIG_KEY = "adapter_config"
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """Return ``adapter_config.json`` as a dict.
+class AdapterFiles(NamedTuple):
+    """What a directory or file holds: PEFT's config, the tensors, and their names for messages."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    config_path: str
+    tensors_path: str
+
+
+def read_adapter(path: Path) -> AdapterFiles:
+    """Read a PEFT directory, or one ``.safetensors`` file with the config in its header.
 
     Raises:
-        AlignkitError: No such file, or no JSON object in it.
+        AlignkitError: Files missing, damaged, not JSON, or leading outside the directory.
     """
-    path = _inside(directory, CONFIG_FILE)
+    if path.is_file():
+        tensors, header = read_tensors(path)
+        if CONFIG_KEY not in header:
+            raise AlignkitError(f"{path}: its header holds no adapter config; give its directory")
+        where = f"{path} (header)"
+        return AdapterFiles(_parse(header[CONFIG_KEY], where), tensors, where, str(path))
+    config_path, tensors_path = _inside(path, CONFIG_FILE), _inside(path, WEIGHTS_FILE)
+    config = _parse(config_path.read_bytes(), str(config_path))
+    return AdapterFiles(config, read_tensors(tensors_path)[0], str(config_path), str(tensors_path))
+
+
+def _parse(text: str | bytes, path: str) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(text)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise AlignkitError(f"{path}: not JSON ({error}); save the adapter again") from None
     if not isinstance(raw, dict):
@@ -37,13 +58,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return raw
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Return the tensors of ``adapter_model.safetensors``, on the CPU.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, on the CPU, and its header.
 
     Raises:
-        AlignkitError: No such file, or it is cut short, altered, or holds NaN or infinity.
+        AlignkitError: The file is cut short or altered, or holds NaN, infinity or integers.
     """
-    path = _inside(directory, WEIGHTS_FILE)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -59,14 +79,14 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             raise AlignkitError(f"{path}: {key} holds {tensor.dtype}, not floating point numbers")
         if not torch.isfinite(tensor).all():
             raise AlignkitError(f"{path}: {key} holds NaN or infinity; use an earlier adapter")
-    return tensors
+    return tensors, metadata
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], **metadata: str) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write tensors with a checksum in the header, where other readers ignore it."""
     tensors = dict(sorted(tensors.items()))
-    header = {"format": "pt", "sha256": digest(tensors), **metadata}
-    write_atomically(path, save(tensors, metadata=header))
+    metadata = {"format": "pt", "sha256": digest(tensors), **header}
+    write_atomically(path, save(tensors, metadata=metadata))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -14,6 +14,9 @@ from torch import Tensor
 from alignkit.errors import AlignkitError
 from alignkit.lora.config import LoRAConfig
 
+SUBTRACTED = ("pissa", "olora")
+"""Starts whose product is taken away from the weight."""
+
 
 class Start(NamedTuple):
     """An adapter's first A [I, R] and B [R, O], and whether their product must be taken away.

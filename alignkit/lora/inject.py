@@ -191,8 +191,8 @@ def lora_parameter_groups(
 ) -> list[dict[str, Any]]:
     """Group the trainable parameters for LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
 
-    B learns ``ratio`` times as fast as everything else: ``η_B = λ η_A`` (the paper's Algorithm 1
-    and sec. 5, which recommends λ ≈ 2⁴).
+    B of every linear layer learns ``ratio`` times as fast as everything else: ``η_B = λ η_A``, λ
+    about 2⁴ in the paper. In an embedding it is A that starts at zero, so neither is sped up.
 
     Args:
         model: A model with adapters.
@@ -203,9 +203,15 @@ def lora_parameter_groups(
     Returns:
         Parameter groups for any torch optimizer, the second with ``lr · ratio``.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    fast = [p for name, p in trainable if name.endswith(".lora_B")]
-    slow = [p for name, p in trainable if not name.endswith(".lora_B")]
+    b_matrices = {
+        id(adapter.lora_B)
+        for layer in adapter_layers(model).values()
+        if isinstance(layer, LoRALinear)
+        for adapter in layer.adapters.values()
+    }
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    fast = [p for p in trainable if id(p) in b_matrices]
+    slow = [p for p in trainable if id(p) not in b_matrices]
     groups = [
         {"params": slow, "lr": lr, "weight_decay": weight_decay},
         {"params": fast, "lr": lr * ratio, "weight_decay": weight_decay},

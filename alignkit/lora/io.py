@@ -18,12 +18,13 @@ from alignkit.lora.adapter import adapter_layers, plain_modules
 from alignkit.lora.config import LoRAConfig
 from alignkit.lora.files import (
     CONFIG_FILE,
+    CONFIG_KEY,
     WEIGHTS_FILE,
-    read_config,
-    read_tensors,
+    read_adapter,
     write_atomically,
     write_tensors,
 )
+from alignkit.lora.init import SUBTRACTED
 from alignkit.lora.inject import (
     adapter_configs,
     inject_lora,
@@ -53,6 +54,7 @@ def save_adapter(
     *,
     name: str | None = None,
     base: str | None = None,
+    plain: bool = False,
 ) -> Path:
     """Write one adapter as PEFT does, for PEFT and whatever else reads its format.
 
@@ -61,6 +63,8 @@ def save_adapter(
         directory: Made if missing; an adapter already there is replaced.
         name: The adapter; the active one by default.
         base: Where the base model is found, recorded for readers; by default what the model says.
+        plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank,
+            ``[A A₀] [B; -B₀]`` (PiSSA's appendix C), for readers that know no such starts.
 
     Returns:
         The directory.
@@ -68,23 +72,49 @@ def save_adapter(
     Raises:
         AlignkitError: No such adapter, or an option PEFT has no equal for; nothing is written.
     """
-    name = require_adapter(model, name)
-    config = adapter_configs(model)[name]
-    raw = config_to_peft(model, config, name, base or base_name(model))
+    config, tensors = _to_peft(model, name, base, plain)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / WEIGHTS_FILE, tensors, {})
+    write_atomically(directory / CONFIG_FILE, json.dumps(config, indent=2).encode())
+    return directory
+
+
+def save_adapter_file(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    plain: bool = False,
+) -> Path:
+    """Write one adapter as a single safetensors file, its config as JSON in the header.
+
+    Arguments and errors are `save_adapter`'s; returns the file's path.
+    """
+    config, tensors = _to_peft(model, name, base, plain)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, {CONFIG_KEY: json.dumps(config)})
+    return path
+
+
+def _to_peft(
+    model: nn.Module, name: str | None, base: str | None, plain: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    name = require_adapter(model, name)
+    config = adapter_configs(model)[name]
+    raw = config_to_peft(model, config, name, base or base_name(model), plain)
     tensors = {
         key: (tensor.t() if matrix else tensor).contiguous().cpu()
-        for key, (tensor, matrix) in peft_tensors(model, name).items()
+        for key, (tensor, matrix) in peft_tensors(model, name, plain).items()
     }
-    write_tensors(directory / WEIGHTS_FILE, tensors)
-    write_atomically(directory / CONFIG_FILE, json.dumps(raw, indent=2, sort_keys=True).encode())
-    return directory
+    return raw, tensors
 
 
 def load_adapter(
     model: Model,
-    directory: str | os.PathLike[str],
+    path: str | os.PathLike[str],
     *,
     name: str = "default",
     trainable: bool = True,
@@ -97,7 +127,7 @@ def load_adapter(
 
     Args:
         model: The base model, with or without adapters. Changed in place.
-        directory: What `save_adapter` or PEFT wrote.
+        path: The directory that `save_adapter` or PEFT wrote, or `save_adapter_file`'s file.
         name: What to call the adapter here.
         trainable: Whether it goes on training.
         untie: As `LoRAConfig.untie`, for an adapter on one side of tied embeddings.
@@ -109,17 +139,16 @@ def load_adapter(
         AlignkitError: Files missing, damaged or leading outside the directory; another method than
             LoRA; tensors missing, unexpected, of another shape or base. The model is unchanged.
     """
-    directory = Path(directory)
-    where = str(directory / WEIGHTS_FILE)
-    raw = read_config(directory)
-    config = config_from_peft(raw, str(directory / CONFIG_FILE))
+    files = read_adapter(Path(path))
+    where = files.tensors_path
+    config = config_from_peft(files.config, files.config_path)
     config = dataclasses.replace(config, untie=untie)
     refuse_merged(adapter_layers(model))
     targets = resolve(model, config)
     expected = peft_shapes(model, config, targets, trained_parameters(model, config, targets))
-    given = _without_base(model, read_tensors(directory), expected, where)
+    given = _without_base(model, files.tensors, expected, where)
     refuse_differences(given, expected, where)
-    _warn_of_other_base(model, raw, directory)
+    _warn_of_other_base(model, files.config, where)
     if name in adapter_configs(model):
         _refuse_other_build(model, name, targets, expected, where)
     else:
@@ -160,10 +189,10 @@ def _without_base(
     return kept
 
 
-def _warn_of_other_base(model: nn.Module, raw: Mapping[str, Any], directory: Path) -> None:
+def _warn_of_other_base(model: nn.Module, raw: Mapping[str, Any], where: str) -> None:
     theirs, ours = raw.get("base_model_name_or_path"), base_name(model)
     if theirs and ours and theirs != ours:
-        logger.warning("%s was trained on %s; the model here is %s", directory, theirs, ours)
+        logger.warning("%s was trained on %s; the model here is %s", where, theirs, ours)
 
 
 def _refuse_other_build(
@@ -181,10 +210,10 @@ def _refuse_other_build(
     refuse_differences(own, expected, f"adapter {name!r} of the model, compared with {where},")
     layers = adapter_layers(model)
     for path, theirs in targets.items():
-        ours = layers[path].adapters[name].config
+        ours = layers[path].adapter(name).config
         for field in ("scale", "dropout", "init"):
             a, b = getattr(theirs, field), getattr(ours, field)
-            if a != b and (field != "init" or {a, b} & {"pissa", "olora"}):
+            if a != b and (field != "init" or {a, b} & set(SUBTRACTED)):
                 raise AlignkitError(
                     f"{where}: {path} has {field} {a}, adapter {name!r} of the model has {b}; "
                     "load it under another name or into a fresh model"

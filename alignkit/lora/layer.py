@@ -171,6 +171,16 @@ class LoRAEmbedding(LowRankLayer):
 
     kinds = (nn.Embedding,)
 
+    @property
+    def num_embeddings(self) -> int:
+        """V."""
+        return self.weight_io().shape[0]
+
+    @property
+    def embedding_dim(self) -> int:
+        """O."""
+        return self.weight_io().shape[1]
+
     def start(self, config: LoRAConfig) -> Start:
         """Return A = 0 and B ~ N(0, 1)."""
         if config.init not in ("gaussian", "kaiming"):

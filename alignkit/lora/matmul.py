@@ -9,6 +9,7 @@ Shape letters: T rows (all leading axes of x), I input width, O output width, R 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,14 +60,14 @@ class _AdaptedLinear(torch.autograd.Function):
         device, dtype = x.device.type, x.dtype
         ctx.autocast = torch.is_autocast_enabled(device)
         x_TI = x.reshape(-1, x.shape[-1])
-        with torch.autocast(device, enabled=False):
+        with _no_autocast(device):
             # Frozen fp32 weights are cast again in backward rather than kept twice.
             weight = weight_IO.to(dtype) if ctx.autocast else weight_IO
             if bias_O is None:
                 y_TO = torch.mm(x_TI, weight)
             else:
                 y_TO = torch.addmm(bias_O.to(dtype), x_TI, weight)
-            z_TR = torch.mm(x_TI, a_IR.to(dtype))
+            z_TR = torch.mm(x_TI, _rows(a_IR, dtype).t())
             y_TO.addmm_(z_TR, (b_RO * scale).to(dtype))
         trains = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         ctx.save_for_backward(weight_IO, a_IR, b_RO, *((x_TI, z_TR) if trains else ()))
@@ -81,7 +82,7 @@ class _AdaptedLinear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         dtype = ctx.dtype
         grad_x = grad_a = grad_b = grad_bias = None
-        with torch.autocast(grad.device.type, enabled=False):
+        with _no_autocast(grad.device.type):
             g_TO = grad.reshape(-1, grad.shape[-1])
             if needs_x or needs_a:
                 gz_TR = torch.mm(g_TO, (b_RO * ctx.scale).to(dtype).t())
@@ -90,12 +91,24 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_x = torch.mm(g_TO, weight.t())
                 grad_x = grad_x.addmm_(gz_TR, a_IR.to(dtype).t()).view(ctx.shape)
             if needs_a:
-                grad_a = _wide_mm(kept[0].t(), gz_TR).to(a_IR.dtype)
+                grad_a = _wide_mm(gz_TR.t(), kept[0]).to(a_IR.dtype).t()
             if needs_b:
                 grad_b = _wide_mm(kept[1].t(), g_TO).to(b_RO.dtype) * ctx.scale
             if needs_bias:
                 grad_bias = g_TO.sum(0, dtype=ctx.bias_dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None
+
+
+def _no_autocast(device: str) -> AbstractContextManager[object]:
+    # Entering autocast's context costs as much as a small product: only where it is on.
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def _rows(a_IR: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return A as contiguous rows [R, I]: the skinny product then reads both sides in order."""
+    return a_IR.t().to(dtype, memory_format=torch.contiguous_format)
 
 
 def _wide_mm(left: Tensor, right: Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from alignkit.lora.adapter import adapter_layers
+from alignkit.lora.adapter import adapter_layers, replace_module
 from alignkit.lora.inject import require_adapter
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -16,8 +20,8 @@ def merge_lora(model: Model) -> Model:
     """Fold the active adapter into the base weights, for inference at the base's cost.
 
     The replaced weights are kept, so that `unmerge_lora` gives back the very same bits whatever the
-    dtype; until then the adapted weights take twice their memory. While merged the adapter does not
-    train. A merged model stays merged.
+    dtype; until then the adapted weights take twice their memory. A merged adapter does not train.
+    A model that is merged already is left as it is.
 
     Raises:
         AlignkitError: No adapter is active.
@@ -33,3 +37,84 @@ def unmerge_lora(model: Model) -> Model:
     for layer in adapter_layers(model).values():
         layer.unmerge()
     return model
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter is folded into the model's weights."""
+    return any(layer.merged for layer in adapter_layers(model).values())
+
+
+@contextmanager
+def merged_plain(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is a plain transformers model: merged, without any wrapper."""
+    was_merged = is_merged(model)
+    layers = adapter_layers(model)
+    outer_first = sorted(layers, key=len)
+    try:
+        merge_lora(model)
+        for path in outer_first:
+            replace_module(model, path, layers[path].base)
+        yield
+    finally:
+        for path in reversed(outer_first):
+            replace_module(model, path, layers[path])
+        if not was_merged:
+            unmerge_lora(model)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far merging moves a model's logits: rounding to the base's dtype, and nothing else.
+
+    Attributes:
+        largest: Largest absolute change of a logit.
+        mean: Mean absolute change.
+        scale: Largest absolute logit before, to measure the changes against.
+        tokens: Positions looked at.
+        flipped: Positions whose most probable token changed.
+    """
+
+    largest: float
+    mean: float
+    scale: float
+    tokens: int
+    flipped: int
+
+    def __str__(self) -> str:
+        return (
+            f"largest logit change {self.largest:.3g} (logits up to {self.scale:.3g}), "
+            f"most probable token changed at {self.flipped} of {self.tokens} positions"
+        )
+
+
+@torch.no_grad()
+def merge_report(model: nn.Module, input_ids: Tensor) -> MergeReport:
+    """Compare a model's logits before and after `merge_lora`; leaves the model as it found it.
+
+    Args:
+        model: A causal LM with an active adapter.
+        input_ids: [B, T] token ids of some text.
+
+    Raises:
+        AlignkitError: No adapter is active.
+    """
+    require_adapter(model)
+    was_merged, was_training = is_merged(model), model.training
+    model.eval()
+    try:
+        before = unmerge_lora(model)(input_ids).logits.float()
+        after = merge_lora(model)(input_ids).logits.float()
+    finally:
+        model.train(was_training)
+        if was_merged:
+            merge_lora(model)
+        else:
+            unmerge_lora(model)
+    change = (after - before).abs()
+    return MergeReport(
+        largest=change.max().item(),
+        mean=change.mean().item(),
+        scale=before.abs().max().item(),
+        tokens=input_ids.numel(),
+        flipped=int((after.argmax(-1) != before.argmax(-1)).sum().item()),
+    )

@@ -6,6 +6,8 @@ PEFT keeps A as [R, I] and B as [O, R] for Linear and Conv1D alike; alignkit's a
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import FROZEN, adapter_layers, plain_modules
 from alignkit.lora.config import LoRAConfig
+from alignkit.lora.init import SUBTRACTED
 from alignkit.lora.layer import LoRAEmbedding, LowRankLayer
 from alignkit.lora.targets import ADAPTABLE, ALL_LINEAR, is_regex, matches
 
@@ -47,16 +50,23 @@ _UNSUPPORTED = (
 )  # fmt: skip
 
 
-def peft_tensors(model: nn.Module, name: str) -> dict[str, tuple[Tensor, bool]]:
-    """Return an adapter's live tensors under PEFT's names, and whether PEFT's are transposed."""
+def peft_tensors(
+    model: nn.Module, name: str, plain: bool = False
+) -> dict[str, tuple[Tensor, bool]]:
+    """Return an adapter's tensors under PEFT's names, and whether PEFT's are transposed.
+
+    The live parameters, to read or to fill; with ``plain``, a subtracted start is part of A and B.
+    """
     named: dict[str, tuple[Tensor, bool]] = {}
     for path, layer in adapter_layers(model).items():
         if name not in layer.adapters:
             continue
         names = _EMBEDDING_NAMES if isinstance(layer, LoRAEmbedding) else _LINEAR_NAMES
-        for key, parameter in layer.adapters[name].named_parameters():
-            if key in FROZEN:
-                continue
+        adapter = layer.adapter(name)
+        values = {k: v for k, v in adapter.named_parameters() if k not in FROZEN}
+        if plain and isinstance(layer, LowRankLayer):
+            values |= zip(("lora_A", "lora_B"), adapter.factors(), strict=True)
+        for key, parameter in values.items():
             matrix = key in ("lora_A", "lora_B")
             suffix = names[key] if isinstance(layer, LowRankLayer) else key
             named[f"{PREFIX}{path}.{suffix}"] = (parameter.detach(), matrix)
@@ -92,7 +102,7 @@ def peft_shapes(
 
 
 def config_to_peft(
-    model: nn.Module, config: LoRAConfig, name: str, base: str | None
+    model: nn.Module, config: LoRAConfig, name: str, base: str | None, plain: bool = False
 ) -> dict[str, Any]:
     """Return PEFT's ``adapter_config.json`` for an adapter of a model.
 
@@ -101,6 +111,7 @@ def config_to_peft(
         config: What the adapter was made from.
         name: The adapter.
         base: Recorded as the base model's name or path.
+        plain: Describe a subtracted start as ordinary LoRA of twice the rank.
 
     Raises:
         AlignkitError: An option that PEFT has no equal for.
@@ -112,6 +123,8 @@ def config_to_peft(
         if name in layer.adapters and isinstance(layer, LowRankLayer)
     ]
     has_conv1d = any(isinstance(layers_with[path].base, Conv1D) for path in adapted)
+    if plain:
+        config = _plain(config)
     if config.init == "olora" and has_conv1d:
         raise AlignkitError(
             "export: PEFT cannot express init='olora' on Conv1D layers (its factors come out in "
@@ -198,6 +211,21 @@ def config_from_peft(raw: Mapping[str, Any], where: str) -> LoRAConfig:
         )
     except (TypeError, ValueError) as error:
         raise AlignkitError(f"{where}: {error}") from None
+
+
+def _plain(config: LoRAConfig) -> LoRAConfig:
+    """Double the rank of a config with a subtracted start, at the same scale."""
+    if config.init not in SUBTRACTED:
+        return config
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return dataclasses.replace(
+        config,
+        init="kaiming",
+        r=2 * config.r,
+        alpha=factor * config.alpha,
+        rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
+        alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+    )
 
 
 def portable_targets(model: nn.Module, paths: list[str]) -> list[str]:
