@@ -125,7 +125,7 @@ class AlignmentDataModule(LightningDataModule):
         super().__init__()
         if not 0 < val_fraction < 1:
             raise AlignkitError(f"data.val_fraction={val_fraction}: give a share between 0 and 1")
-        self.tokenizer = tokenizer
+        self.tokenizer = str(tokenizer)
         self.path = path
         self.tokens_per_batch = tokens_per_batch
         self.examples_per_batch = examples_per_batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from alignkit.engine import Example
 from alignkit.errors import AlignkitError
@@ -36,12 +36,10 @@ def rows(
     """
     if block_size < 2:
         raise AlignkitError(f"data.block_size={block_size}: give at least 2")
-    if packing == "concatenate":
-        return _concatenate(documents, block_size)
-    if packing == "best_fit":
-        return _best_fit(documents, block_size)
-    known = ", ".join(get_args(Packing))
-    raise AlignkitError(f"data.packing={packing!r}: choose one of {known}")
+    packers = {"concatenate": _concatenate, "best_fit": _best_fit}
+    if packing not in packers:
+        raise AlignkitError(f"data.packing={packing!r}: choose one of {', '.join(packers)}")
+    return packers[packing](documents, block_size)
 
 
 def _concatenate(documents: Iterable[Document], size: int) -> Iterator[tuple[int, Example]]:

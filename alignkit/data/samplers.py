@@ -142,8 +142,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
                 f"resuming mid-epoch needs the same data and batches: the checkpoint had "
                 f"{state['plan']}; this run has {self.fingerprint}"
             )
-        self.set_epoch(state["epoch"])
-        self._start = self._yielded = state["batches"]
+        # A finished epoch is the next one's beginning: a loader with workers draws at once.
+        finished = state["batches"] >= len(self)
+        self.set_epoch(state["epoch"] + int(finished))
+        self._start = self._yielded = 0 if finished else state["batches"]
 
     def __len__(self) -> int:
         """Micro-batches of one whole epoch of this rank, whatever the start offset."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,13 +46,15 @@ def weights_of(path: DataPath) -> dict[str, float | None]:
     Raises:
         AlignkitError: No place, or a weight that is not a positive number.
     """
+    places: dict[str, float | None]
     if isinstance(path, dict):
         for place, weight in path.items():
             if not weight > 0:
                 raise AlignkitError(f"data.path: the weight of {place} is {weight}; give one > 0")
-        places: dict[str, float | None] = dict(path)
+        places = dict(path)
     else:
-        places = dict.fromkeys([path] if isinstance(path, str) else path)
+        listed = path if isinstance(path, list | tuple) else [path]
+        places = {os.fspath(place): None for place in listed}
     if not places:
         raise AlignkitError("data.path: it is empty; give a file, a directory or a Hub id")
     return places

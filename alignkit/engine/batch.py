@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
@@ -126,39 +128,44 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     """
     if not examples:
         raise AlignkitError("collate: no examples given; a batch holds at least one")
-    ids: list[int] = []
-    positions: list[int] = []
-    score_from: list[int] = []
-    targets: list[int] = []
-    response_index: list[int] = []
+    segments: list[NDArray[np.int64]] = []
+    bases: list[int] = []  # position of each segment's first token
+    firsts: list[int] = []  # row index of each response's first token, and what predicts it
+    before: list[int] = []
+    flags: list[NDArray[np.bool_]] = []  # per segment: which tokens are scored
     spans: list[Span] = []
-    number = 0
+    end = 0
     for index, example in enumerate(examples):
         _check(index, example)
-        prompt = len(example.prompt)
-        start = len(ids)
-        ids.extend(example.prompt)
-        positions.extend(range(prompt))
+        start, prompt = end, len(example.prompt)
+        segments.append(np.asarray(example.prompt, np.int64))
+        bases.append(0)
+        flags.append(np.zeros(prompt, np.bool_))
+        end += prompt
         for k, response in enumerate(example.responses):
-            first = len(ids)
-            ids.extend(response)
-            positions.extend(range(prompt, prompt + len(response)))
-            predictors = [start + prompt - 1, *range(first, first + len(response) - 1)]
-            scored = example.scored[k] if example.scored is not None else [True] * len(response)
-            for j in range(0 if prompt else 1, len(response)):
-                if scored[j]:
-                    score_from.append(predictors[j])
-                    targets.append(response[j])
-                    response_index.append(number)
-            number += 1
+            scored = example.scored[k] if example.scored is not None else True
+            flags.append(np.full(len(response), scored, np.bool_))
+            flags[-1][0] &= prompt > 0  # without a prompt nothing predicts the first token
+            segments.append(np.asarray(response, np.int64))
+            bases.append(prompt)
+            firsts.append(end)
+            before.append(start + prompt - 1)
+            end += len(response)
         spans.append(Span(start, prompt, tuple(len(r) for r in example.responses)))
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.int64)  # noqa: E731
+    lengths = np.array([len(segment) for segment in segments])
+    row = np.arange(end)
+    starts = np.cumsum(lengths) - lengths
+    predictors = row - 1
+    predictors[firsts] = before
+    scored_N = np.flatnonzero(np.concatenate(flags))
+    input_ids = np.concatenate(segments)
+    responses = np.searchsorted(firsts, scored_N, side="right") - 1
     return PackedBatch(
-        input_ids=as_tensor(ids),
-        position_ids=as_tensor(positions),
-        score_from=as_tensor(score_from),
-        target_ids=as_tensor(targets),
-        response_index=as_tensor(response_index),
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(row - np.repeat(starts - bases, lengths)),
+        score_from=torch.from_numpy(predictors[scored_N]),
+        target_ids=torch.from_numpy(input_ids[scored_N]),
+        response_index=torch.from_numpy(responses.astype(np.int64)),
         spans=tuple(spans),
     )
 
