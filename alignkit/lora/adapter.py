@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from alignkit.lora.config import LoRAConfig
 
 FROZEN = ("start_A", "start_B")
 """Parameters of an adapter that never train: what PiSSA and OLoRA subtract."""
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class Adapter(nn.Module):
@@ -30,6 +33,17 @@ class Adapter(nn.Module):
         self.config = config
         for name, value in parameters.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=name not in FROZEN))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Move as the model moves, but stay fp32 when the model is cast to half precision."""
+
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            halved = tensor.dtype == torch.float32 and moved.dtype in _HALF
+            return tensor.to(moved.device) if halved else moved
+
+        super()._apply(keep_fp32, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def get(self, name: str) -> nn.Parameter | None:
         """Return a parameter, or ``None`` where this adapter has none of that name."""

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError
+from alignkit.lora.files import CONFIG_FILE
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.io import save_adapter, save_adapter_file
 from alignkit.lora.merge import merged_plain
@@ -70,6 +71,11 @@ def export(
     if not isinstance(model, PreTrainedModel):
         raise AlignkitError(
             f"export: {type(model).__name__} is no transformers model; 'merged' writes those only"
+        )
+    if (directory / CONFIG_FILE).exists():
+        raise AlignkitError(
+            f"export: {directory} holds an adapter, which transformers would add to the merged "
+            "model; choose another directory"
         )
     directory.mkdir(parents=True, exist_ok=True)
     if adapter_configs(model):

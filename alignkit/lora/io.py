@@ -41,7 +41,7 @@ from alignkit.lora.peft_format import (
     peft_tensors,
 )
 from alignkit.lora.state import refuse_differences
-from alignkit.lora.targets import resolve
+from alignkit.lora.targets import pruned, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,7 @@ def load_adapter(
     config = config_from_peft(files.config, files.config_path)
     config = dataclasses.replace(config, untie=untie)
     refuse_merged(adapter_layers(model))
+    config = pruned(model, config)
     targets = resolve(model, config)
     expected = peft_shapes(model, config, targets, trained_parameters(model, config, targets))
     given = _without_base(model, files.tensors, expected, where)

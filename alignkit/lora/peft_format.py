@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import FROZEN, adapter_layers, plain_modules
-from alignkit.lora.config import LoRAConfig
+from alignkit.lora.config import LoRAConfig, strings
 from alignkit.lora.init import SUBTRACTED
 from alignkit.lora.layer import LoRAEmbedding, LowRankLayer
 from alignkit.lora.targets import ADAPTABLE, ALL_LINEAR, is_regex, matches
@@ -63,7 +64,7 @@ def peft_tensors(
             continue
         names = _EMBEDDING_NAMES if isinstance(layer, LoRAEmbedding) else _LINEAR_NAMES
         adapter = layer.adapter(name)
-        values = {k: v for k, v in adapter.named_parameters() if k not in FROZEN}
+        values: dict[str, Tensor] = {k: v for k, v in adapter.named_parameters() if k not in FROZEN}
         if plain and isinstance(layer, LowRankLayer):
             values |= zip(("lora_A", "lora_B"), adapter.factors(), strict=True)
         for key, parameter in values.items():
@@ -131,6 +132,8 @@ def config_to_peft(
             "the wrong shape); export with plain=True or merged"
         )
     literal = not any(is_regex(t) or t == ALL_LINEAR for t in (*config.targets, *config.exclude))
+    if config.layers is not None:  # PEFT counts layers only where a block list has a parent
+        literal = literal and all(re.match(r".*?\.[^.]*\.\d+\.", path) for path in adapted)
     layers: list[int] | None = list(config.layers or ()) or None  # type: ignore[arg-type]
     if literal:
         names, exclude = list(config.targets), list(config.exclude) or None
@@ -189,18 +192,15 @@ def config_from_peft(raw: Mapping[str, Any], where: str) -> LoRAConfig:
     if targets is None:
         raise AlignkitError(f"{where}: target_modules is missing; name the adapted modules")
     layers = raw.get("layers_to_transform")
-    if raw.get("layers_pattern"):
-        raise AlignkitError(
-            f"{where}: layers_pattern is set; list the modules in target_modules instead"
-        )
+    layers = (layers,) if isinstance(layers, int) else (layers or None)
     try:
         return LoRAConfig(
             r=raw.get("r", 8),
             alpha=raw.get("lora_alpha", 8),
             dropout=raw.get("lora_dropout", 0.0),
-            targets=_patterns_from_peft(targets),
+            targets=_targets_from_peft(targets, layers, raw.get("layers_pattern")),
             exclude=_patterns_from_peft(exclude or ()),
-            layers=(layers,) if isinstance(layers, int) else (layers or None),
+            layers=None if raw.get("layers_pattern") else layers,
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             use_rslora=bool(raw.get("use_rslora")),
@@ -232,8 +232,18 @@ def portable_targets(model: nn.Module, paths: list[str]) -> list[str]:
     """Name modules by their paths' last parts where that is exact, else by whole paths."""
     adaptable = [path for path, m in plain_modules(model).items() if type(m) in ADAPTABLE]
     endings = sorted({path.rpartition(".")[2] for path in paths})
-    meant = {path for path in adaptable if any(matches(end, path, "") for end in endings)}
+    meant = {path for path in adaptable if any(matches(end, path) for end in endings)}
     return endings if meant == set(paths) else sorted(paths)
+
+
+def _targets_from_peft(value: Any, layers: Any, layers_pattern: Any) -> tuple[str, ...]:
+    """Return the targets, as one expression that holds the layers if ``layers_pattern`` is set."""
+    names = _patterns_from_peft(value)
+    if not layers_pattern or not layers:
+        return names
+    blocks = "|".join(strings(layers_pattern))
+    indices = "|".join(map(str, layers))
+    return (rf"(.*\.)?({blocks})\.({indices})\.(.*\.)?({'|'.join(map(re.escape, names))})",)
 
 
 def _patterns_from_peft(value: Any) -> tuple[str, ...]:

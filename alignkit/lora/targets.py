@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 
@@ -62,6 +63,30 @@ def resolve(model: nn.Module, config: LoRAConfig) -> dict[str, LoRAConfig]:
     return resolved
 
 
+def pruned(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
+    """Drop entries that match nothing, which PEFT allows as long as one target matches."""
+    paths = [path for path, module in plain_modules(model).items() if type(module) in ADAPTABLE]
+
+    def used(patterns: tuple[str, ...] | str) -> tuple[str, ...]:
+        return tuple(t for t in patterns if t == ALL_LINEAR or any(matches(t, p) for p in paths))
+
+    bare = dataclasses.replace(
+        config,
+        targets=used(config.targets) or config.targets,
+        exclude=used(config.exclude),
+        rank_pattern={},
+        alpha_pattern={},
+    )
+    chosen = resolve(model, bare)
+    ranks = {first_match(config.rank_pattern, path) for path in chosen}
+    alphas = {first_match(config.alpha_pattern, path) for path in chosen}
+    return dataclasses.replace(
+        bare,
+        rank_pattern={key: r for key, r in config.rank_pattern.items() if key in ranks},
+        alpha_pattern={key: a for key, a in config.alpha_pattern.items() if key in alphas},
+    )
+
+
 def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the paths of ``modules_to_save``, those within them included, that own parameters.
 
@@ -83,7 +108,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     return [path for path in owners if path in found]
 
 
-def matches(pattern: str, path: str, where: str) -> bool:
+def matches(pattern: str, path: str, where: str = "LoRAConfig") -> bool:
     """Whether a target pattern names a path: a regular expression whole, a name at its end."""
     if _REGEX_CHARACTERS.search(pattern):
         return compiled(pattern, where).fullmatch(path) is not None
@@ -121,8 +146,8 @@ def refuse_ties(modules: dict[str, nn.Module], paths: list[str]) -> None:
             others = [other for other in owners[id(parameter)] if other != path]
             if others:
                 raise AlignkitError(
-                    f"LoRAConfig.targets: {path} shares its weight with {', '.join(others)}; leave "
-                    "it out, or set untie=True to change it alone"
+                    f"LoRA: {path} shares its weight with {', '.join(others)}; leave it out, or "
+                    "set untie=True to change it alone"
                 )
 
 
