@@ -5,30 +5,34 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from alignkit.callbacks import ProgressBar
 from alignkit.errors import AlignkitError
 from alignkit.modules import AlignmentModule
 
-# Command to the function behind it, imported when it runs.
+# Command to what it does and the module behind it, imported when it runs: a function of the
+# command's name, and ``add_arguments(parser)`` for its flags.
 TOOLS = {
-    "generate": "alignkit.report.generate:generate",
-    "compare": "alignkit.report.compare:compare",
-    "export": "alignkit.report.export:export",
-    "audit": "alignkit.data.audit:audit",
-    "profile": "alignkit.report.profile:profile",
+    "generate": ("Answer prompts with a model.", "alignkit.report.generate"),
+    "compare": ("Put several models' answers side by side.", "alignkit.report.compare"),
+    "export": ("Write a checkpoint for use elsewhere.", "alignkit.report.export"),
+    "audit": ("Report every defect of a data set.", "alignkit.data.audit"),
+    "profile": ("Time LoRA against full fine-tuning.", "alignkit.report.profile"),
 }
 
 
 class AlignCLI(LightningCLI):
     """``fit``, ``validate`` and ``test`` for any AlignmentModule and data module, by class path."""
 
-    def __init__(self, args: ArgsType = None) -> None:
+    def __init__(self) -> None:
         super().__init__(
             AlignmentModule,
             LightningDataModule,
@@ -39,8 +43,9 @@ class AlignCLI(LightningCLI):
             trainer_defaults={
                 # Our batch samplers already deal batches to ranks, without repeating examples.
                 "use_distributed_sampler": False,
+                # The modules log one line of parameter counts, which says more.
+                "enable_model_summary": False,
             },
-            args=args,
         )
 
     @staticmethod
@@ -58,9 +63,16 @@ class AlignCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        for name in TOOLS:
-            tool, _ = tool_parser(name)
-            parser._subcommands_action.add_subcommand(name, tool, help=tool.description)
+        for name, (summary, _) in TOOLS.items():  # for --help alone: `main` runs them
+            parser._subcommands_action.add_subcommand(name, ArgumentParser(), help=summary)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Return the trainer, with our progress bar where the configuration names none."""
+        config = self._get(self.config_init, "trainer")
+        bars = [c for c in config.get("callbacks") or [] if isinstance(c, BaseProgressBar)]
+        if config.get("enable_progress_bar") is not False and not bars:
+            config["callbacks"] = [*(config.get("callbacks") or []), ProgressBar()]
+        return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it was given: ``--ckpt_path`` resumes and says nothing else.
@@ -70,37 +82,49 @@ class AlignCLI(LightningCLI):
         """
 
 
-def tool_parser(name: str) -> tuple[ArgumentParser, Any]:
-    """Return a parser for a tool's signature, and the function."""
-    module, _, attribute = TOOLS[name].partition(":")
-    function = getattr(importlib.import_module(module), attribute)
-    summary = (function.__doc__ or "").strip().splitlines()[0]
+def run_tool(name: str, arguments: Sequence[str]) -> None:
+    """Run a tool with its function's arguments as flags."""
+    summary, place = TOOLS[name]
+    module = importlib.import_module(place)
     parser = ArgumentParser(prog=f"alignkit {name}", description=summary)
-    parser.add_argument("--config", action="config", help="A YAML file with these arguments.")
-    parser.add_function_arguments(function, as_positional=True)
-    return parser, function
+    module.add_arguments(parser)
+    config = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    getattr(module, name)(**config.as_dict())
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    Args:
+        args: What follows ``alignkit``; the process's own arguments by default.
+
     Returns:
         The exit status: 0, or 2 after one line on standard error about what the user can mend.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    _quiet_logs()
     set_parsing_settings(add_print_completion_argument=True)
     arguments = list(sys.argv[1:] if args is None else args)
-    if args is not None:
-        sys.argv = [sys.argv[0]]  # LightningCLI warns where it is given both
     try:
         if arguments and arguments[0] in TOOLS:
-            parser, function = tool_parser(arguments[0])
-            config = parser.instantiate_classes(parser.parse_args(arguments[1:]))
-            config.pop("config", None)
-            function(**config.as_dict())
+            run_tool(arguments[0], arguments[1:])
         else:
-            AlignCLI(arguments)
+            sys.argv = ["alignkit", *arguments]  # LightningCLI would warn if handed them
+            AlignCLI()
     except AlignkitError as error:
         print(f"alignkit: error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _quiet_logs() -> None:
+    """Show our own log lines, and leave out what of Lightning's a user cannot act on."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("alignkit").setLevel(logging.INFO)
+    # Advertisements for other products.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+    # Lightning's own use of a torch name that was deprecated since.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    # Always so: the configuration was just saved there, or an earlier run's checkpoint lies there.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")

@@ -1,10 +1,11 @@
 """The one exception a user is meant to read."""
 
 
-class AlignkitError(ValueError):
+class AlignkitError(Exception):
     """Bad input that the user can mend.
 
     The message is one line: what is wrong, where (``file:line`` or the argument's name) and
     what to do. The command line prints it after ``alignkit: error:`` and exits with status 2,
-    without a stack trace.
+    without a stack trace. Not a `ValueError`: argument parsers catch those and bury the line
+    under the types they tried.
     """

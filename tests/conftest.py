@@ -27,9 +27,7 @@ def tiny_config(family: str) -> PretrainedConfig:
     """A two-layer config of one of the tested families, wide enough to be wrong visibly."""
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if family == "gpt2":
-        return GPT2Config(
-            vocab_size=VOCAB, n_positions=512, n_embd=32, n_layer=2, n_head=4, **ids
-        )
+        return GPT2Config(vocab_size=VOCAB, n_positions=512, n_embd=32, n_layer=2, n_head=4, **ids)
     shape = {
         "vocab_size": VOCAB,
         "hidden_size": 32,

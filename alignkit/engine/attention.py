@@ -180,9 +180,9 @@ def example_mask(span: Span) -> Tensor:
     for keys, count in query_segments(span):
         columns = torch.cat([torch.arange(part.start, part.stop) for part in keys]) - span.start
         rows = columns[-count:]
-        mask_LL[rows[:, None], columns] = torch.ones(count, len(columns)).tril(
-            len(columns) - count
-        ).bool()
+        mask_LL[rows[:, None], columns] = (
+            torch.ones(count, len(columns)).tril(len(columns) - count).bool()
+        )
     return mask_LL
 
 

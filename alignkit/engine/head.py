@@ -72,9 +72,7 @@ def token_scores(
     parts = []
     for rows in _chunks(len(target_N)):
         if torch.is_grad_enabled():
-            parts.append(
-                checkpoint(chunk, hidden_ND[rows], target_N[rows], use_reentrant=False)
-            )
+            parts.append(checkpoint(chunk, hidden_ND[rows], target_N[rows], use_reentrant=False))
         else:
             parts.append(chunk(hidden_ND[rows], target_N[rows]))
     columns = [torch.cat(column) if column[0] is not None else None for column in zip(*parts)]

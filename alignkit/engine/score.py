@@ -33,9 +33,7 @@ def score(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return score_with_stats(model, batch, stats=False).logps
 
 
-def score_with_stats(
-    model: PreTrainedModel, batch: PackedBatch, stats: bool = True
-) -> TokenScores:
+def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = True) -> TokenScores:
     """`score`, with each token's correctness and predictive entropy beside it.
 
     Args:

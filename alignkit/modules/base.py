@@ -126,14 +126,32 @@ class AlignmentModule(LightningModule):
         constant = self.trainer.accumulate_grad_batches * self.trainer.world_size
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         scale_gradients(parameters, constant / totals.weight)
-
-        if (self.global_step + 1) % max(int(self.trainer.log_every_n_steps), 1) == 0:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            self._log("train/grad_norm", nn.utils.get_total_norm(gradients))
         for name, mean in totals.means.items():
             self._log(f"train/{name}", mean, prog_bar=name == "loss")
         self._log("train/lr", optimizer.param_groups[0]["lr"])
         self._log("train/tokens_per_second", totals.tokens_per_second, prog_bar=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Log the gradient's norm and clip it.
+
+        Under mixed precision Lightning refuses to clip for a fused optimizer, which unscales
+        inside its step; only 16-mixed has a scaler, so everything else clips here.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._log("train/grad_norm", norm)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and scaler is None:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        else:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's training means as ``train/…_epoch``."""
@@ -152,6 +170,13 @@ class AlignmentModule(LightningModule):
     def on_fit_start(self) -> None:
         """Put the policy in training mode: transformers models load in eval, fit leaves them so."""
         self.model.train()
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        if self.trainer.is_global_zero:
+            log.info(
+                "%s: training %s of %s parameters (%.2f%%)",
+                type(self).__name__, f"{trainable:,}", f"{total:,}", 100 * trainable / total,
+            )  # fmt: skip
 
     def on_train_epoch_start(self) -> None:
         """Measure throughput from here: set-up and validation are not training."""
@@ -254,6 +279,4 @@ class AlignmentModule(LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         for name, metric in self.val_metrics.named().items():
             attribute = f"val_metrics.means.{name}"
-            self.log(
-                f"{stage}/{name}", metric, prog_bar=name == "loss", metric_attribute=attribute
-            )
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", metric_attribute=attribute)

@@ -75,9 +75,7 @@ class DPOModule(AlignmentModule):
                 gradients.
             reference: The same under the frozen reference.
         """
-        return self.loss(
-            policy, reference, beta=self.beta, label_smoothing=self.label_smoothing
-        )
+        return self.loss(policy, reference, beta=self.beta, label_smoothing=self.label_smoothing)
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Score both answers under policy and reference; a batch weighs its pairs."""

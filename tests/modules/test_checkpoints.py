@@ -56,7 +56,10 @@ def test_resume_is_bit_exact(model_dir: Callable[[str], Path], tmp_path: Path) -
         return DPOModule(base, **FAST)
 
     whole = fit(make(), tmp_path / "whole", 4, examples)
-    module, saver = make(), ModelCheckpoint(tmp_path / "half", every_n_train_steps=2, save_last=True)
+    module, saver = (
+        make(),
+        ModelCheckpoint(tmp_path / "half", every_n_train_steps=2, save_last=True),
+    )
     run = trainer(tmp_path, max_steps=4, callbacks=[saver], enable_checkpointing=True)
 
     class Stop(Exception):
@@ -96,9 +99,7 @@ def test_stage_chaining_starts_from_the_weights(sft_ckpt: Path, model_dir: Calla
     assert not torch.equal(score(plain.model, batch), score(sft, batch))
 
 
-def test_init_from_a_peft_directory(
-    sft_ckpt: Path, model_dir: Callable, tmp_path: Path
-) -> None:
+def test_init_from_a_peft_directory(sft_ckpt: Path, model_dir: Callable, tmp_path: Path) -> None:
     base = str(model_dir("gpt2"))
     sft, _ = load_policy(str(sft_ckpt))
     save_adapter(sft, tmp_path / "adapter", base=base)
@@ -149,9 +150,7 @@ def test_other_lora_settings_are_refused(sft_ckpt: Path, model_dir: Callable) ->
         DPOModule(str(model_dir("gpt2")), lora=LoRAConfig(r=4), init_from=str(sft_ckpt))
 
 
-def test_another_reference_is_refused(
-    sft_ckpt: Path, model_dir: Callable, tmp_path: Path
-) -> None:
+def test_another_reference_is_refused(sft_ckpt: Path, model_dir: Callable, tmp_path: Path) -> None:
     """Resuming DPO without the SFT weights it started from would change the reference."""
     base = str(model_dir("gpt2"))
     dpo = fit(DPOModule(base, init_from=str(sft_ckpt)), tmp_path / "dpo", 1, pairs(2))

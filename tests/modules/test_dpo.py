@@ -90,6 +90,7 @@ def test_learns_the_preference(model_dir: Callable, tmp_path: Path) -> None:
     """On six pairs the loss falls well under ln 2 and every pair ends up ranked right."""
     module = DPOModule(
         str(model_dir("gpt2")),
+        beta=1.0,
         optimizer=lambda p: torch.optim.AdamW(p, lr=5e-2),
         schedule="constant_with_warmup",
     )

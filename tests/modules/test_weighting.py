@@ -14,7 +14,6 @@ from alignkit.modules import SFTModule
 from tests.modules.helpers import answers, loader, plain_cross_entropy_steps, sgd, trainer
 
 
-
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_updates_equal_one_big_batch(
     model_dir: Callable[[str], Path], family: str, tmp_path: Path, accumulate: int

@@ -1,0 +1,5 @@
+"""Lightning callbacks."""
+
+from alignkit.callbacks.progress import ProgressBar
+
+__all__ = ["ProgressBar"]
