@@ -7,104 +7,43 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from matplotlib.figure import Figure
+from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.table import Table
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.report.files import check_output, write_file, write_text
-from alignkit.report.plots import COLORS, new_figure, save
+from alignkit.report.plots import save
+from alignkit.report.profile_config import read_training_config
+from alignkit.report.profile_result import NAMES, PARTS, Profile, draw
 from alignkit.report.profile_step import Measurement, Setup
 from alignkit.report.request import as_json, resolve_device
 
-_NAMES = {"full": "Full fine-tuning", "lora": "LoRA"}
-_PARTS = ("forward", "backward", "optimizer")
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Both setups, each the median of its processes, and their ratios.
-
-    Attributes:
-        settings: What was run.
-        machine: Where.
-        setups: ``full`` and ``lora``.
-        ratios: LoRA over full fine-tuning for forward, backward, optimizer, step and peak: the
-            median over rounds of the ratio within a round.
-    """
-
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-    setups: dict[str, Measurement]
-    ratios: dict[str, float]
-
-    def rows(self) -> list[list[str]]:
-        """The table's cells, header first."""
-        header = ["", *_NAMES.values(), "ratio"]
-        full, lora = self.setups["full"], self.setups["lora"]
-        trained = lora.trainable_parameters / full.trainable_parameters
-        rows = [
-            [
-                "trainable parameters",
-                f"{full.trainable_parameters:,}",
-                f"{lora.trainable_parameters:,}",
-                f"{trained:.4f}",
-            ]
-        ]
-        for part in (*_PARTS, "step"):
-            values = [f"{1000 * getattr(setup, part):.1f}" for setup in (full, lora)]
-            rows.append([f"{part} (ms)", *values, f"{self.ratios[part]:.2f}"])
-        peaks = [f"{setup.peak_bytes / 2**20:,.0f}" for setup in (full, lora)]
-        return [header, *rows, ["peak memory (MiB)", *peaks, f"{self.ratios['peak']:.2f}"]]
-
-    def caption(self) -> str:
-        """One line that says what was measured and where."""
-        run, here = self.settings, self.machine
-        return (
-            f"{run['base']} ({self.setups['full'].base_parameters:,} parameters), "
-            f"{run['rows']} × {run['tokens']} tokens a step, {run['precision']}, "
-            f"medians of {run['steps']} steps in each of {run['rounds']} processes; "
-            f"{here['device']}, {here['threads']} threads, torch {here['torch']}."
-        )
-
-    def to_markdown(self) -> str:
-        """The table and its caption."""
-        header, *rows = self.rows()
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
-            f"\n\n{self.caption()}\n"
-        )
-
-    def to_table(self) -> Table:
-        """The same table for the terminal."""
-        header, *rows = self.rows()
-        table = Table()
-        for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left")
-        for row in rows:
-            table.add_row(*row)
-        return table
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values."""
-        return asdict(self)
+Precision = Literal["32-true", "bf16-mixed"]
+_DEFAULTS = {
+    "base": None,
+    "lora": LoRAConfig(),
+    "random_init": False,
+    "precision": "bf16-mixed",
+    "tokens": 256,
+}
 
 
 def profile(
-    base: str,
+    base: str | None = None,
     *,
-    lora: LoRAConfig = LoRAConfig(),  # noqa: B008 (frozen)
-    random_init: bool = False,
-    precision: Literal["32-true", "bf16-mixed"] = "bf16-mixed",
+    config: str | None = None,
+    lora: LoRAConfig | None = None,
+    random_init: bool | None = None,
+    precision: Precision | None = None,
+    tokens: int | None = None,
     rows: int = 4,
-    tokens: int = 256,
     steps: int = 10,
     rounds: int = 3,
     device: str = "auto",
@@ -119,12 +58,14 @@ def profile(
 
     Args:
         base: The model: a Hub id, a directory, a GGUF file, or with random_init a config.
-        lora: The adapter to compare with.
+        config: A training YAML: base, lora, random_init, precision and tokens (its block_size)
+            are taken from it where they are not given.
+        lora: The adapter to compare with, as a whole.
         random_init: Draw the base's weights at random; costs are the same.
-        precision: bf16-mixed trains fp32 weights under bf16 autocast, and keeps LoRA's frozen base
-            in bf16; 32-true is fp32 throughout.
+        precision: bf16-mixed (the default) trains fp32 weights under bf16 autocast, and keeps
+            LoRA's frozen base in bf16; 32-true is fp32 throughout.
+        tokens: Tokens a document, drawn at random; 256 by default.
         rows: Documents a step.
-        tokens: Tokens a document, drawn at random.
         steps: Measured steps in each process, after two to warm up.
         rounds: Processes a setup.
         device: Such as cpu or cuda:0; auto takes a GPU where there is one.
@@ -142,20 +83,39 @@ def profile(
         name: check_output(path, name)
         for name, path in (("markdown", markdown), ("json", json), ("plot", plot))
     }
-    for name, value in (("rows", rows), ("steps", steps), ("rounds", rounds)):
-        if value < 1:
-            raise AlignkitError(f"{name}: must be 1 or more, got {value}")
-    if tokens < 2:
-        raise AlignkitError(f"tokens: must be 2 or more (the first is not scored), got {tokens}")
+    given = {
+        "base": base,
+        "lora": lora,
+        "random_init": random_init,
+        "precision": precision,
+        "tokens": tokens,
+    }
+    chosen = {
+        **_DEFAULTS,
+        **(read_training_config(config) if config is not None else {}),
+        **{key: value for key, value in given.items() if value is not None},
+    }
+    _check({**chosen, "rows": rows, "steps": steps, "rounds": rounds})
     target = resolve_device(device)
-    common = Setup(
-        base, None, random_init, precision == "bf16-mixed", rows, tokens, steps, str(target)
+    full = Setup(
+        base=chosen["base"],
+        lora=None,
+        random_init=chosen["random_init"],
+        mixed=chosen["precision"] == "bf16-mixed",
+        rows=rows,
+        tokens=chosen["tokens"],
+        steps=steps,
+        device=str(target),
     )
-    setups = {"full": common, "lora": Setup(**{**asdict(common), "lora": lora.to_dict()})}
+    setups = {"full": full, "lora": replace(full, lora=chosen["lora"].to_dict())}
     console = Console()
     found = _run_rounds(setups, rounds, console)
     result = Profile(
-        settings={"precision": precision, "rounds": rounds, **asdict(setups["lora"])},
+        settings={
+            "precision": chosen["precision"],
+            "rounds": rounds,
+            **asdict(setups["lora"]),
+        },
         machine=_machine(target),
         setups={name: _median(runs) for name, runs in found.items()},
         ratios=_ratios(found),
@@ -171,6 +131,24 @@ def profile(
     return result
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `profile`, which takes what ``parser`` returns as keyword arguments."""
+    parser.add_function_arguments(profile)
+
+
+def _check(chosen: Mapping[str, Any]) -> None:
+    if not chosen["base"]:
+        raise AlignkitError("base: none was given; pass --base MODEL or --config FILE")
+    if chosen["precision"] not in get_args(Precision):
+        raise AlignkitError(
+            f"precision: {chosen['precision']} is not profiled; "
+            f"pass --precision {' or '.join(get_args(Precision))}"
+        )
+    for name, least in (("rows", 1), ("steps", 1), ("rounds", 1), ("tokens", 2)):
+        if chosen[name] < least:
+            raise AlignkitError(f"{name}: must be {least} or more, got {chosen[name]}")
+
+
 def _run_rounds(
     setups: Mapping[str, Setup], rounds: int, console: Console
 ) -> dict[str, list[Measurement]]:
@@ -178,7 +156,7 @@ def _run_rounds(
     for turn in range(rounds):
         order = list(setups) if turn % 2 == 0 else list(setups)[::-1]
         for name in order:
-            with console.status(f"{_NAMES[name]}, process {turn + 1} of {rounds}"):
+            with console.status(f"{NAMES[name]}, process {turn + 1} of {rounds}"):
                 found[name].append(_run_process(name, setups[name]))
     return found
 
@@ -199,7 +177,7 @@ def _run_process(name: str, setup: Setup) -> Measurement:
     if not answer:
         last = (process.stderr.strip().splitlines() or ["no message"])[-1]
         reason = "killed, likely out of memory" if process.returncode < 0 else last
-        raise AlignkitError(f"profile: {_NAMES[name]} failed ({reason}); try fewer rows or tokens")
+        raise AlignkitError(f"profile: {NAMES[name]} failed ({reason}); try fewer rows or tokens")
     return Measurement(**answer)
 
 
@@ -214,7 +192,7 @@ def _ratios(found: Mapping[str, Sequence[Measurement]]) -> dict[str, float]:
     pairs = list(zip(found["lora"], found["full"], strict=True))
     ratios = {
         part: median(getattr(lora, part) / getattr(full, part) for lora, full in pairs)
-        for part in (*_PARTS, "step")
+        for part in (*PARTS, "step")
     }
     ratios["peak"] = median(lora.peak_bytes / full.peak_bytes for lora, full in pairs)
     return ratios
@@ -234,29 +212,3 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def draw(result: Profile) -> Figure:
-    """Draw step time by part, peak memory and trainable parameters as bars."""
-    figure, (time, memory, parameters) = new_figure(3)
-    names = list(_NAMES.values())
-    setups = [result.setups[name] for name in _NAMES]
-    below = [0.0, 0.0]
-    for part, color in zip(_PARTS, COLORS, strict=False):
-        values = [1000 * getattr(setup, part) for setup in setups]
-        time.bar(names, values, bottom=below, color=color, label=part, width=0.6)
-        below = [a + b for a, b in zip(below, values, strict=True)]
-    time.legend()
-    time.set(title=f"step: × {result.ratios['step']:.2f}", ylabel="ms")
-    peaks = [setup.peak_bytes / 2**20 for setup in setups]
-    bars = memory.bar(names, peaks, color=COLORS[3], width=0.6)
-    memory.bar_label(bars, fmt="{:,.0f}", padding=2)
-    memory.set(title=f"peak memory: × {result.ratios['peak']:.2f}", ylabel="MiB")
-    counts = [setup.trainable_parameters for setup in setups]
-    bars = parameters.bar(names, [n / 1e6 for n in counts], color=COLORS[4], width=0.6)
-    parameters.bar_label(bars, labels=[f"{n:,}" for n in counts], padding=2)
-    parameters.set(title="trainable parameters", ylabel="millions")
-    for axis in (time, memory, parameters):
-        axis.margins(y=0.1)
-        axis.grid(visible=False, axis="x")
-    return figure

@@ -6,18 +6,31 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.dialogue import ASSISTANT, HUMAN, Dialogue
+from alignkit.data.formats import Format, PromptFormat
 from alignkit.errors import AlignkitError
 
-TURN = "\n\nHuman:"
+TURN = f"\n\n{HUMAN}"
 
 
-def as_dialogue(prompt: str) -> str:
-    """Put a question in HH-RLHF's format, ending where the answer's leading space begins.
+def as_prompts(
+    questions: Sequence[str], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Ask questions as training asked them.
 
-    The space belongs to the answer's first token; with it in the prompt a byte-pair tokenizer
-    would see other tokens than in training.
+    Args:
+        questions: What the human says.
+        prompt_format: The one the model was trained with, see `alignkit.data.formats`.
+        tokenizer: The model's.
+
+    Raises:
+        AlignkitError: The tokenizer lacks what the format needs.
     """
-    return f"{TURN} {prompt.strip()}\n\nAssistant:"
+    asked = Format(prompt_format, tokenizer)
+    dialogues = [f"{TURN} {question.strip()}\n\n{ASSISTANT}" for question in questions]
+    return [asked.render(Dialogue(dialogue, ())).prompt for dialogue in dialogues]
 
 
 def gather_prompts(prompts: str | Sequence[str] | None, prompts_file: str | None) -> list[str]:

@@ -11,8 +11,9 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.data.formats import PromptFormat
 from alignkit.errors import AlignkitError
-from alignkit.report.prompts import TURN, as_dialogue, gather_prompts
+from alignkit.report.prompts import TURN, as_prompts, gather_prompts
 from alignkit.report.sampling import Sampling, complete
 
 
@@ -24,7 +25,9 @@ class Request:
         prompts: A prompt, or a list of them.
         prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, or one a line.
         base: The base model under a checkpoint or adapter, where it has moved since training.
-        raw: Give the prompts to the model as they are, not as a question in a dialogue.
+        prompt_format: How a question is put: as the published dialogues (boundary), as the seed
+            report's (seed), or by the tokenizer's chat template (chat); as the model was trained.
+        raw: Give the prompts to the model as they are, special tokens included.
         stop_at_turn: End an answer where the model starts to write the human's next turn.
         temperature: Divides the logits; 0 always takes the likeliest token.
         top_p: Draw from the smallest set of tokens that holds this probability.
@@ -48,6 +51,7 @@ class Request:
     prompts: list[str] | str | None = None
     prompts_file: str | None = None
     base: str | None = None
+    prompt_format: PromptFormat = "boundary"
     raw: bool = False
     stop_at_turn: bool = True
     temperature: float = Sampling.temperature
@@ -80,12 +84,20 @@ class Request:
 
     def answers(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         """Answer the questions with a loaded model, one after the other."""
-        return ask(model, tokenizer, self.questions, self.sampling, self.raw, self.batch_size)
+        return ask(
+            model,
+            tokenizer,
+            self.questions,
+            self.sampling,
+            prompt_format=None if self.raw else self.prompt_format,
+            batch_size=self.batch_size,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What an answer depends on besides the model and the prompt."""
         drawn = {f.name: getattr(self.sampling, f.name) for f in fields(Sampling)}
-        return {**drawn, "raw": self.raw, "dtype": self.dtype}
+        asked = "raw" if self.raw else self.prompt_format
+        return {**drawn, "prompt_format": asked, "dtype": self.dtype}
 
 
 def ask(
@@ -93,15 +105,26 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     sampling: Sampling,
-    raw: bool = False,
+    *,
+    prompt_format: PromptFormat | None = "boundary",
     batch_size: int = 8,
 ) -> Iterator[str]:
-    """Answer questions in HH-RLHF's dialogue format, or continue ``raw`` texts.
+    """Answer questions; as `alignkit.report.sampling.complete` otherwise.
 
-    As `alignkit.report.sampling.complete` otherwise.
+    Args:
+        model: On the device to compute on.
+        tokenizer: The model's.
+        questions: What the human says.
+        sampling: How to draw.
+        prompt_format: See `as_prompts`; ``None`` continues the texts as they are, special tokens
+            in them included.
+        batch_size: Questions computed side by side.
     """
-    texts = list(questions) if raw else [as_dialogue(question) for question in questions]
-    return complete(model, tokenizer, texts, sampling, batch_size)
+    texts = list(questions)
+    if prompt_format is not None:
+        texts = as_prompts(questions, prompt_format, tokenizer)
+    specials = prompt_format in (None, "chat")
+    return complete(model, tokenizer, texts, sampling, batch_size=batch_size, specials=specials)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -29,6 +29,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from alignkit.data.tokens import TextEncoder
 from alignkit.errors import AlignkitError
 
 _GenerationConfig: Any = GenerationConfig  # upstream's signature is untyped
@@ -73,16 +74,19 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     sampling: Sampling,
+    *,
     batch_size: int = 8,
+    specials: bool = False,
 ) -> Iterator[str]:
     """Continue each prompt, in order, yielding every batch as it is done.
 
     Args:
         model: On the device to compute on; its mode and generation config are left as they were.
         tokenizer: With a padding token; EOS ends an answer.
-        prompts: Exactly as the model is to read them.
+        prompts: Exactly as the model is to read them; encoded as in training.
         sampling: How to draw.
         batch_size: Prompts computed side by side.
+        specials: Read special tokens written in the prompts as such, as chat templates need.
 
     Yields:
         One answer a prompt, without EOS, ``sampling.stop`` and surrounding white space.
@@ -93,7 +97,8 @@ def complete(
     """
     if batch_size < 1:
         raise AlignkitError(f"batch_size: must be 1 or more, got {batch_size}")
-    rows = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    encoder = TextEncoder(tokenizer)
+    rows = [[*encoder.bos, *ids] for ids in encoder(prompts, specials=specials)]
     _check_lengths(model, [len(row) for row in rows], sampling.max_new_tokens)
     for start in range(0, len(rows), batch_size):
         yield from _complete_batch(

@@ -20,11 +20,14 @@ from alignkit.report import compare as compare_module
 from alignkit.report import generate as generate_module
 from alignkit.report.compare import Comparison, compare, name_models
 from alignkit.report.generate import generate
-from alignkit.report.prompts import as_dialogue
 from alignkit.report.request import Request, printable
 from alignkit.report.sampling import Sampling, complete
 
 SHORT = {"max_new_tokens": 8, "temperature": 0.0, "device": "cpu"}
+
+
+def as_dialogue(question: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant:"
 
 
 @pytest.fixture

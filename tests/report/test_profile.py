@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from PIL import Image
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.report import profile as profile_module
 from alignkit.report.memory import peak_bytes, reset_peak
-from alignkit.report.profile import Profile, profile
+from alignkit.report.profile import profile
+from alignkit.report.profile_result import Profile
 from alignkit.report.profile_step import Measurement, Setup, measure
 
 MIB = 2**20
@@ -144,7 +146,9 @@ def test_a_failed_process_is_one_line(
     ("options", "message"),
     [
         ({"rows": 0}, "rows: must be 1 or more, got 0"),
-        ({"tokens": 1}, "tokens: must be 2 or more"),
+        ({"tokens": 1}, "tokens: must be 2 or more, got 1"),
+        ({"base": None}, "base: none was given; pass --base"),
+        ({"precision": "16-mixed"}, "precision: 16-mixed is not profiled; pass --precision 32"),
         ({"rounds": 0}, "rounds: must be 1 or more"),
         ({"plot": "."}, r"plot '\.': is a directory"),
     ],
@@ -154,4 +158,72 @@ def test_bad_options_start_no_process(
 ) -> None:
     monkeypatch.setattr(profile_module, "_run_process", lambda *_: pytest.fail("it ran"))
     with pytest.raises(AlignkitError, match=message):
-        profile("x", **{"device": "cpu", **options})
+        profile(**{"base": "x", "device": "cpu", **options})
+
+
+CONFIG = """
+trainer: {precision: 32-true, max_epochs: 1}
+model:
+  class_path: alignkit.LoRAModule
+  init_args:
+    base: some/model
+    lora: {r: 4, targets: [q_proj, v_proj]}
+data:
+  class_path: alignkit.OpenWebTextDataModule
+  init_args: {block_size: 64}
+"""
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Setup]:
+    """The setups that would have run."""
+    setups: list[Setup] = []
+
+    def run(name: str, given: Setup) -> Measurement:
+        setups.append(given)
+        return measurement(1.0)
+
+    monkeypatch.setattr(profile_module, "_run_process", run)
+    return setups
+
+
+def test_a_training_config_is_profiled_and_flags_beat_it(
+    recorded: list[Setup], tmp_path: Path
+) -> None:
+    config = tmp_path / "lora.yaml"
+    config.write_text(CONFIG, encoding="utf-8")
+    parser = ArgumentParser(exit_on_error=False)
+    profile_module.add_arguments(parser)
+    flags = ["--config", str(config), "--rounds", "1", "--device", "cpu"]
+    for extra in ([], ["--tokens", "32", "--lora.targets", "[c_attn]", "--random_init", "true"]):
+        profile(**parser.instantiate(parser.parse_args([*flags, *extra])).as_dict())
+    full, lora, _, other = recorded
+    assert (full.base, full.lora, full.mixed, full.tokens) == ("some/model", None, False, 64)
+    assert lora.lora == LoRAConfig(r=4, targets=("q_proj", "v_proj")).to_dict()
+    assert other.lora == LoRAConfig(targets=("c_attn",)).to_dict()
+    assert (other.base, other.tokens, other.random_init) == ("some/model", 32, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"c\.yaml': No such file"),
+        ("model: [", r"c\.yaml:1': is no YAML"),
+        ("- 1", r"c\.yaml': the file holds no keys"),
+        ("model: gpt2", r"c\.yaml': model holds no keys"),
+        ("model: {init_args: {base: x, lora: null}}", r"model\.lora is None; set the adapter"),
+        ("model: {init_args: {base: x, lora: {rank: 1}}}", "LoRAConfig: unknown keys rank"),
+        ("trainer: {precision: bf16-true}\nmodel: {init_args: {base: x}}", "bf16-true is not"),
+        ("seed_everything: 1", "base: none was given"),
+    ],
+)
+def test_bad_configs(
+    recorded: list[Setup], tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(AlignkitError, match=message) as error:
+        profile(config=str(path), device="cpu")
+    assert "\n" not in str(error.value)
+    assert not recorded

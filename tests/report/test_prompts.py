@@ -7,12 +7,29 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import AlignkitError
-from alignkit.report.prompts import as_dialogue, gather_prompts
+from alignkit.models import load_tokenizer
+from alignkit.report.prompts import as_prompts, gather_prompts
 
 
-def test_dialogue_format() -> None:
-    """No space after the last colon: it belongs to the answer's first token."""
-    assert as_dialogue(" Why?\n") == "\n\nHuman: Why?\n\nAssistant:"
+def test_questions_are_asked_as_in_training(tokenizer_dir: Path) -> None:
+    """No space after the last colon but in the seed report's format."""
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    expected = {
+        "boundary": "\n\nHuman: Why?\n\nAssistant:",
+        "seed": "Human: Why?\nAssistant: ",
+        "chat": "<user>Why?<assistant>",
+    }
+    for prompt_format, prompt in expected.items():
+        assert as_prompts([" Why?\n"], prompt_format, tokenizer) == [prompt]  # type: ignore[arg-type]
+
+
+def test_a_chat_needs_a_template(tokenizer_dir: Path) -> None:
+    with pytest.raises(AlignkitError, match="has no chat template"):
+        as_prompts(["Why?"], "chat", load_tokenizer(str(tokenizer_dir)))
 
 
 def test_one_several_and_a_file(tmp_path: Path) -> None:

@@ -196,6 +196,18 @@ def test_an_answer_past_the_context_is_refused(
         list(complete(tiny_model(), tokenizer, ["bread"], sampling))
 
 
+def test_special_tokens_in_a_prompt_are_text_unless_asked_for(
+    tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, fed = tiny_model(), []
+    generate = model.generate
+    model.generate = lambda ids, **options: fed.append(ids[0].tolist()) or generate(ids, **options)
+    for specials in (False, True):
+        list(complete(model, tokenizer, ["a<|endoftext|>"], GREEDY, specials=specials))
+    assert tokenizer.eos_token_id not in fed[0]
+    assert fed[1] == [*tokenizer("a")["input_ids"], tokenizer.eos_token_id]
+
+
 def test_an_empty_prompt_is_refused(
     tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:
