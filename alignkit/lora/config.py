@@ -102,7 +102,7 @@ class LoRAConfig:
         return cls(**values)
 
     def _check(self) -> None:
-        for where, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self._ranks())]:
+        for where, r in self._own_and("rank"):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise AlignkitError(
                     f"LoRAConfig.{where} is {r!r}; give a whole number of at least 1"
@@ -112,6 +112,11 @@ class LoRAConfig:
                     f"LoRAConfig.{where} is {r}; init='orthogonal' splits the rank in two halves, "
                     "give an even rank"
                 )
+        for where, alpha in self._own_and("alpha"):
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+                raise AlignkitError(f"LoRAConfig.{where} is {alpha!r}; give a number")
+            if not 0 < alpha < math.inf:
+                raise AlignkitError(f"LoRAConfig.{where} is {alpha}; give a positive number")
         if not 0 <= self.dropout < 1:
             raise AlignkitError(f"LoRAConfig.dropout is {self.dropout}; give 0 <= dropout < 1")
         if not self.init_std > 0:
@@ -126,8 +131,11 @@ class LoRAConfig:
         if not self.targets and not self.modules_to_save:
             raise AlignkitError("LoRAConfig.targets is empty; name the modules to adapt")
 
-    def _ranks(self) -> list[tuple[str, int]]:
-        return list(self.rank_pattern.items())
+    def _own_and(self, kind: Literal["rank", "alpha"]) -> list[tuple[str, Any]]:
+        """Return the config's own rank or alpha and its pattern's, each with where it stands."""
+        own = ("r", self.r) if kind == "rank" else ("alpha", self.alpha)
+        name = f"{kind}_pattern"
+        return [own, *((f"{name}[{key!r}]", value) for key, value in getattr(self, name).items())]
 
 
 def strings(value: Any) -> tuple[str, ...]:

@@ -52,10 +52,16 @@ def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "def
     trained = trained_parameters(model, config, targets)
     modules = plain_modules(model)
     # Every new layer is made before any is put in, so that a failure changes nothing.
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     made: dict[str, AdapterLayer] = {}
-    for path, own in targets.items():
-        kind = LoRAEmbedding if isinstance(modules[path], nn.Embedding) else LoRALinear
-        made[path] = kind(modules[path], own, name)
+    try:
+        for path, own in targets.items():
+            kind = LoRAEmbedding if isinstance(modules[path], nn.Embedding) else LoRALinear
+            made[path] = kind(modules[path], own, name)
+    except AlignkitError:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
     for path, names in trained.items():
         made[path] = TrainedModule(modules[path], config, names, name)
     for path, layer in made.items():

@@ -152,11 +152,12 @@ def refuse_ties(modules: dict[str, nn.Module], paths: list[str]) -> None:
 
 
 def near(pattern: str, paths: list[str]) -> str:
-    """List the names closest to a pattern, or every kind of name there is."""
+    """List the names closest to a pattern, then the other kinds of name there are."""
     names = dict.fromkeys(suffix for path in paths for suffix in _suffixes(path))
-    close = difflib.get_close_matches(pattern, names, n=5, cutoff=0.5)
-    kinds = dict.fromkeys(_suffixes(path)[-1] for path in paths)
-    return ", ".join(close or list(kinds)[:20]) or "none, the model has nothing to adapt"
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+    kinds = [_suffixes(path)[-1] for path in paths]
+    listed = list(dict.fromkeys([*close, *kinds]))[:12]
+    return ", ".join(listed) or "none, the model has nothing to adapt"
 
 
 def _suffixes(path: str) -> list[str]:
