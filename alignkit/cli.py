@@ -63,8 +63,10 @@ class AlignCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        listed = parser._subcommands_action
+        assert listed is not None
         for name, (summary, _) in TOOLS.items():  # for --help alone: `main` runs them
-            parser._subcommands_action.add_subcommand(name, ArgumentParser(), help=summary)
+            listed.add_subcommand(name, ArgumentParser(), help=summary)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with our progress bar where the configuration names none."""

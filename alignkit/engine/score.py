@@ -45,7 +45,7 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
         `TokenScores` of N tokens.
     """
     hidden_TD = _last_hidden_state(model, batch)
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return token_scores(head, hidden_TD[batch.score_from], batch.target_ids, stats)
 
 
@@ -92,13 +92,13 @@ def check_engine(model: PreTrainedModel) -> None:
     Raises:
         AlignkitError: The two disagree by more than rounding.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.config.get_text_config().vocab_size
     ids = [(37 * i + 11) % vocabulary for i in range(24)]
     example = Example(prompt=ids[:9], responses=[ids[9:15], ids[15:24]])
     device = model.device
     batch = collate([example, Example(prompt=[], responses=[ids[3:12]])]).to(device)
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         packed = score(model, batch)
         plain = []

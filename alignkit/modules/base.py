@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
@@ -59,6 +59,15 @@ class AlignmentModule(LightningModule):
     perplexity = False
     """Whether the loss is a cross-entropy whose exponential is worth logging."""
 
+    base: str
+    base_fingerprint: str
+    lora: LoRAConfig | None
+    optimizer: OptimizerCallable
+    schedule: str
+    warmup_steps: float
+    model: PreTrainedModel
+    _random_state: Mapping[str, Tensor] | None = None
+
     def __init__(
         self,
         base: str,
@@ -77,15 +86,19 @@ class AlignmentModule(LightningModule):
     ) -> None:
         super().__init__()
         self._save_plain_hyperparameters()
-        if isinstance(lora, dict):  # from a checkpoint's hyper-parameters
-            lora = LoRAConfig.from_dict(lora)
-        self.base, self.lora = base, lora
-        self.optimizer, self.schedule, self.warmup_steps = optimizer, schedule, warmup_steps
+        self.base = base
+        # A checkpoint's hyper-parameters hold the config as plain values.
+        self.lora = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
         self.model = self._build_model(dtype, random_init, dropout)
         if init_from is not None:
             ckpt.load_weights(self.model, init_from, self.base_fingerprint)
         if activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+                {"use_reentrant": False}
+            )
         check_engine(self.model)
         self.train_metrics = EpochMetrics(self.perplexity)
         self.val_metrics = EpochMetrics(self.perplexity)
@@ -206,7 +219,7 @@ class AlignmentModule(LightningModule):
 
     # Checkpoints ----------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the policy's trainable parameters alone, under ``model.…``."""
         return {f"model.{name}": value for name, value in ckpt.trainable_state(self.model).items()}
 
@@ -231,9 +244,10 @@ class AlignmentModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Continue the random stream of a resumed run, after the sanity check has used some."""
-        state = getattr(self, "_random_state", None)
-        if state is not None:
-            ckpt.restore_random_state(state, self.device, self.global_rank, self.global_step)
+        if self._random_state is not None:
+            ckpt.restore_random_state(
+                self._random_state, self.device, self.global_rank, self.global_step
+            )
             self._random_state = None
 
     def checkpoint_stamp(self) -> dict[str, str]:
@@ -250,11 +264,7 @@ class AlignmentModule(LightningModule):
         model = load_model(self.base, dtype=getattr(torch, dtype), random_init=random_init)
         self.base_fingerprint = base_fingerprint(model)
         if not dropout:
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
-                elif isinstance(getattr(module, "attention_dropout", None), float):
-                    module.attention_dropout = 0.0
+            _disable_dropout(model)
         if self.lora is not None:
             return inject_lora(model, self.lora)
         if dtype != "float32":
@@ -268,9 +278,11 @@ class AlignmentModule(LightningModule):
     def _save_plain_hyperparameters(self) -> None:
         """Keep hyper-parameters that load without unpickling: plain values, no callables."""
         self.save_hyperparameters(ignore=["optimizer"])
-        for name, value in self.hparams.items():
-            if is_dataclass(value) and not isinstance(value, type):
-                self.hparams[name] = self._hparams_initial[name] = asdict(value)
+        kept: MutableMapping[str, Any]
+        for kept in (self.hparams, self._hparams_initial):  # type: ignore[assignment]
+            for name, value in kept.items():
+                if is_dataclass(value) and not isinstance(value, type):
+                    kept[name] = asdict(value)
 
     def _log(self, name: str, value: float | Tensor, prog_bar: bool = False) -> None:
         # Totals are already summed over ranks; batch_size keeps Lightning from guessing one.
@@ -280,3 +292,11 @@ class AlignmentModule(LightningModule):
         for name, metric in self.val_metrics.named().items():
             attribute = f"val_metrics.means.{name}"
             self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", metric_attribute=attribute)
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, load_adapter
+from alignkit.lora.files import read_adapter
 from alignkit.lora.state import refuse_differences
 from alignkit.models import base_fingerprint, load_model, load_tokenizer
 
@@ -147,16 +148,14 @@ def load_policy(
         load_trainable(model, model_state(checkpoint), path)
         tokenizer = hparams.get("tokenizer")
     elif (place / "adapter_config.json").is_file():
-        from alignkit.lora.io import read_config
-
-        base = base or str(read_config(place).get("base_model_name_or_path") or "")
+        base = base or str(read_adapter(place).config.get("base_model_name_or_path") or "")
         if not base:
             raise AlignkitError(f"{path}: names no base model; pass it as base")
         model = load_adapter(load_model(base, dtype=dtype), path)
     else:
         base = path
         model = load_model(base, dtype=dtype)
-    return model.requires_grad_(False).eval(), load_tokenizer(tokenizer or base)
+    return model.requires_grad_(False).train(False), load_tokenizer(tokenizer or base)
 
 
 def tensors_fingerprint(state: Mapping[str, Tensor]) -> str:

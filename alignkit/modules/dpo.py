@@ -105,7 +105,7 @@ class DPOModule(AlignmentModule):
     def train(self, mode: bool = True) -> DPOModule:
         """Set the mode of everything but the reference, which stays in eval."""
         super().train(mode)
-        self.reference.eval()
+        self.reference.train(False)
         return self
 
     def checkpoint_stamp(self) -> dict[str, str]:
@@ -139,7 +139,7 @@ class DPOModule(AlignmentModule):
 
         Measured without dropout: with adapter dropout the training loss itself starts near ln 2.
         """
-        self.model.eval()
+        self.model.train(False)
         policy = pair_scores(self.model, batch)
         self.model.train()
         gap = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
@@ -163,8 +163,10 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
         The copy in eval mode with nothing trainable.
     """
     shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    return copied.requires_grad_(False).eval()  # what is shared was frozen before
+    copied: PreTrainedModel = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    copied.requires_grad_(False)  # what is shared was frozen before
+    copied.train(False)
+    return copied
 
 
 def pair_scores(model: PreTrainedModel, batch: PackedBatch) -> PairScores:

@@ -4,7 +4,7 @@ from alignkit.modules.language import LanguageModule
 
 
 class LoRAModule(LanguageModule):
-    """Language modelling on plain text, by LoRA (arXiv:2106.09685) or, with ``lora: null``, in full.
+    """Language modelling on plain text, by LoRA (arXiv:2106.09685) or in full (``lora: null``).
 
     Feed it an `OpenWebTextDataModule`: every document is a response to an empty prompt.
     """
