@@ -17,7 +17,7 @@ from rich.table import Table
 
 from alignkit.errors import AlignkitError
 from alignkit.report.files import check_output, write_text
-from alignkit.report.generate import add_prompts
+from alignkit.report.generate import REQUEST_FLAGS, add_request
 from alignkit.report.request import Request, as_json, printable
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -119,8 +119,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="[NAME=]PATH",
         help="Checkpoints (.ckpt), PEFT adapters, transformers directories, Hub ids, GGUF files.",
     )
-    add_prompts(parser)
-    parser.add_function_arguments(compare, skip={"models", "prompts"})
+    add_request(parser)
+    parser.add_function_arguments(compare, skip={"models", *REQUEST_FLAGS})
 
 
 def _ask(request: Request, name: str, path: str, comparison: Comparison) -> None:

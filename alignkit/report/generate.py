@@ -48,13 +48,21 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of `generate`, which takes what ``parser`` returns as keyword arguments."""
-    add_prompts(parser)
-    parser.add_function_arguments(generate, skip={"prompts"})
+    add_request(parser)
+    parser.add_function_arguments(generate, skip=REQUEST_FLAGS)
 
 
-def add_prompts(parser: ArgumentParser) -> None:
-    """Add ``--prompts TEXT [TEXT ...]``.
+REQUEST_FLAGS = {"prompts", "raw"}
+"""What `add_request` adds and a function's own flags are to skip."""
 
-    Left to its type hint, the flag would read a text such as ``[1]`` or ``null`` as YAML.
+
+def add_request(parser: ArgumentParser) -> None:
+    """Add ``--prompts TEXT [TEXT ...]`` and the switch ``--raw``.
+
+    Left to its type hint, the first would read a text such as ``[1]`` or ``null`` as YAML, and
+    the second would want a value.
     """
     parser.add_argument("--prompts", nargs="+", type=str, help="Texts to answer, one an argument.")
+    parser.add_argument(
+        "--raw", action="store_true", help="Give the prompts to the model as they are."
+    )

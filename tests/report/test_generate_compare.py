@@ -88,7 +88,10 @@ def test_generate_flags(base: str, tmp_path: Path) -> None:
     args = ["--model", base, "--prompts", "What: is it?", "[1]", "null", "--temperature", "0"]
     args += ["--prompts_file", str(prompts), "--max_new_tokens", "8", "--device", "cpu"]
     answers = generate_module.generate(**parse(generate_module, args))
-    assert answers == generate(base, prompts=["What: is it?", "[1]", "null", "Who?"], **SHORT)
+    prompts_given = ["What: is it?", "[1]", "null", "Who?"]
+    assert answers == generate(base, prompts=prompts_given, **SHORT)
+    raw = generate_module.generate(**parse(generate_module, [*args, "--raw"]))
+    assert raw == generate(base, prompts=prompts_given, raw=True, **SHORT)
 
 
 def test_compare_flags(base: str) -> None:

@@ -1,0 +1,59 @@
+"""``alignkit export``: a checkpoint in a form that needs no alignkit to be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.export import Format
+from alignkit.lora.export import export as write_model
+from alignkit.modules.checkpoint import load_policy, policy_base
+
+
+def export(
+    model: str,
+    output: str,
+    *,
+    to: Format = "peft",
+    base: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    plain: bool = False,
+) -> Path:
+    """Write a checkpoint for use elsewhere.
+
+    Args:
+        model: A checkpoint of any stage (.ckpt) or a PEFT adapter directory.
+        output: The directory to write; made if missing, never written into if it holds files.
+        to: ``peft``, the adapter as PEFT writes it; ``merged``, a whole transformers model with the
+            adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or
+            llama.cpp's converter; ``safetensors``, the adapter as one file.
+        base: Where the base model lies now, if not where the checkpoint says.
+        dtype: Of the weights of a merged model.
+        plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AlignkitError: The checkpoint or its base cannot be read, the output holds files, or the
+            format cannot express the adapter.
+    """
+    place = Path(output)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise AlignkitError(f"output {output}: exists and is not empty; choose another directory")
+    # Adapters stay fp32 whatever the base's dtype; only a merged model takes it.
+    policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, dtype))
+    name = base or policy_base(model)
+    write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer)
+    Console().print(f"wrote {place} ({to})", highlight=False)
+    return place
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `export`, which takes what ``parser`` returns as keyword arguments."""
+    parser.add_function_arguments(export)
