@@ -36,7 +36,13 @@ from transformers.activations import ACT2FN, NewGELUActivation
 from alignkit.errors import AlignkitError
 from alignkit.models_fingerprint import base_fingerprint
 
-__all__ = ["base_fingerprint", "cheaper_activations", "load_model", "load_tokenizer"]
+__all__ = [
+    "base_fingerprint",
+    "cheaper_activations",
+    "hub_reachable",
+    "load_model",
+    "load_tokenizer",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -176,10 +182,10 @@ def _locate(name: str, argument: str) -> tuple[str, dict[str, Any]]:
     if path.suffix in (".gguf", ".json") or not _HUB_ID.fullmatch(name):
         raise AlignkitError(f"{argument} '{name}': no such file or directory; {_ADVICE}")
     # Without this the Hub client retries for 23 s a file before it gives up.
-    return name, {"local_files_only": not _hub_reachable()}
+    return name, {"local_files_only": not hub_reachable()}
 
 
-def _hub_reachable() -> bool:
+def hub_reachable() -> bool:
     """Ask the Hub once, briefly; any answer counts, an error page included."""
     if hub.HF_HUB_OFFLINE:
         return False
@@ -241,7 +247,7 @@ def _one_line(argument: str, name: str, advice: str) -> Iterator[None]:
     except AlignkitError:
         raise
     except _LOAD_ERRORS as error:
-        if not Path(name).expanduser().exists() and not _hub_reachable():
+        if not Path(name).expanduser().exists() and not hub_reachable():
             raise AlignkitError(
                 f"{argument} '{name}': no such local path, and the Hugging Face Hub cannot be "
                 f"reached; pass {_LOCAL} as {argument}"

@@ -149,7 +149,7 @@ def test_an_adapter_is_no_base(tmp_path: Path) -> None:
 def test_a_missing_path_is_named_without_asking_the_hub(
     base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_hub_reachable", lambda: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(models, "hub_reachable", lambda: pytest.fail("asked the Hub"))
     assert f"base '{base}': no such file or directory" in error_of(load_model, base)
 
 
