@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import Self
 
 from alignkit.errors import AlignkitError
 
@@ -100,17 +102,55 @@ class PackedBatch:
         """R, the number of responses over all examples."""
         return sum(len(span.responses) for span in self.spans)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on ``device``; the spans stay plain ints."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> PackedBatch:
+    def pin_memory(self) -> Self:
         """Return the batch in page-locked memory, for copies that do not block the host."""
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function) -> PackedBatch:  # type: ignore[no-untyped-def]
-        names = [field.name for field in fields(self) if field.name != "spans"]
-        return replace(self, **{name: function(getattr(self, name)) for name in names})
+    def take(self, examples: Sequence[int]) -> PackedBatch:
+        """Return a batch of some of the examples, in the order given; for a batch on the CPU."""
+        rows, scored, spans, responses = [], [], [], []
+        first_response = [0, *accumulate(len(span.responses) for span in self.spans)]
+        bounds = torch.searchsorted(self.response_index, torch.tensor(first_response)).tolist()
+        start = 0
+        for index in examples:
+            span = self.spans[index]
+            rows.append(torch.arange(span.start, span.end))
+            scored.append(torch.arange(bounds[index], bounds[index + 1]))
+            spans.append(span._replace(start=start))
+            responses.append(len(span.responses))
+            start += span.end - span.start
+        row_T, scored_N = torch.cat(rows), torch.cat(scored)
+        counts = torch.tensor([len(part) for part in scored])
+
+        def moved(values_N: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+            shift = torch.tensor(new) - torch.tensor(old)
+            return values_N + shift.repeat_interleave(counts)
+
+        return PackedBatch(
+            input_ids=self.input_ids[row_T],
+            position_ids=self.position_ids[row_T],
+            score_from=moved(
+                self.score_from[scored_N],
+                [self.spans[index].start for index in examples],
+                [span.start for span in spans],
+            ),
+            target_ids=self.target_ids[scored_N],
+            response_index=moved(
+                self.response_index[scored_N],
+                [first_response[index] for index in examples],
+                [0, *accumulate(responses)][:-1],
+            ),
+            spans=tuple(spans),
+        )
+
+    def _map(self, function) -> Self:  # type: ignore[no-untyped-def]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
 
 
 def collate(examples: Sequence[Example]) -> PackedBatch:

@@ -132,30 +132,47 @@ def load_policy(
     Raises:
         AlignkitError: Something is missing, damaged, or does not fit its base.
     """
-    place, tokenizer = Path(path), None
-    if place.suffix == ".ckpt":
+    base = base or policy_base(path)
+    tokenizer = base
+    if path.endswith(".ckpt"):
         checkpoint = read_checkpoint(path)
         hparams = checkpoint["hyper_parameters"]
-        base = base or str(checkpoint[STAMP]["base"])
-        model = load_model(base, dtype=dtype, random_init=bool(hparams.get("random_init")))
-        if not hparams.get("random_init"):
+        tokenizer = hparams.get("tokenizer") or base
+        # A model trained in full from random weights lies in the checkpoint, whole.
+        from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
+        model = load_model(base, dtype=dtype, random_init=from_scratch)
+        if not from_scratch:
             _check_base(base_fingerprint(model), checkpoint[STAMP], path)
-        lora = hparams.get("lora", {})
-        if lora is None:
+        if hparams["lora"] is None:
             model.requires_grad_(True)
         else:
-            model = inject_lora(model, LoRAConfig.from_dict(lora))
+            model = inject_lora(model, LoRAConfig.from_dict(hparams["lora"]))
         load_trainable(model, model_state(checkpoint), path)
-        tokenizer = hparams.get("tokenizer")
-    elif (place / "adapter_config.json").is_file():
-        base = base or str(read_adapter(place).config.get("base_model_name_or_path") or "")
-        if not base:
-            raise AlignkitError(f"{path}: names no base model; pass it as base")
+    elif _is_adapter(path):
         model = load_adapter(load_model(base, dtype=dtype), path)
     else:
-        base = path
         model = load_model(base, dtype=dtype)
-    return model.requires_grad_(False).train(False), load_tokenizer(tokenizer or base)
+    return model.requires_grad_(False).train(False), load_tokenizer(tokenizer)
+
+
+def policy_base(path: str) -> str:
+    """Return where the base of a checkpoint or adapter lies; any other path is a base itself.
+
+    Raises:
+        AlignkitError: The file is unreadable, or an adapter that names no base.
+    """
+    if path.endswith(".ckpt"):
+        return str(read_checkpoint(path)[STAMP]["base"])
+    if _is_adapter(path):
+        base = read_adapter(Path(path)).config.get("base_model_name_or_path")
+        if not base:
+            raise AlignkitError(f"{path}: names no base model; pass it as base")
+        return str(base)
+    return path
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
 
 
 def tensors_fingerprint(state: Mapping[str, Tensor]) -> str:

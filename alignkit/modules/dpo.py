@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from alignkit.engine import PackedBatch, response_lengths, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.checkpoint import tensors_fingerprint
+from alignkit.modules.reference import ReferenceCache, ReferencedBatch, refuse_error
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import PairScores, get_loss, rewards
 
 # A policy that is its reference's copy scores the same row through the same kernels: what is
 # left is the kernels' own nondeterminism.
 STEP_0_TOLERANCE = 1e-4
+# Nats, for a response of some hundred tokens: other rows beside it change a sum's rounding.
+CACHE_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 2.0}
 
 
 class DPOModule(AlignmentModule):
@@ -39,6 +43,10 @@ class DPOModule(AlignmentModule):
         loss: Name of the loss in `alignkit.objectives.preference.LOSSES`.
         beta: Strength of the tie to the reference, β of DPO (arXiv:2305.18290, equation 7).
         label_smoothing: Probability that a label is flipped, for the losses that know one.
+        reference_cache: A directory that keeps the reference's log-probs between runs; ``null``
+            scores them live. They depend on base, adapter, tokens and dtype alone, so a sweep
+            over learning rates or β scores each example once. One random row a batch is scored
+            again and its error logged as ``ref/cache_abs_err``.
         **kwargs: As in `AlignmentModule`.
 
     Raises:
@@ -51,6 +59,7 @@ class DPOModule(AlignmentModule):
         loss: str = "sigmoid",
         beta: float = 0.1,
         label_smoothing: float = 0.0,
+        reference_cache: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -62,6 +71,10 @@ class DPOModule(AlignmentModule):
         self.reference_fingerprint = tensors_fingerprint(
             {n: p for n, p in self.reference.named_parameters() if n in _trained(self.model)}
         )
+        self.cache: ReferenceCache | None = None
+        if reference_cache is not None:
+            self.cache = ReferenceCache(Path(reference_cache), self._reference_name())
+        self._cache_error = torch.zeros(())
         # DDP synchronises parameters and buffers by name; the reference never changes.
         self._ddp_params_and_buffers_to_ignore = [
             f"reference.{name}" for name in self.reference.state_dict(keep_vars=True)
@@ -87,14 +100,45 @@ class DPOModule(AlignmentModule):
         policy = pair_scores(self.model, batch)
         reference = self.reference_scores(batch)
         if self._is_first_step():
-            self._check_first_step(batch, reference)
+            self._check_first_step(batch)
         loss_B = self.preference_loss(policy, reference)
         return LossOutput(loss_B.sum(), len(loss_B), self._metrics(policy, reference))
 
     @torch.no_grad()
     def reference_scores(self, batch: PackedBatch) -> PairScores:
-        """Score the batch's answers under the frozen reference."""
-        return pair_scores(self.reference, batch)
+        """Score the batch's answers under the frozen reference, live or from the cache."""
+        if self.cache is None or not isinstance(batch, ReferencedBatch):
+            return pair_scores(self.reference, batch)
+        live_R = response_sums(score(self.reference, batch.probe), batch.probe)
+        self.cache.add(batch, live_R)
+        error = (batch.known_R[batch.probe_R] - live_R).abs().nan_to_num(0.0).max()
+        self._cache_error = torch.maximum(self._cache_error.to(error.device), error)
+        sums_R = batch.known_R.index_copy(0, batch.probe_R, live_R)
+        return PairScores.from_responses(sums_R, response_lengths(batch))
+
+    def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
+        """Look the batch up in the cache while it is still on the CPU."""
+        return batch if self.cache is None else self.cache.look_up(batch)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Log the largest error of the cached rows that were scored again; stop at a wrong one."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.cache is not None and self.global_step % max(every, 1) == 0:
+            self._log("ref/cache_abs_err", self._cache_error)
+            tolerance = CACHE_TOLERANCE[self.reference.dtype]
+            refuse_error(self._cache_error.item(), tolerance, self.cache.home)
+            self._cache_error = torch.zeros(())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means, and keep what the cache learned."""
+        super().on_validation_epoch_end()
+        if self.cache is not None:
+            self.cache.write()
+
+    def on_train_end(self) -> None:
+        """Keep what the cache learned."""
+        if self.cache is not None:
+            self.cache.write()
 
     def on_fit_start(self) -> None:
         """Put the policy, and it alone, in training mode."""
@@ -111,6 +155,10 @@ class DPOModule(AlignmentModule):
     def checkpoint_stamp(self) -> dict[str, str]:
         """Return the base's stamp with the reference's fingerprint."""
         return {**super().checkpoint_stamp(), "reference_fingerprint": self.reference_fingerprint}
+
+    def _reference_name(self) -> str:
+        dtype = str(self.reference.dtype).removeprefix("torch.")
+        return f"{self.base_fingerprint}-{self.reference_fingerprint}-{dtype}"
 
     def _metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -134,7 +182,7 @@ class DPOModule(AlignmentModule):
         )
 
     @torch.no_grad()
-    def _check_first_step(self, batch: PackedBatch, reference: PairScores) -> None:
+    def _check_first_step(self, batch: PackedBatch) -> None:
         """Stop a run whose policy does not start as its reference.
 
         Measured without dropout: with adapter dropout the training loss itself starts near ln 2.
@@ -142,6 +190,7 @@ class DPOModule(AlignmentModule):
         self.model.train(False)
         policy = pair_scores(self.model, batch)
         self.model.train()
+        reference = pair_scores(self.reference, batch)  # cached rows were rounded in other rows
         gap = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
         worst = gap.abs().max().item()
         scale = policy.rejected.abs().max().item() + 1.0

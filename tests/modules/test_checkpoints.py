@@ -136,13 +136,15 @@ def test_another_base_is_refused(
     other.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(model_dir("gpt2")).save_pretrained(tmp_path / "other")
     base = str(tmp_path / "other")
+    use = {
+        "init_from": lambda: SFTModule(base, init_from=str(sft_ckpt)),
+        "load_policy": lambda: load_policy(str(sft_ckpt), base=base),
+        "ckpt_path": lambda: trainer(tmp_path, max_steps=1).fit(
+            SFTModule(base), loader(answers(2), 2), ckpt_path=str(sft_ckpt)
+        ),
+    }
     with pytest.raises(AlignkitError, match="another base model"):
-        if by == "init_from":
-            SFTModule(base, init_from=str(sft_ckpt))
-        elif by == "load_policy":
-            load_policy(str(sft_ckpt), base=base)
-        else:
-            trainer(tmp_path).fit(SFTModule(base), loader(answers(2), 2), ckpt_path=str(sft_ckpt))
+        use[by]()
 
 
 def test_other_lora_settings_are_refused(sft_ckpt: Path, model_dir: Callable) -> None:

@@ -28,7 +28,7 @@ def test_starts_at_ln_2_with_zero_rewards(model_dir: Callable, family: str) -> N
 
 
 def test_loss_by_plain_forward(model_dir: Callable) -> None:
-    """-log sigma(beta ((log pi_w - log ref_w) - (log pi_l - log ref_l))), one sequence at a time."""
+    """-log sigma(beta ((log pi_w - log ref_w) - (log pi_l - log ref_l))), sequence by sequence."""
     module = DPOModule(str(model_dir("llama")), lora=LoRAConfig(targets="all-linear"), beta=0.5)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -1,0 +1,119 @@
+"""The reference cache: right values, used when it may be, and caught when it is wrong."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from alignkit.engine import collate, response_sums, score
+from alignkit.errors import AlignkitError
+from alignkit.modules import DPOModule
+from alignkit.modules.reference import ReferenceCache, example_keys
+from tests.modules.helpers import loader, pairs, trainer
+
+
+def test_take_equals_collating_the_examples() -> None:
+    examples = pairs(6)
+    taken = collate(examples).take([4, 0, 5])
+    expected = collate([examples[i] for i in (4, 0, 5)])
+    for name in ("input_ids", "position_ids", "score_from", "target_ids", "response_index"):
+        assert torch.equal(getattr(taken, name), getattr(expected, name)), name
+    assert taken.spans == expected.spans
+
+
+def test_keys_do_not_depend_on_the_batch() -> None:
+    examples = pairs(5)
+    together = example_keys(collate(examples))
+    assert together == [example_keys(collate([e]))[0] for e in examples]
+    assert len(set(together)) == 5
+
+
+@pytest.fixture
+def run(model_dir: Callable, tmp_path: Path) -> Callable[..., tuple[DPOModule, dict]]:
+    """Train two epochs with the cache and return the module and what was logged."""
+
+    def fit(**options: object) -> tuple[DPOModule, dict]:
+        torch.manual_seed(0)
+        module = DPOModule(
+            str(model_dir("gpt2")), reference_cache=str(tmp_path / "cache"), **options
+        )
+        forwards: list[int] = []
+        module.reference.base_model.register_forward_hook(
+            lambda _, args, kwargs, out: forwards.append(out.last_hidden_state.shape[1]),
+            with_kwargs=True,
+        )
+        logged = {"forwards": forwards}
+        runner = trainer(tmp_path, max_epochs=1)
+        runner.fit(module, loader(pairs(8), 4))
+        return module, {**runner.callback_metrics, **logged}
+
+    return fit
+
+
+def test_a_second_run_reuses_the_first(run: Callable, tmp_path: Path) -> None:
+    """Another β and learning rate: one probe row a batch is scored, and every loss is the same."""
+    whole = [collate(pairs(8)[:4]).num_tokens, collate(pairs(8)[4:]).num_tokens]
+    _, logged = run(beta=0.1)
+    assert logged["forwards"] == whole
+    second, logged = run(beta=0.5)
+    assert all(0 < n < t for n, t in zip(logged["forwards"], whole, strict=True))
+    assert logged["ref/cache_abs_err"] < 1e-4
+    batch = collate(pairs(8)[:4])
+    referenced = second.on_before_batch_transfer(batch, 0)
+    live = response_sums(score(second.reference, batch), batch)
+    torch.testing.assert_close(referenced.known_R, live, atol=1e-4, rtol=1e-5)
+    scores = second.reference_scores(referenced)
+    torch.testing.assert_close(scores.chosen, live[0::2], atol=1e-4, rtol=1e-5)
+
+
+def test_another_reference_has_another_cache(run: Callable, model_dir: Callable) -> None:
+    _, _ = run()
+    _, logged = run(dtype="bfloat16")
+    assert logged["forwards"][0] == collate(pairs(8)[:4]).num_tokens
+
+
+def test_a_corrupted_row_is_named_and_scored_again(
+    run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, _ = run()
+    (shard,) = module.cache.home.glob("*.safetensors")
+    tensors = load_file(shard)
+    tensors["sums"][5] += 1.0  # example 2's second response
+    save_file(tensors, shard)
+    with caplog.at_level(logging.WARNING):
+        cache = ReferenceCache(tmp_path / "cache", module.cache.home.name)
+    assert f"{shard}: row 2 is corrupted" in caplog.text
+    referenced = cache.look_up(collate(pairs(8)[:4]))
+    assert referenced.known_R.isnan().tolist() == [False] * 4 + [True] * 2 + [False] * 2
+    assert 4 in referenced.probe_R.tolist()
+
+
+def test_a_truncated_shard_is_skipped(
+    run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, _ = run()
+    (shard,) = module.cache.home.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:50])
+    _, logged = run()
+    assert "unreadable" in caplog.text
+    assert logged["forwards"][0] == collate(pairs(8)[:4]).num_tokens
+
+
+def test_wrong_values_stop_the_run(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose checksum is right but whose values are another model's."""
+    run()
+    original = ReferenceCache._read
+
+    def shifted(self: ReferenceCache, shard: Path) -> None:
+        original(self, shard)
+        for key in self._rows:
+            self._rows[key] = self._rows[key] + 5.0
+
+    monkeypatch.setattr(ReferenceCache, "_read", shifted)
+    with pytest.raises(AlignkitError, match=r"off by 5.* delete "):
+        run()
