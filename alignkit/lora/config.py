@@ -64,6 +64,8 @@ class LoRAConfig:
         """Turn lists into tuples and refuse values that cannot work."""
         for name in ("targets", "exclude", "modules_to_save"):
             object.__setattr__(self, name, strings(getattr(self, name)))
+            if not all(isinstance(entry, str) and entry for entry in getattr(self, name)):
+                raise AlignkitError(f"LoRAConfig.{name} is {getattr(self, name)!r}; give names")
         object.__setattr__(self, "layers", _layers(self.layers))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name)))
@@ -112,15 +114,11 @@ class LoRAConfig:
                     f"LoRAConfig.{where} is {r}; init='orthogonal' splits the rank in two halves, "
                     "give an even rank"
                 )
-        for where, alpha in self._own_and("alpha"):
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-                raise AlignkitError(f"LoRAConfig.{where} is {alpha!r}; give a number")
-            if not 0 < alpha < math.inf:
-                raise AlignkitError(f"LoRAConfig.{where} is {alpha}; give a positive number")
-        if not 0 <= self.dropout < 1:
-            raise AlignkitError(f"LoRAConfig.dropout is {self.dropout}; give 0 <= dropout < 1")
-        if not self.init_std > 0:
-            raise AlignkitError(f"LoRAConfig.init_std is {self.init_std}; give a positive number")
+        for where, value in [*self._own_and("alpha"), ("init_std", self.init_std)]:
+            if not (_is_number(value) and 0 < value < math.inf):
+                raise AlignkitError(f"LoRAConfig.{where} is {value!r}; give a positive number")
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise AlignkitError(f"LoRAConfig.dropout is {self.dropout!r}; give 0 <= dropout < 1")
         for name, value, allowed in (("init", self.init, Init), ("bias", self.bias, BiasMode)):
             if value not in get_args(allowed):
                 choices = ", ".join(get_args(allowed))
@@ -136,6 +134,10 @@ class LoRAConfig:
         own = ("r", self.r) if kind == "rank" else ("alpha", self.alpha)
         name = f"{kind}_pattern"
         return [own, *((f"{name}[{key!r}]", value) for key, value in getattr(self, name).items())]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def strings(value: Any) -> tuple[str, ...]:

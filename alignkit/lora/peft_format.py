@@ -174,43 +174,45 @@ def config_from_peft(raw: Mapping[str, Any], where: str) -> LoRAConfig:
     Raises:
         AlignkitError: Another method than LoRA, or an option alignkit has no equal for.
     """
+    try:
+        return _read(raw)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise AlignkitError(f"{where}: {error}") from None
+
+
+def _read(raw: Mapping[str, Any]) -> LoRAConfig:
     method = raw.get("peft_type")
     if method != "LORA":
-        raise AlignkitError(f"{where}: peft_type is {method!r}; alignkit reads LORA adapters only")
+        raise AlignkitError(f"peft_type is {method!r}; alignkit reads LORA adapters only")
     for name in _UNSUPPORTED:
         if raw.get(name):
-            raise AlignkitError(
-                f"{where}: {name} is set, which alignkit cannot express; retrain without"
-            )
+            raise AlignkitError(f"{name} is set, which alignkit cannot express; retrain without")
     init = raw.get("init_lora_weights", True)
-    if init not in _INIT_FROM_PEFT:
+    if not isinstance(init, (bool, str)) or init not in _INIT_FROM_PEFT:
         raise AlignkitError(
-            f"{where}: init_lora_weights is {init!r}, whose change to the base cannot be "
-            "repeated from the file; let PEFT save it with path_initial_model_for_weight_conversion"
+            f"init_lora_weights is {init!r}, whose change to the base cannot be repeated from the "
+            "file; let PEFT save it with path_initial_model_for_weight_conversion"
         )
-    targets, exclude = raw.get("target_modules"), raw.get("exclude_modules")
+    targets = raw.get("target_modules")
     if targets is None:
-        raise AlignkitError(f"{where}: target_modules is missing; name the adapted modules")
+        raise AlignkitError("target_modules is missing; name the adapted modules")
     layers = raw.get("layers_to_transform")
     layers = (layers,) if isinstance(layers, int) else (layers or None)
-    try:
-        return LoRAConfig(
-            r=raw.get("r", 8),
-            alpha=raw.get("lora_alpha", 8),
-            dropout=raw.get("lora_dropout", 0.0),
-            targets=_targets_from_peft(targets, layers, raw.get("layers_pattern")),
-            exclude=_patterns_from_peft(exclude or ()),
-            layers=None if raw.get("layers_pattern") else layers,
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-            use_rslora=bool(raw.get("use_rslora")),
-            use_dora=bool(raw.get("use_dora")),
-            init=_INIT_FROM_PEFT[init],
-            bias=raw.get("bias", "none"),
-            modules_to_save=tuple(raw.get("modules_to_save") or ()),
-        )
-    except (TypeError, ValueError) as error:
-        raise AlignkitError(f"{where}: {error}") from None
+    return LoRAConfig(
+        r=raw.get("r", 8),
+        alpha=raw.get("lora_alpha", 8),
+        dropout=raw.get("lora_dropout", 0.0),
+        targets=_targets_from_peft(targets, layers, raw.get("layers_pattern")),
+        exclude=_patterns_from_peft(raw.get("exclude_modules") or ()),
+        layers=None if raw.get("layers_pattern") else layers,
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        use_rslora=bool(raw.get("use_rslora")),
+        use_dora=bool(raw.get("use_dora")),
+        init=_INIT_FROM_PEFT[init],
+        bias=raw.get("bias", "none"),
+        modules_to_save=strings(raw.get("modules_to_save") or ()),
+    )
 
 
 def _plain(config: LoRAConfig) -> LoRAConfig:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from alignkit.lora import LoRAConfig, inject_lora, save_adapter
+
+Make = Callable[..., PreTrainedModel]
+Shake = Callable[..., nn.Module]
 
 ATTENTION = {
     "gpt2": ("attn.c_attn", "attn.c_proj"),
@@ -40,3 +47,16 @@ def shake() -> Callable[..., nn.Module]:
 def ids() -> torch.Tensor:
     """[2, 9] token ids."""
     return torch.randint(0, 384, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def trained(tiny_model: Make, shake: Shake) -> PreTrainedModel:
+    """A gpt2 with a moved adapter of rank 4."""
+    model: PreTrainedModel = shake(inject_lora(tiny_model("gpt2"), LoRAConfig(r=4)))
+    return model
+
+
+@pytest.fixture
+def saved(trained: PreTrainedModel, tmp_path: Path) -> Path:
+    """That adapter's directory."""
+    return save_adapter(trained, tmp_path / "adapter")
