@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +18,8 @@ from alignkit.data.cache import cache_root, cached_store
 from alignkit.data.files import Source
 from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.data.sources import DataPath, find_splits, quotas, weights_of
-from alignkit.data.store import Store, StoreWriter
-from alignkit.engine import Example, PackedBatch, collate
+from alignkit.data.store import ExampleSet, Store, StoreWriter
+from alignkit.engine import PackedBatch, collate
 from alignkit.errors import AlignkitError
 from alignkit.models import load_tokenizer
 
@@ -40,39 +38,6 @@ class RowEncoder(Protocol):
 
     def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
         """Encode a source; returns its counts as `Tally.to_dict`."""
-
-
-class ExampleSet(Dataset[Example]):
-    """Chosen examples of one encoded set or several, end to end.
-
-    Args:
-        stores: Where the examples are.
-        chosen: For each store, the indices [C] int64 that belong to the set.
-    """
-
-    def __init__(self, stores: Sequence[Store], chosen: Sequence[NDArray[np.int64]]) -> None:
-        self._stores = list(stores)
-        self._chosen = list(chosen)
-        self._ends = list(accumulate(len(each) for each in chosen))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many examples come from each store."""
-        return [len(each) for each in self._chosen]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """[E] int64, tokens of each example, its prompt counted once."""
-        parts = [s.lengths[c] for s, c in zip(self._stores, self._chosen, strict=True)]
-        return np.concatenate(parts)
-
-    def __getitem__(self, index: int) -> Example:
-        part = bisect_right(self._ends, index)
-        first = self._ends[part - 1] if part else 0
-        return self._stores[part][int(self._chosen[part][index - first])]
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -138,8 +103,8 @@ class AlignmentDataModule(LightningDataModule):
         self._cache = cache_root(cache_dir)
         self._sets: dict[str, ExampleSet] = {}
         self._quotas: list[tuple[int, int]] = []
-        self._train_sampler: TokenBudgetBatchSampler | None = None
-        self._resumed: dict[str, Any] | None = None
+        self._plan = ""
+        self._position: dict[str, Any] = {}
 
     @abstractmethod
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
@@ -175,11 +140,10 @@ class AlignmentDataModule(LightningDataModule):
         if self.trainer is not None:
             # A loader with workers draws before Lightning tells the sampler its epoch.
             sampler.set_epoch(self.trainer.current_epoch)
-        if self._resumed is not None:
-            sampler.load_state_dict(self._resumed)
-            self._resumed = None
-        self._train_sampler = sampler
-        return self._loader("train", sampler)
+        if position := self.take_position():
+            sampler.load_state_dict(position)
+        self._plan = sampler.fingerprint
+        return self._loader(self._set("train"), batch_sampler=sampler, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
         """Packed batches of the validation split, every example once over all ranks."""
@@ -190,18 +154,27 @@ class AlignmentDataModule(LightningDataModule):
         return self._evaluation("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """The training position: epoch and micro-batches done in it."""
-        if self.trainer is None or self._train_sampler is None:
+        """The training position: epoch, micro-batches done in it, and the plan they belong to."""
+        if self.trainer is None:
             return {}
         return {
             "epoch": self.trainer.current_epoch,
             "batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,
-            "plan": self._train_sampler.fingerprint,
+            "plan": self._plan,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a training position; the next training loader starts there."""
-        self._resumed = state_dict or None
+        self._position = state_dict
+
+    def take_position(self) -> dict[str, Any]:
+        """The position to resume at, once; empty in a fresh run."""
+        position, self._position = self._position, {}
+        return position
+
+    def find_splits(self, place: str) -> dict[str, list[Source]]:
+        """The sources of each split that are to be encoded."""
+        return find_splits(place)
 
     def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
         sampler = TokenBudgetBatchSampler(
@@ -212,16 +185,16 @@ class AlignmentDataModule(LightningDataModule):
             rank=self._rank,
             world_size=self._world,
         )
-        return self._loader(split, sampler)
+        return self._loader(self._set(split), batch_sampler=sampler, collate_fn=collate)
 
-    def _loader(self, split: str, sampler: TokenBudgetBatchSampler) -> DataLoader[PackedBatch]:
+    def _loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[PackedBatch]:
+        workers = options.pop("num_workers", self.num_workers)
         return DataLoader(
-            self._set(split),  # type: ignore[arg-type]  # typed by its items, not its batches
-            batch_sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            dataset,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            **options,
         )
 
     @property
@@ -267,7 +240,7 @@ class AlignmentDataModule(LightningDataModule):
         """Each split of one place: its stores and, for each, the chosen examples."""
         found = {
             split: [self._encoded(source, encoder) for source in sources]
-            for split, sources in find_splits(place).items()
+            for split, sources in self.find_splits(place).items()
         }
         chosen = {
             split: [np.arange(len(store), dtype=np.int64) for store in stores]

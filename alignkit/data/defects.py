@@ -38,7 +38,7 @@ MEANING = {
     "repeated_prompts": "the prompt has been seen in an earlier row",
     "too_long": "an answer alone exceeds max_length",
     "boundary": "prompt and answer encode differently together than apart",
-    "truncated": "the prompt lost its left end to fit max_length",
+    "truncated": "longer than max_length: the prompt loses its left end",
 }
 """Every defect, in a few words; the report and the log use the same names."""
 

@@ -85,10 +85,10 @@ def turns(text: str) -> list[Turn]:
     people write "Human:" in the middle of a sentence.
     """
     marks = list(_TURN.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    ends = [*(mark.start() for mark in marks), len(text)][1:]
     return [
         Turn(mark[1], text[mark.end() : end], mark.start())
-        for mark, end in zip(marks, ends, strict=True)
+        for mark, end in zip(marks, ends, strict=False)
     ]
 
 

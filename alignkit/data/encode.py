@@ -135,9 +135,9 @@ class DialogueEncoder:
         """The source's finished examples, in order; ``tally`` counts rows and defects."""
         judge = Judge(source.name, self.policies, tally)
         for drafts in chunks(self._settled(source, judge), _CHUNK):
-            self._encode(drafts)
+            self.encode(drafts)
             self._drop_turns(drafts)
-            self._prove(drafts)
+            self.prove(drafts)
             for draft in drafts:
                 try:
                     self._finish(draft, judge)
@@ -158,7 +158,7 @@ class DialogueEncoder:
             except Dropped:
                 continue
 
-    def _encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
+    def encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
         """Fill in the ids: each prompt once, whatever the number of its responses."""
         for draft, start in zip(drafts, starts or [0] * len(drafts), strict=True):
             draft.text = self._format.render(draft.dialogue, start)
@@ -186,12 +186,12 @@ class DialogueEncoder:
             draft.truncated = True
             draft.restarts = self._format.restarts(draft.dialogue)
         while pending := [each for each in pending if each.restarts and self._too_long(each)]:
-            self._encode(pending, [draft.restarts.pop(0) for draft in pending])
+            self.encode(pending, [draft.restarts.pop(0) for draft in pending])
 
     def _too_long(self, draft: Draft) -> bool:
         return draft.length > self.max_length
 
-    def _prove(self, drafts: Sequence[Draft]) -> None:
+    def prove(self, drafts: Sequence[Draft]) -> None:
         """The boundary proof: encode prompt and response together and compare the ids."""
         whole = [
             draft.text.prompt + "".join(response)

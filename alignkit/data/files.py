@@ -97,7 +97,7 @@ def directory_splits(directory: Path) -> dict[str, list[Source]]:
             f"{directory}: no train.*, validation.* or test.* file ({', '.join(SUFFIXES)}); "
             "name one of its files instead"
         )
-    return splits
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 
 def _digest(path: Path) -> str:

@@ -164,7 +164,7 @@ def _all_turns(dialogue: Dialogue, start: int) -> Rendered:
     text = dialogue.prompt
     starts = dialogue.turn_starts()
     cuts = []
-    for begin, end in zip(starts, [*starts[1:], len(text)], strict=True):
+    for begin, end in zip(starts, [*starts[1:], len(text)], strict=False):
         if begin >= start and text[begin:].lstrip().startswith(ASSISTANT):
             cuts += [text.index(ASSISTANT, begin) + len(ASSISTANT), end]
     if cuts and cuts[-1] == len(text):
@@ -188,7 +188,7 @@ def chat_messages(dialogue: Dialogue, start: int = 0) -> list[dict[str, str]]:
     starts = dialogue.turn_starts()
     system = prompt[: starts[0]].strip() if starts else ""
     messages = [{"role": "system", "content": system}] if system else []
-    for begin, end in zip(starts, [*starts[1:], len(prompt)], strict=True):
+    for begin, end in zip(starts, [*starts[1:], len(prompt)], strict=False):
         if begin < start:
             continue
         turn = prompt[begin:end].strip()

@@ -17,8 +17,8 @@ from alignkit.data.sources import DataPath
 HH_RLHF = "Anthropic/hh-rlhf"
 
 
-class HHPreferenceDataModule(AlignmentDataModule):
-    """Prompts with ranked answers, the best first: HH-RLHF's pairs, or any k ≥ 2.
+class DialogueDataModule(AlignmentDataModule):
+    """Dialogues with answers; a leaf says which of a row's answers it takes.
 
     Args:
         tokenizer: See `AlignmentDataModule`, as for every argument not named here.
@@ -31,8 +31,8 @@ class HHPreferenceDataModule(AlignmentDataModule):
         **options: Passed to `AlignmentDataModule`.
     """
 
-    _sides: Callable[[Mapping[str, Any]], list[Side]] = staticmethod(preference_sides)
-    _all_turns = False
+    sides: Callable[[Mapping[str, Any]], list[Side]]
+    all_turns = False
 
     def __init__(
         self,
@@ -53,25 +53,34 @@ class HHPreferenceDataModule(AlignmentDataModule):
         """One example a row, its answers sharing the prompt."""
         return DialogueEncoder(
             tokenizer,
-            self._sides,
+            self.sides,
             max_length=self.max_length,
             prompt_format=self.prompt_format,
-            all_turns=self._all_turns,
+            all_turns=self.all_turns,
             policies=self.policies,
         )
 
 
-class HHSFTDataModule(HHPreferenceDataModule):
+class HHPreferenceDataModule(DialogueDataModule):
+    """Prompts with ranked answers, the best first: HH-RLHF's pairs, or any k ≥ 2.
+
+    Takes what `DialogueDataModule` takes; rows as `alignkit.data.shapes` describes them.
+    """
+
+    sides = staticmethod(preference_sides)
+
+
+class HHSFTDataModule(DialogueDataModule):
     """Prompts with the answer to imitate: the chosen one of HH-RLHF.
 
     Args:
-        tokenizer: As in `HHPreferenceDataModule`, and so on for every argument not named here.
-        path: See `AlignmentDataModule`.
+        tokenizer: See `DialogueDataModule`, as for every argument not named here.
+        path: See `AlignmentDataModule`; rows as `alignkit.data.shapes` describes them.
         turns: ``last`` trains on the last answer alone, ``all`` on every turn of the assistant.
-        **options: Passed to `HHPreferenceDataModule`.
+        **options: Passed to `DialogueDataModule`.
     """
 
-    _sides = staticmethod(sft_sides)
+    sides = staticmethod(sft_sides)
 
     def __init__(
         self,
@@ -82,4 +91,4 @@ class HHSFTDataModule(HHPreferenceDataModule):
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, path, **options)
-        self._all_turns = turns == "all"
+        self.all_turns = turns == "all"

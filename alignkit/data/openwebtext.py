@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.base import AlignmentDataModule, RowEncoder
+from alignkit.data.base import AlignmentDataModule
 from alignkit.data.defects import Dropped, Judge, Policies, Tally, has_unreadable, readable
 from alignkit.data.encode import chunks
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.packing import Document, Packing, rows
-from alignkit.data.sources import DataPath
+from alignkit.data.sources import DataPath, find_splits
 from alignkit.data.store import StoreWriter
+from alignkit.data.stream import ExampleStream, head, tail
 from alignkit.data.tokens import TextEncoder
+from alignkit.engine import Example, PackedBatch
+from alignkit.errors import AlignkitError
+from alignkit.models import load_tokenizer
 
 OPENWEBTEXT = "stas/openwebtext-10k"
 _CHUNK = 64
@@ -59,14 +64,18 @@ class DocumentEncoder:
     def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
         """Encode a source into a store; returns its counts as `Tally.to_dict`."""
         tally = Tally()
-        documents = self.documents(source, tally)
-        for line, example in rows(documents, self._block_size, self._packing):
-            tally.add("examples", line)
+        for line, example in self.examples(source, tally):
             writer.add(example, line)
         return tally.to_dict()
 
-    def documents(self, source: Source, tally: Tally) -> Iterator[Document]:
-        """The source's documents as token ids, EOS last; ``tally`` counts rows and defects."""
+    def examples(self, source: Source, tally: Tally) -> Iterator[tuple[int, Example]]:
+        """The source's rows of tokens, with the line of each one's first document."""
+        documents = self._documents(source, tally)
+        for line, example in rows(documents, self._block_size, self._packing):
+            tally.add("examples", line)
+            yield line, example
+
+    def _documents(self, source: Source, tally: Tally) -> Iterator[Document]:
         judge = Judge(source.name, self.policies, tally)
         for texts in chunks(_texts(source, judge), _CHUNK):
             encoded = self._encode([text for _, text in texts])
@@ -111,6 +120,11 @@ class OpenWebTextDataModule(AlignmentDataModule):
         tokenizer: See `AlignmentDataModule`, as for every argument not named here.
         path: See `AlignmentDataModule`; rows are ``{"text": …}``.
         block_size: Tokens of a row.
+        streaming: Read and encode the training documents as training goes, in order and without
+            end, instead of keeping them: for sets larger than the disk. The run needs
+            ``trainer.max_steps``. Where the path has no other split, the first ``held_out``
+            documents are set apart for validation.
+        held_out: See ``streaming``.
         packing: ``concatenate`` or ``best_fit``; see `alignkit.data.packing.rows`.
         policies: What to do with each defect; see `Policies`.
         **options: Passed to `AlignmentDataModule`.
@@ -123,16 +137,54 @@ class OpenWebTextDataModule(AlignmentDataModule):
         *,
         block_size: int = 512,
         packing: Packing = "concatenate",
+        streaming: bool = False,
+        held_out: int = 500,
         policies: Policies | None = None,
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, path, **options)
+        self.streaming = streaming
+        self.held_out = held_out
+        self._stream: list[Source] = []
         self.block_size = block_size
         self.packing = packing
         self.policies = policies
 
-    def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
+    def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> DocumentEncoder:
         """Rows of documents."""
         return DocumentEncoder(
             tokenizer, block_size=self.block_size, packing=self.packing, policies=self.policies
         )
+
+    def find_splits(self, place: str) -> dict[str, list[Source]]:
+        """What is to be encoded beforehand: with ``streaming``, all but the training split."""
+        splits = find_splits(place, streaming=self.streaming)
+        if self.streaming:
+            train = splits.pop("train", [])
+            if not splits:
+                splits["validation"] = [head(source, self.held_out) for source in train]
+                train = [tail(source, self.held_out) for source in train]
+            self._stream += train
+        return splits
+
+    def train_dataloader(self) -> DataLoader[PackedBatch]:
+        """Packed batches: in random order, or as they stream in."""
+        if not self.streaming:
+            return super().train_dataloader()
+        self.setup()
+        trainer = self.trainer
+        if trainer and (trainer.max_steps < 0 or trainer.limit_train_batches != 1.0):
+            raise AlignkitError(
+                "data.streaming=true: a stream is one endless epoch; "
+                "set trainer.max_steps and leave trainer.limit_train_batches alone"
+            )
+        stream = ExampleStream(
+            self._stream,
+            self.row_encoder(load_tokenizer(self.tokenizer)).examples,
+            tokens_per_batch=self.tokens_per_batch,
+            rank=self._rank,
+            world_size=self._world,
+            skip=self.take_position().get("batches", 0),
+        )
+        # More than one worker would each read the whole stream.
+        return self._loader(stream, num_workers=min(self.num_workers, 1), batch_size=None)

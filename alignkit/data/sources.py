@@ -5,26 +5,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from alignkit.data.files import SUFFIXES, Row, Source, directory_splits, file_source
 from alignkit.errors import AlignkitError
+from alignkit.models import hub_reachable
 
 DataPath = str | list[str] | dict[str, float]
 """One place, several, or several with the share of examples an epoch draws from each."""
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
-_HUB_SPLITS = ("train", "validation", "test")
 
 
-def find_splits(path: str) -> dict[str, list[Source]]:
+def find_splits(path: str, *, streaming: bool = False) -> dict[str, list[Source]]:
     """The splits a path offers, each as one source or more.
 
     Args:
         path: A local directory (``train.*`` and ``test.*`` or ``validation.*`` files), one file
             (its rows are all in ``train``), or a Hub id, ``name`` or ``name:configuration``
             (for HH-RLHF, whose configurations are folders, ``Anthropic/hh-rlhf:helpful-base``).
+        streaming: Read a Hub dataset over the network instead of downloading it.
 
     Raises:
         AlignkitError: Nothing is there, or the Hub cannot be reached.
@@ -37,7 +39,7 @@ def find_splits(path: str) -> dict[str, list[Source]]:
             return {"train": [file_source(local)]}
     except OSError as error:
         raise AlignkitError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return _hub_splits(path)
+    return _hub_splits(path, streaming)
 
 
 def weights_of(path: DataPath) -> dict[str, float | None]:
@@ -82,12 +84,11 @@ def _looks_local(path: str) -> bool:
     return path.endswith(SUFFIXES) or not _HUB_ID.match(path) or path.startswith(".")
 
 
-def _hub_splits(path: str) -> dict[str, list[Source]]:
-    import datasets
-
+def _hub_splits(path: str, streaming: bool) -> dict[str, list[Source]]:
     name, _, configuration = path.partition(":")
     try:
-        loaded = _load_hub(datasets, name, configuration)
+        with _offline_if_unreachable():
+            loaded = _load_hub(name, configuration, streaming)
     except Exception as error:  # the Hub's client raises whatever its transport raises
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise AlignkitError(
@@ -95,24 +96,48 @@ def _hub_splits(path: str) -> dict[str, list[Source]]:
             "pass data.path a local directory or file instead"
         ) from error
     splits = {
-        split: [_hub_source(path, split, loaded[split])] for split in _HUB_SPLITS if split in loaded
+        split: [_hub_source(path, split, loaded[split])]
+        for split in ("train", "validation", "test")
+        if split in loaded
     }
     if not splits:
-        raise AlignkitError(f"data.path {path}: no split named {', '.join(_HUB_SPLITS)}")
+        raise AlignkitError(f"data.path {path}: it has no split named train, validation or test")
     return splits
 
 
-def _load_hub(datasets: Any, name: str, configuration: str) -> Any:
-    # Progress bars and retries are the Hub client's own; its errors become one line above.
+def _load_hub(name: str, configuration: str, streaming: bool) -> Any:
+    import datasets
+
     if not configuration:
-        return datasets.load_dataset(name)
+        return datasets.load_dataset(name, streaming=streaming)
     if configuration in datasets.get_dataset_config_names(name):
-        return datasets.load_dataset(name, configuration)
-    return datasets.load_dataset(name, data_dir=configuration)
+        return datasets.load_dataset(name, configuration, streaming=streaming)
+    return datasets.load_dataset(name, data_dir=configuration, streaming=streaming)
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Look only at what was downloaded before where the Hub does not answer.
+
+    The Hub's client would otherwise retry for 23 s a file before it looks there.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    places: tuple[Any, ...] = (constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    offline = not hub_reachable()
+    try:
+        for place in places:
+            place.HF_HUB_OFFLINE = offline
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
 
 
 def _hub_source(path: str, split: str, rows: Any) -> Source:
     def read() -> Iterator[tuple[int, Row]]:
         yield from enumerate(rows, start=1)
 
-    return Source(f"{path}[{split}]", str(rows._fingerprint), read)
+    return Source(f"{path}[{split}]", str(getattr(rows, "_fingerprint", path)), read)

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import json
 import zlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
 from alignkit.engine import Example
 
@@ -175,6 +177,39 @@ class Store:
         if "scored" in arrays:
             scored = [arrays["scored"][start:end] for start, end in pairs[1:]]
         return Example(parts[0], parts[1:], scored)
+
+
+class ExampleSet(Dataset[Example]):
+    """Chosen examples of one encoded set or several, end to end.
+
+    Args:
+        stores: Where the examples are.
+        chosen: For each store, the indices [C] int64 that belong to the set.
+    """
+
+    def __init__(self, stores: Sequence[Store], chosen: Sequence[NDArray[np.int64]]) -> None:
+        self._stores = list(stores)
+        self._chosen = list(chosen)
+        self._ends = list(accumulate(len(each) for each in chosen))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many examples come from each store."""
+        return [len(each) for each in self._chosen]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[E] int64, tokens of each example, its prompt counted once."""
+        parts = [s.lengths[c] for s, c in zip(self._stores, self._chosen, strict=True)]
+        return np.concatenate(parts)
+
+    def __getitem__(self, index: int) -> Example:
+        part = bisect_right(self._ends, index)
+        first = self._ends[part - 1] if part else 0
+        return self._stores[part][int(self._chosen[part][index - first])]
 
 
 def _measure(path: Path, *, whole: bool) -> dict[str, Any]:
