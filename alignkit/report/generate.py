@@ -52,7 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_function_arguments(generate, skip=REQUEST_FLAGS)
 
 
-REQUEST_FLAGS = {"prompts", "raw"}
+REQUEST_FLAGS: set[str | int] = {"prompts", "raw"}
 """What `add_request` adds and a function's own flags are to skip."""
 
 
