@@ -67,10 +67,14 @@ def start(config: LoRAConfig, weight_IO: Tensor) -> Start:
 
 
 def _pissa(weight_IO: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Principal singular directions, ``s A B = U_r S_r V_rᵀ`` (arXiv:2404.02948, eq. 2 and 3)."""
-    u, s, vh = torch.linalg.svd(weight_IO, full_matrices=False)
+    """Principal singular directions, ``s A B = U_r S_r V_rᵀ`` (arXiv:2404.02948, eq. 2 and 3).
+
+    Decomposes [O, I] as PEFT does: readers of a saved adapter repeat the decomposition, and only
+    the same one gives the same rounding where singular values lie close together.
+    """
+    v, s, uh = torch.linalg.svd(weight_IO.t(), full_matrices=False)
     root = (s[:r] / scale).sqrt()
-    return u[:, :r] * root, root[:, None] * vh[:r]
+    return (root[:, None] * uh[:r]).t(), (v[:, :r] * root).t()
 
 
 def _olora(weight_IO: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,11 +173,17 @@ def _without_base(
     expected: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> dict[str, Tensor]:
-    """Drop base weights, which PEFT saves beside adapted embeddings, if they are this base's."""
+    """Drop what PEFT writes beside an adapter: base weights, if they are this base's, and copies.
+
+    PEFT saves whole embeddings where one is adapted, and with ``bias="all"`` the biases of
+    ``modules_to_save`` under the names of its wrappers a second and third time.
+    """
     kept: dict[str, Tensor] = {}
     modules = plain_modules(model)
     layers = adapter_layers(model)
     for key, tensor in given.items():
+        if re.sub(r"\.(original_module|modules_to_save\.[^.]+)\.", ".", key) in {*given} - {key}:
+            continue
         path, _, parameter = key.removeprefix(PREFIX).replace(".base_layer.", ".").rpartition(".")
         if key in expected or parameter not in getattr(modules.get(path), "_parameters", {}):
             kept[key] = tensor
