@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
@@ -17,6 +18,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from alignkit.callbacks import ProgressBar
 from alignkit.errors import AlignkitError
 from alignkit.modules import AlignmentModule
+from alignkit.modules.checkpoint import read_checkpoint
+
+# What Lightning takes in a checkpoint path's place.
+_CHECKPOINT_NAMES = ("best", "last", "hpc")
 
 # Command to what it does and the module behind it, imported when it runs: a function of the
 # command's name, and ``add_arguments(parser)`` for its flags.
@@ -29,6 +34,51 @@ TOOLS = {
 }
 
 
+# Warnings that tell a user of alignkit nothing.
+_NO_NEWS = (
+    # Lightning's own use of names that torch and jsonargparse have deprecated since.
+    r"(?s).*treespec, LeafSpec",
+    r"(?s).*skip_none parameter was deprecated",
+    # Always so: the configuration was just saved there, or an earlier run's checkpoint lies there.
+    r"Checkpoint directory .* exists and is not empty",
+    # Ours is: its sampler starts where the checkpoint stopped.
+    r".*your dataloader is not resumable",
+    # Our data modules have no such hook to lose.
+    r"You have overridden `on_before_batch_transfer`",
+)
+
+
+class OneLineErrors:
+    """Makes a parser raise its complaint as one `AlignkitError` line, without the usage."""
+
+    prog: str
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is left of jsonargparse's message without the types it tried."""
+        cause = find_user_error(ex)
+        if cause is not None:
+            raise cause from None
+        noise = (
+            "Does not validate",
+            "Subtypes:",
+            "Errors:",
+            "Given value",
+            "- Expected a <class 'N",
+        )
+        lines = [line.strip() for line in message.splitlines()]
+        told = " ".join(line.removeprefix("- ") for line in lines if not line.startswith(noise))
+        told = re.sub(r'^Parser key "(.*?)":', r"\1:", told)
+        raise AlignkitError(f"{told}; see {self.prog.replace(' [options]', '')} --help") from None
+
+
+class Parser(OneLineErrors, ArgumentParser):
+    """A tool's parser."""
+
+
+class TrainingParser(OneLineErrors, LightningArgumentParser):
+    """The parser of ``fit``, ``validate`` and ``test``."""
+
+
 class AlignCLI(LightningCLI):
     """``fit``, ``validate`` and ``test`` for any AlignmentModule and data module, by class path."""
 
@@ -36,6 +86,7 @@ class AlignCLI(LightningCLI):
         super().__init__(
             AlignmentModule,
             LightningDataModule,
+            parser_class=TrainingParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -66,7 +117,7 @@ class AlignCLI(LightningCLI):
         listed = parser._subcommands_action
         assert listed is not None
         for name, (summary, _) in TOOLS.items():  # for --help alone: `main` runs them
-            listed.add_subcommand(name, ArgumentParser(), help=summary)
+            listed.add_subcommand(name, Parser(), help=summary)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with our progress bar where the configuration names none."""
@@ -80,17 +131,21 @@ class AlignCLI(LightningCLI):
         """Leave the configuration as it was given: ``--ckpt_path`` resumes and says nothing else.
 
         Lightning would merge the checkpoint's hyper-parameters over the command line, so that
-        ``fit --model DPO --ckpt_path sft.ckpt`` silently trains SFT.
+        ``fit --model DPO --ckpt_path sft.ckpt`` silently trains SFT. Reading it here finds a bad
+        file before a model is loaded.
         """
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and path not in _CHECKPOINT_NAMES:
+            read_checkpoint(path)
 
 
 def run_tool(name: str, arguments: Sequence[str]) -> None:
     """Run a tool with its function's arguments as flags."""
     summary, place = TOOLS[name]
     module = importlib.import_module(place)
-    parser = ArgumentParser(prog=f"alignkit {name}", description=summary)
+    parser = Parser(prog=f"alignkit {name}", description=summary)
     module.add_arguments(parser)
-    config = parser.instantiate_classes(parser.parse_args(list(arguments)))
+    config = parser.instantiate(parser.parse_args(list(arguments)))
     getattr(module, name)(**config.as_dict())
 
 
@@ -112,10 +167,20 @@ def main(args: Sequence[str] | None = None) -> int:
         else:
             sys.argv = ["alignkit", *arguments]  # LightningCLI would warn if handed them
             AlignCLI()
-    except AlignkitError as error:
-        print(f"alignkit: error: {error}", file=sys.stderr)
+    except Exception as error:
+        cause = find_user_error(error)
+        if cause is None:
+            raise
+        print(f"alignkit: error: {cause}", file=sys.stderr)
         return 2
     return 0
+
+
+def find_user_error(error: BaseException | None) -> AlignkitError | None:
+    """Return the `AlignkitError` behind what a parser made of it, if there is one."""
+    while error is not None and not isinstance(error, AlignkitError):
+        error = error.__cause__
+    return error
 
 
 def _quiet_logs() -> None:
@@ -126,7 +191,5 @@ def _quiet_logs() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
-    # Lightning's own use of a torch name that was deprecated since.
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    # Always so: the configuration was just saved there, or an earlier run's checkpoint lies there.
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    for message in _NO_NEWS:
+        warnings.filterwarnings("ignore", message=message)

@@ -51,6 +51,7 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
 
 def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     use_packed_attention(model)
+    _check_positions(model, batch)
     device = batch.input_ids.device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
@@ -65,6 +66,16 @@ def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     )
     hidden: Tensor = output.last_hidden_state
     return hidden[0]
+
+
+def _check_positions(model: PreTrainedModel, batch: PackedBatch) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(span.prompt + max(span.responses) for span in batch.spans)
+    if limit is not None and longest > limit:
+        raise AlignkitError(
+            f"data: a sequence of {longest} tokens exceeds the model's {limit} positions; lower "
+            "data.max_length (or data.block_size)"
+        )
 
 
 def response_sums(logps_N: Tensor, batch: PackedBatch) -> Tensor:

@@ -215,3 +215,10 @@ def test_unsupported_attention_is_refused() -> None:
     )
     with pytest.raises(AlignkitError, match="sliding_window"):
         score(AutoModelForCausalLM.from_config(config), collate([Example([1], [[2, 3]])]))
+
+
+def test_more_tokens_than_positions_is_one_line(
+    tiny_model: Callable[..., PreTrainedModel], family: str
+) -> None:
+    with pytest.raises(AlignkitError, match=r"600 tokens exceeds the model's 512 positions"):
+        score(tiny_model(family), collate([Example([1] * 300, [[2], [3] * 300])]))

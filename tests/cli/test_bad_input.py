@@ -1,0 +1,136 @@
+"""Every foreseeable mistake: one clear line, status 2, nothing written over."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import pair, write_lines
+from tests.cli.test_fit import quick
+
+
+@pytest.fixture
+def fit(alignkit: Callable, model_dir: Callable, hh: Path, text: Path) -> Callable[..., str]:
+    """Run DPO on the demo config with some arguments replaced; return the one line of error."""
+
+    def run(*changes: object, config: str = "demo/dpo.yaml") -> str:
+        before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+        status, _, err = alignkit(*quick(config, model_dir, hh, text, 1), *changes)
+        assert status == 2
+        assert "Traceback" not in err
+        lines = [line for line in err.splitlines() if "error:" in line.lower()]
+        assert len(lines) == 1, err
+        assert {p: p.read_bytes() for p in before} == before
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty"),
+        (json.dumps(pair(1)).encode() + b"\n{not json\n", "data.jsonl:2"),
+        (json.dumps({"rejected": "\n\nHuman: a\n\nAssistant: b"}).encode(), "data.jsonl:1.*chosen"),
+        (json.dumps({"chosen": "hello", "rejected": "hi"}).encode(), "data.jsonl:1.*Assistant:"),
+        (json.dumps({"chosen": 3, "rejected": 4}).encode(), "data.jsonl:1"),
+        (b'{"chosen": "\xff\xfe"}\n', "data.jsonl:1"),
+    ],
+    ids=["empty", "not-json", "no-chosen", "no-assistant", "not-text", "not-utf8"],
+)
+def test_bad_data(fit: Callable, content: bytes, message: str) -> None:
+    Path("data.jsonl").write_bytes(content)
+    line = fit("--data.path", "data.jsonl")
+    assert re.search(message, line), line
+
+
+def test_truncated_gzip(fit: Callable) -> None:
+    whole = gzip.compress(("".join(json.dumps(pair(i)) + "\n" for i in range(200))).encode())
+    Path("data.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    assert "data.jsonl.gz" in fit("--data.path", "data.jsonl.gz")
+
+
+def test_missing_data_file(fit: Callable) -> None:
+    line = fit("--data.path", "nowhere/data.jsonl")
+    assert "nowhere/data.jsonl" in line
+
+
+def test_missing_model(fit: Callable) -> None:
+    assert "nowhere/model" in fit("--model.base", "./nowhere/model")
+
+
+def test_unknown_lora_target_lists_candidates(fit: Callable) -> None:
+    line = fit("--model.lora.targets", "[q_prj]")
+    assert "q_prj" in line and "q_proj" in line
+
+
+def test_unknown_key(fit: Callable) -> None:
+    assert "bta" in fit("--model.bta", 0.1)
+
+
+def test_unknown_key_in_a_file(fit: Callable) -> None:
+    Path("extra.yaml").write_text("model:\n  init_args:\n    bta: 0.1\n")
+    assert "bta" in fit("--config", "extra.yaml")
+
+
+def test_unknown_loss(fit: Callable) -> None:
+    line = fit("--model.loss", "sigmod")
+    assert "sigmod" in line and "sigmoid" in line
+
+
+def test_bad_beta(fit: Callable) -> None:
+    assert "beta" in fit("--model.beta", -1)
+
+
+def test_checkpoint_of_another_stage(
+    fit: Callable, alignkit: Callable, model_dir: Callable, hh: Path, text: Path
+) -> None:
+    assert alignkit(*quick("demo/sft.yaml", model_dir, hh, text, 1))[0] == 0
+    line = fit("--ckpt_path", "runs/demo/sft/last.ckpt")
+    assert "SFTModule cannot resume DPOModule" in line and "init_from" in line
+
+
+def test_checkpoint_of_another_base(
+    fit: Callable, alignkit: Callable, model_dir: Callable, hh: Path, text: Path, workplace: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert alignkit(*quick("demo/sft.yaml", model_dir, hh, text, 1))[0] == 0
+    other = AutoModelForCausalLM.from_pretrained(model_dir("llama"), dtype=torch.float32)
+    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+    other.save_pretrained("other")
+    AutoTokenizer.from_pretrained(model_dir("llama")).save_pretrained("other")
+    line = fit("--model.base", "other", "--model.init_from", "runs/demo/sft/last.ckpt")
+    assert "another base model" in line
+
+
+def test_missing_checkpoint(fit: Callable) -> None:
+    assert "nothing.ckpt" in fit("--model.init_from", "nothing.ckpt")
+    assert "nothing.ckpt" in fit("--ckpt_path", "nothing.ckpt")
+
+
+def test_damaged_checkpoint(fit: Callable) -> None:
+    Path("bad.ckpt").write_bytes(b"PK\x03\x04 cut short")
+    assert "bad.ckpt" in fit("--ckpt_path", "bad.ckpt")
+
+
+def test_full_fine_tuning_in_bf16_weights(fit: Callable) -> None:
+    assert "master weights" in fit("--model.lora", "null")
+
+
+def test_sft_data_for_dpo(fit: Callable, workplace: Path) -> None:
+    assert "two responses" in fit("--data", "alignkit.HHSFTDataModule")
+
+
+def test_more_tokens_than_positions(fit: Callable) -> None:
+    rows = [{"text": "tea " * 2000}] * 20
+    write_lines(Path("long/train.jsonl"), rows)
+    write_lines(Path("long/test.jsonl"), rows)
+    line = fit("--data.path", "long", "--data.block_size", 1024, config="demo/lora.yaml")
+    assert "1024 tokens" in line and "block_size" in line

@@ -1,0 +1,163 @@
+"""Every shipped configuration, through the real command line, on tiny models and data."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from alignkit.report.curves import read_scalars
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FAMILY = {"lora": "gpt2", "sft": "gpt_neox", "dpo": "gpt_neox"}
+DEMO = {"lora": "llama", "sft": "llama", "dpo": "llama"}
+ALL = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
+
+
+def stage_of(config: str) -> str:
+    return Path(config).stem.split("_")[0]
+
+
+def quick(config: str, model_dir: Callable, hh: Path, text: Path, steps: int = 3) -> list[object]:
+    """Arguments that shrink a shipped configuration to seconds."""
+    stage = stage_of(config)
+    family = (DEMO if config.startswith("demo") else FAMILY)[stage]
+    lengths = ["--data.block_size", 128] if stage == "lora" else ["--data.max_length", 128]
+    return [
+        "fit", "--config", CONFIGS / config,
+        "--model.base", model_dir(family),
+        "--data.path", text if stage == "lora" else hh,
+        *lengths,
+        "--data.num_workers", 0,
+        "--data.tokens_per_batch", 512,
+        "--trainer.accelerator", "cpu",
+        "--trainer.devices", 1,
+        "--trainer.max_steps", steps,
+        "--trainer.val_check_interval", 1,
+        "--trainer.log_every_n_steps", 1,
+        "--trainer.enable_progress_bar", "false",
+    ]  # fmt: skip
+
+
+def test_there_is_a_config_for_every_stage() -> None:
+    names = {"lora_owt_gpt2.yaml", "sft_hh_pythia.yaml", "dpo_hh_pythia.yaml"}
+    assert names | {f"demo/{s}.yaml" for s in FAMILY} <= set(ALL)
+
+
+@pytest.mark.parametrize("config", ALL)
+def test_every_config_trains_logs_and_saves(
+    config: str, alignkit: Callable, model_dir: Callable, hh: Path, text: Path, workplace: Path
+) -> None:
+    status, _, err = alignkit(*quick(config, model_dir, hh, text))
+    assert status == 0, err
+    settings = yaml.safe_load((CONFIGS / config).read_text())
+    home = Path(settings["trainer"]["callbacks"][0]["init_args"]["dirpath"])
+    checkpoint = torch.load(home / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 3
+    assert all("lora_" in name for name in checkpoint["state_dict"])
+
+    (run,) = home.glob("version_*")
+    tags = read_scalars(run)
+    wanted = ["train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "val/loss"]
+    if stage_of(config) == "dpo":
+        names = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
+        names += ["logps/chosen", "logps/rejected"]
+        wanted += [f"{split}/{name}" for split in ("train", "val") for name in names]
+        assert tags["train/loss"][0][1] == pytest.approx(0.6931, abs=1e-4)
+        assert tags["train/rewards/chosen"][0][1] == 0
+    else:
+        wanted += ["val/perplexity", "val/token_accuracy"]
+    assert set(wanted) <= set(tags)
+    assert len(tags["train/loss"]) == 3
+
+
+def test_three_stages_chain_and_resume(
+    alignkit: Callable, model_dir: Callable, hh: Path, text: Path, workplace: Path
+) -> None:
+    """LoRA to SFT to DPO by --model.init_from; DPO interrupted at 2 of 4 steps resumes exactly."""
+    runs = Path("runs/demo")
+    for stage, before in (("lora", None), ("sft", "lora")):
+        chain = ["--model.init_from", runs / before / "last.ckpt"] if before else []
+        status, _, err = alignkit(*quick(f"demo/{stage}.yaml", model_dir, hh, text), *chain)
+        assert status == 0, err
+    dpo = [*quick("demo/dpo.yaml", model_dir, hh, text, steps=4)]
+    dpo += ["--model.init_from", runs / "sft/last.ckpt", "--model.lora.dropout", 0.1]
+    dpo += ["--data.tokens_per_batch", 256]
+    assert alignkit(*dpo)[0] == 0
+    whole = torch.load(runs / "dpo/last.ckpt", weights_only=True)["state_dict"]
+
+    keep = "trainer.callbacks.init_args"
+    each = [f"--{keep}.every_n_train_steps", 1, f"--{keep}.save_top_k", -1]
+    each += [f"--{keep}.filename", "{step}", f"--{keep}.monitor", "null"]
+    each += [f"--{keep}.dirpath", "runs/each"]
+    assert alignkit(*dpo, *each)[0] == 0
+    resume = ["--ckpt_path", "runs/each/step=2.ckpt", f"--{keep}.dirpath", "runs/resumed"]
+    status, _, err = alignkit(*dpo, *resume)
+    assert status == 0, err
+    resumed = torch.load("runs/resumed/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+    validate = ["validate", *dpo[1:], "--ckpt_path", runs / "dpo/last.ckpt"]
+    status, out, err = alignkit(*validate)
+    assert status == 0, err
+    assert "val/rewards/accuracies" in out
+
+
+def test_a_new_objective_by_class_path(
+    alignkit: Callable, model_dir: Callable, hh: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's file beside the run: at most 20 lines, its own argument on the command line."""
+    source = '''"""SimPO-like: a margin on mean log-probs, no reference."""
+from torch.nn.functional import logsigmoid
+
+from alignkit import DPOModule
+
+
+class Simple(DPOModule):
+    """Length-normalised margin with a target."""
+
+    def __init__(self, *args, gamma: float = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gamma = gamma
+
+    def preference_loss(self, policy, reference):
+        mean = policy.per_token()
+        return -logsigmoid(self.beta * (mean.chosen - mean.rejected) - self.gamma)
+'''
+    assert len(source.splitlines()) <= 20
+    Path("objectives_of_mine.py").write_text(source)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    arguments = quick("demo/dpo.yaml", model_dir, hh, text)
+    mine = ["--model", "objectives_of_mine.Simple", "--model.gamma", 1.5]
+    status, _, err = alignkit(*arguments, *mine)
+    assert status == 0, err
+    checkpoint = torch.load("runs/demo/dpo/last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["gamma"] == 1.5
+    (run,) = Path("runs/demo/dpo").glob("version_*")
+    # -log sigmoid(beta * margin - 1.5) starts near log(1 + e^1.5) = 1.70.
+    assert read_scalars(run)["train/loss"][0][1] == pytest.approx(1.70, abs=0.2)
+
+
+def test_print_config_is_a_config(alignkit: Callable, workplace: Path) -> None:
+    config = CONFIGS / "dpo_hh_pythia.yaml"
+    status, out, _ = alignkit("fit", "--config", config, "--model.beta", 0.3, "--print_config")
+    assert status == 0
+    printed = yaml.safe_load(out)
+    assert printed["model"]["init_args"]["beta"] == 0.3
+    Path("again.yaml").write_text(out)
+    status, again, _ = alignkit("fit", "--config", "again.yaml", "--print_config")
+    assert yaml.safe_load(again) == printed
+
+
+def test_help_names_every_command() -> None:
+    """The installed module as a process of its own."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "alignkit", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for name in ("fit", "validate", "test", "generate", "compare", "export", "audit", "profile"):
+        assert f"    {name} " in shown
