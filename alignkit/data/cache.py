@@ -81,8 +81,8 @@ def _build(directory: Path, build: Callable[[StoreWriter], dict[str, Any]], scor
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
-        writer = StoreWriter(partial, scored=scored)
-        writer.close(build(writer))
+        with StoreWriter(partial, scored=scored) as writer:
+            writer.finish(build(writer))
         if directory.exists():
             # No rename replaces a full directory; whoever has the old one mapped keeps it mapped.
             os.replace(directory, damaged)

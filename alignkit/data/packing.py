@@ -81,7 +81,7 @@ def _pack(pieces: Sequence[Document], size: int) -> Iterator[tuple[int, Example]
     for piece in sorted(pieces, key=lambda piece: -len(piece[1])):
         length = len(piece[1])
         if length < 2:
-            break  # a single token has nothing to be predicted from
+            break  # the EOS left over from a cut document: nothing to predict it from
         at = bisect_left(free, (length, -1))
         left, row = free.pop(at) if at < len(free) else (size, len(packed))
         if row == len(packed):

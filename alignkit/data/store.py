@@ -80,14 +80,21 @@ class StoreWriter:
         self._write("examples", [self._segments])
         self._write("lines", [line])
 
-    def close(self, meta: dict[str, Any]) -> None:
-        """Finish the files, then write the manifest, which makes the store valid.
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the files, finished or not."""
+        for file in self._files.values():
+            file.close()
+
+    def finish(self, meta: dict[str, Any]) -> None:
+        """Close the files, then write the manifest, which makes the store valid.
 
         Args:
             meta: What to keep beside the arrays, JSON values.
         """
-        for file in self._files.values():
-            file.close()
+        self.__exit__()
         arrays = {
             name: _measure(self._directory / f"{name}.bin", whole=True) for name in self._files
         }
@@ -103,10 +110,10 @@ class Store:
     """A store opened for reading; picklable, so that workers map the same files.
 
     Args:
-        directory: What a `StoreWriter` closed.
+        directory: What a `StoreWriter` finished.
 
     Attributes:
-        meta: What was given to `StoreWriter.close`.
+        meta: What was given to `StoreWriter.finish`.
 
     Raises:
         StoreError: The manifest is missing, or an array is not what it says.

@@ -47,7 +47,7 @@ class TextEncoder:
         self._backend: Tokenizer | None = None
         probe: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
         plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-        lead = next((i for i in range(len(probe)) if probe[i : i + len(plain)] == plain), 0)
+        lead = max((i for i in range(len(probe)) if probe[i : i + len(plain)] == plain), default=0)
         self.bos: tuple[int, ...] = tuple(probe[:lead])
         settings = f"{self._content}|{self.eos}|{self.bos}"
         self.fingerprint = hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()

@@ -33,9 +33,7 @@ def encoders(tokenizer_dir: Path) -> dict[str, Any]:
         "preference": DialogueEncoder(tokenizer, preference_sides, **options),
         "sft": DialogueEncoder(tokenizer, sft_sides, **options),
         "all turns": DialogueEncoder(tokenizer, sft_sides, all_turns=True, **options),
-        "text": DocumentEncoder(
-            tokenizer, block_size=64, packing="concatenate", policies=DROP
-        ),
+        "text": DocumentEncoder(tokenizer, block_size=64, packing="concatenate", policies=DROP),
     }
 
 
@@ -43,6 +41,7 @@ def survives(encoder: Any, source: Callable[[], Source]) -> tuple[int, Tally]:
     """Read everything; the examples are sound and the counts add up."""
     tally = Tally()
     kept = 0
+    refusal = None
     try:
         if isinstance(encoder, DocumentEncoder):
             for _, example in encoder.examples(source(), tally):
@@ -59,8 +58,8 @@ def survives(encoder: Any, source: Callable[[], Source]) -> tuple[int, Tally]:
             lost = counts.get("dropped", 0)
             assert counts.get("rows", 0) == kept + lost, counts
     except AlignkitError as error:
-        assert "\n" not in str(error)
-        assert str(error).strip()
+        refusal = str(error)
+    assert refusal is None or (refusal.strip() and "\n" not in refusal)
     return kept, tally
 
 
@@ -136,8 +135,10 @@ VALUES = st.recursive(
     | st.floats(allow_nan=False)
     | st.text(st.characters(codec=None), max_size=20)
     | st.sampled_from(["\n\nHuman: a\n\nAssistant: b", "Assistant:", "Human: x Assistant: y"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "chosen"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "chosen"]), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 KEYS = ["chosen", "rejected", "prompt", "responses", "messages", "completion", "text"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,6 @@ from lightning.pytorch.callbacks import Callback
 
 from alignkit.data import HHPreferenceDataModule
 from alignkit.engine import PackedBatch
-from alignkit.errors import AlignkitError
-
 
 pytestmark = [
     # Lightning 2.6 uses what torch 2.13 deprecates.
@@ -58,26 +57,25 @@ class SaveAndStop(Callback):
         setattr(self, hook, save)
 
 
-def run(
-    data: HHPreferenceDataModule, *callbacks: Callback, resume: Path | None = None, **options: Any
-) -> list[tuple[int, tuple[int, ...]]]:
-    module = Recorder()
-    trainer = lightning.Trainer(
-        max_epochs=3,
+def quiet(**options: Any) -> lightning.Trainer:
+    return lightning.Trainer(
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        accumulate_grad_batches=2,
-        callbacks=list(callbacks),
         **options,
     )
-    try:
+
+
+def run(
+    data: HHPreferenceDataModule, *callbacks: Callback, resume: Path | None = None, **options: Any
+) -> list[tuple[int, tuple[int, ...]]]:
+    module = Recorder()
+    trainer = quiet(max_epochs=3, accumulate_grad_batches=2, callbacks=list(callbacks), **options)
+    with contextlib.suppress(SystemExit):  # how Lightning ends after an interrupt
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except SystemExit:
-        pass
     return module.seen
 
 
@@ -106,7 +104,8 @@ def test_resumes_at_the_next_batch(
     per_epoch = len(whole) // 3
     assert per_epoch >= 5
     assert len(set(whole)) == len(whole)
-    for after in range(1, len(whole)) if not workers else (2, per_epoch, per_epoch + 1):
+    everywhere = hook == "on_train_batch_end" and not options and not workers
+    for after in range(1, len(whole)) if everywhere else (2, per_epoch, per_epoch + 1):
         path = tmp_path / f"{after}.ckpt"
         before = run(data(), SaveAndStop(after, path, hook), **options)
         resumed = run(data(), resume=path, **options)

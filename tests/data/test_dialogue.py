@@ -1,0 +1,84 @@
+"""HH-RLHF's dialogues, by hand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignkit.data.dialogue import (
+    Dialogue,
+    RowError,
+    common_prompt,
+    doubled_roles,
+    split_last,
+    turns,
+    without_labels,
+)
+
+TEXT = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: what?\n\nAssistant: this"
+
+
+def test_split_is_after_the_last_label_and_keeps_the_space() -> None:
+    assert split_last(TEXT) == (TEXT[: -len(" this")], " this")
+    with pytest.raises(RowError, match="no `Assistant:`"):
+        split_last("\n\nHuman: hi")
+
+
+def test_turns_open_after_an_empty_line_only() -> None:
+    """A label in the middle of a line, or after a single line break, opens no turn."""
+    text = "\n\nHuman: a Human: b\nAssistant: c\n\nAssistant: d"
+    assert [(turn.role, turn.text) for turn in turns(text)] == [
+        ("Human", " a Human: b\nAssistant: c"),
+        ("Assistant", " d"),
+    ]
+    assert turns("no label at all Assistant:") == []
+    assert "".join(f"\n\n{turn.role}:{turn.text}" for turn in turns(TEXT)) == TEXT
+
+
+@given(st.lists(st.sampled_from(["\n\n", "\n", "Human:", "Assistant:", "a", " "])).map("".join))
+def test_turns_lose_nothing(text: str) -> None:
+    found = turns(text)
+    starts = [turn.start for turn in found]
+    assert starts == sorted(set(starts))
+    rebuilt = text[: starts[0]] if found else text
+    for turn in found:
+        label = text.index(f"{turn.role}:", turn.start)
+        rebuilt += text[turn.start : label] + f"{turn.role}:" + turn.text
+    assert rebuilt == text
+
+
+def test_doubled_roles() -> None:
+    assert not doubled_roles(TEXT)
+    assert doubled_roles("\n\nHuman: a\n\nHuman: b\n\nAssistant:")
+
+
+def test_common_prompt_finds_where_both_sides_split() -> None:
+    """As in HH-RLHF: one side wrote a label inside its answer, so its last split is too late."""
+    chosen = "\n\nHuman: q\n\nAssistant: No.  Human: why?\n\nAssistant: So."
+    rejected = "\n\nHuman: q\n\nAssistant: Not at all."
+    assert common_prompt((chosen, rejected)) == "\n\nHuman: q\n\nAssistant:"
+    assert common_prompt(("\n\nHuman: a\n\nAssistant: x", "\n\nHuman: b\n\nAssistant: x")) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "repaired"),
+    [
+        (" I think so.", " I think so."),
+        (" Human: I think so.", " I think so."),
+        ("  Human:   Assistant: Yes", " Yes"),
+        (" No.  Human: why?\n\nAssistant: So.", " No."),
+        (" Human: No.  Human: why?", " No."),
+        (" Human:", " "),
+    ],
+)
+def test_stray_labels(answer: str, repaired: str) -> None:
+    assert without_labels(answer) == repaired
+
+
+def test_since_keeps_what_precedes_the_first_turn() -> None:
+    prompt = "Be kind.\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    dialogue = Dialogue(prompt, (" d",))
+    later = dialogue.turn_starts()[2]
+    assert dialogue.since(later) == "Be kind.\n\nHuman: c\n\nAssistant:"
+    assert dialogue.since(0) == prompt
