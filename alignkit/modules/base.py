@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from alignkit.engine import PackedBatch, check_engine
 from alignkit.errors import AlignkitError
-from alignkit.lora import LoRAConfig, inject_lora
+from alignkit.lora import LoRAConfig, inject_lora, lora_parameter_groups
 from alignkit.models import base_fingerprint, load_model
 from alignkit.modules import checkpoint as ckpt
 from alignkit.modules.metrics import EpochMetrics
@@ -46,6 +46,7 @@ class AlignmentModule(LightningModule):
         optimizer: From parameters to an optimizer; only trainable parameters are handed over.
         schedule: Shape of the learning rate after warm-up, a name of transformers'
             ``get_scheduler``; it moves every optimizer step.
+        lora_plus_ratio: Learning rate of every B over that of A (LoRA+, arXiv:2402.12354).
         warmup_steps: Optimizer steps of linear warm-up; below 1, a fraction of all steps.
         dropout: Keep the base model's own dropout (GPT-2's 0.1). Off by default: a preference
             loss compares two models, and noise in one of them is no preference.
@@ -65,6 +66,7 @@ class AlignmentModule(LightningModule):
     optimizer: OptimizerCallable
     schedule: str
     warmup_steps: float
+    lora_plus_ratio: float
     model: PreTrainedModel
     _random_state: Mapping[str, Tensor] | None = None
 
@@ -81,6 +83,7 @@ class AlignmentModule(LightningModule):
         ),
         schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
         warmup_steps: float = 0.0,
+        lora_plus_ratio: float = 1.0,
         dropout: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -92,6 +95,7 @@ class AlignmentModule(LightningModule):
         self.optimizer = optimizer
         self.schedule = schedule
         self.warmup_steps = warmup_steps
+        self.lora_plus_ratio = lora_plus_ratio
         self.model = self._build_model(dtype, random_init, dropout)
         if init_from is not None:
             ckpt.load_weights(self.model, init_from, self.base_fingerprint)
@@ -192,7 +196,10 @@ class AlignmentModule(LightningModule):
             )  # fmt: skip
 
     def on_train_epoch_start(self) -> None:
-        """Measure throughput from here: set-up and validation are not training."""
+        """Log what the data lost, and measure throughput from here: set-up is not training."""
+        truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
+        if truncated is not None:
+            self.log("data/truncated_frac", truncated, rank_zero_only=True, batch_size=1)
         self.window.restart_clock()
 
     def on_validation_end(self) -> None:
@@ -204,6 +211,12 @@ class AlignmentModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer over trainable parameters and its per-step schedule."""
         optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
+        if self.lora_plus_ratio != 1:
+            chosen = optimizer.defaults
+            groups = lora_parameter_groups(
+                self.model, chosen["lr"], self.lora_plus_ratio, chosen.get("weight_decay", 0.0)
+            )
+            optimizer = self.optimizer(groups)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps
         scheduler = get_scheduler(

@@ -64,6 +64,7 @@ def test_every_config_trains_logs_and_saves(
     (run,) = home.glob("version_*")
     tags = read_scalars(run)
     wanted = ["train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "val/loss"]
+    wanted.append("data/truncated_frac")
     if stage_of(config) == "dpo":
         names = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
         names += ["logps/chosen", "logps/rejected"]

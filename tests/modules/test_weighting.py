@@ -69,3 +69,20 @@ def test_full_fine_tuning_trains_everything(
     assert all(p.requires_grad for p in module.model.parameters())
     for name, parameter in module.model.named_parameters():
         torch.testing.assert_close(parameter, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_lora_plus_moves_b_faster(model_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    """With SGD and ratio 8, B moves eight times as far as with ratio 1; A as far (not at all)."""
+    moves = []
+    for ratio in (1.0, 8.0):
+        torch.manual_seed(0)
+        module = SFTModule(
+            str(model_dir("gpt2")),
+            optimizer=sgd,
+            schedule="constant_with_warmup",
+            lora_plus_ratio=ratio,
+        )
+        trainer(tmp_path, max_steps=1).fit(module, loader(answers(4), 4))
+        moves.append({n: p for n, p in module.model.named_parameters() if "lora_B" in n})
+    for name, moved in moves[0].items():
+        torch.testing.assert_close(moves[1][name], 8 * moved)
