@@ -186,6 +186,70 @@ def test_offline_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
 # GGUF -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def gguf_file(tmp_path: Path, tiny_model: TinyModel, tokenizer_dir: Path) -> Path:
+    """The tiny llama in fp32 with its tokenizer, as llama.cpp's converter lays them out."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    model = tiny_model("llama")
+    config, tokenizer = model.config, AutoTokenizer.from_pretrained(tokenizer_dir)
+    file = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    special = {tokenizer.eos_token_id}
+    types = [
+        gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
+        for i in range(len(tokenizer))
+    ]
+    writer.add_token_types(types)
+    vocabulary = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, value in model.state_dict().items():
+        count = heads.get(name.split(".")[-2])
+        if count is not None:  # ggml pairs a rotation's two numbers next to each other
+            value = value.view(count, 2, -1, config.hidden_size).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, (".weight",)), value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_file_is_the_model_it_was_made_from(gguf_file: Path, tiny_model: TinyModel) -> None:
+    loaded, made_from = load_model(str(gguf_file)), tiny_model("llama")
+    assert not loaded.training
+    ids = torch.arange(1, 60)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, made_from(ids).logits)
+    halved = load_model(str(gguf_file), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in halved.parameters()} == {torch.bfloat16}
+    drawn = load_model(str(gguf_file), random_init=True)
+    assert drawn.num_parameters() == loaded.num_parameters()
+    assert base_fingerprint(drawn) != base_fingerprint(loaded)
+
+
+def test_a_gguf_file_holds_its_tokenizer(gguf_file: Path, tokenizer_dir: Path) -> None:
+    loaded, made_from = load_tokenizer(str(gguf_file)), AutoTokenizer.from_pretrained(tokenizer_dir)
+    text = "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour."
+    assert loaded(text).input_ids == made_from(text).input_ids
+    assert loaded.eos_token_id == loaded.pad_token_id == made_from.eos_token_id
+
+
 def test_gguf_without_its_readers_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

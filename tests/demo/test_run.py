@@ -69,19 +69,19 @@ def test_the_dtype_is_one_that_this_machine_multiplies(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_the_real_model_is_saved_once_as_it_is_in_the_gguf(tmp_path: Path) -> None:
+def test_the_real_model_is_unpacked_once_and_knows_english(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     try:
-        gguf = str(find_gguf())
+        find_gguf()
     except AlignkitError as error:
         pytest.skip(str(error))
     directory = prepare_model(tmp_path / "model")
-    saved, read = (load_model(str(p), dtype=torch.bfloat16) for p in (directory, gguf))
-    assert saved.num_parameters() == 134_515_008
-    weights = read.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in saved.state_dict().items())
-    text = "\n\nHuman: Why is the sky blue?\n\nAssistant:"
-    assert load_tokenizer(str(directory))(text).input_ids == load_tokenizer(gguf)(text).input_ids
+    model, tokenizer = load_model(str(directory)), load_tokenizer(str(directory))
+    assert model.num_parameters() == 134_515_008
+    ids = tokenizer("The capital of France is Paris, and that of Italy is", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**ids).logits
+    assert tokenizer.decode(logits[0, -1].argmax()) == " Rome"
 
     stamp = (directory / "config.json").stat().st_mtime_ns
     assert prepare_model(directory) == directory
