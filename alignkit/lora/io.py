@@ -40,6 +40,7 @@ from alignkit.lora.peft_format import (
     config_to_peft,
     peft_shapes,
     peft_tensors,
+    saved_names,
 )
 from alignkit.lora.state import refuse_differences
 from alignkit.lora.targets import pruned, resolve
@@ -143,7 +144,8 @@ def load_adapter(
     files = read_adapter(Path(path))
     where = files.tensors_path
     config = config_from_peft(files.config, files.config_path)
-    config = dataclasses.replace(config, untie=untie)
+    saved = saved_names(model, config.modules_to_save, to_peft=False)
+    config = dataclasses.replace(config, untie=untie, modules_to_save=saved)
     refuse_merged(adapter_layers(model))
     config = pruned(model, config)
     targets = resolve(model, config)

@@ -160,7 +160,7 @@ def config_to_peft(
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
         "init_lora_weights": _INIT_TO_PEFT.get(config.init, config.init),
-        "modules_to_save": list(config.modules_to_save) or None,
+        "modules_to_save": list(saved_names(model, config.modules_to_save, to_peft=True)) or None,
     }
 
 
@@ -228,6 +228,25 @@ def _plain(config: LoRAConfig) -> LoRAConfig:
         rank_pattern={key: 2 * r for key, r in config.rank_pattern.items()},
         alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
     )
+
+
+def saved_names(
+    model: nn.Module, names: tuple[str, ...] | str, *, to_peft: bool
+) -> tuple[str, ...]:
+    """Translate ``modules_to_save``: alignkit's names end at a dot, PEFT's anywhere.
+
+    ``norm`` is ``model.norm`` here and every ``input_layernorm`` too in PEFT; where the two rules
+    disagree on a model, whole paths say what is meant under either. From PEFT, names that match
+    nothing are dropped, as PEFT does.
+    """
+    paths = [path for path in plain_modules(model) if path]
+    if not to_peft:
+        names = tuple(name for name in names if any(path.endswith(name) for path in paths))
+    ours = [p for p in paths if any(p == name or p.endswith(f".{name}") for name in names)]
+    theirs = [p for p in paths if any(p.endswith(name) for name in names)]
+    if ours == theirs:
+        return strings(names)
+    return tuple(ours if to_peft else theirs)
 
 
 def portable_targets(model: nn.Module, paths: list[str]) -> list[str]:

@@ -129,7 +129,7 @@ def test_keeps_x_in_its_own_dtype_and_one_thin_projection() -> None:
     mine = {t.data_ptr() for t in (x, w, a, b)}
     extra = [t for t in saved if t.data_ptr() not in mine]
     assert x.data_ptr() in {t.data_ptr() for t in saved}
-    assert [(tuple(t.shape), t.dtype) for t in extra] == [((32, 4), torch.bfloat16)]
+    assert [(tuple(t.shape), t.dtype) for t in extra] == [((4, 32), torch.bfloat16)]
 
 
 def test_a_frozen_adapter_keeps_nothing() -> None:

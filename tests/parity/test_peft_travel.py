@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from alignkit.lora import LoRAConfig, inject_lora, load_adapter, save_adapter
+from alignkit.lora import LoRAConfig, combine_adapters, inject_lora, load_adapter, save_adapter
 from alignkit.lora.export import export
 from alignkit.lora.files import WEIGHTS_FILE
 
@@ -34,6 +34,8 @@ ATTENTION = {
 }
 EMBEDDING = {"gpt2": ("wte", "wpe"), "gpt_neox": ("embed_in",), "llama": ("embed_tokens",)}
 
+FINAL_NORM = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm", "llama": "norm"}
+
 OURS: dict[str, dict[str, Any]] = {
     "plain": {},
     "alpha and dropout": {"alpha": 2.5, "dropout": 0.1},
@@ -49,6 +51,8 @@ OURS: dict[str, dict[str, Any]] = {
     "patterns": {"rank_pattern": {r".*\.1\..*": 2}, "alpha_pattern": {r".*\.0\..*": 3}},
     "bias all": {"bias": "all"},
     "modules_to_save": {"modules_to_save": ("mlp",)},
+    # PEFT takes "norm" for the end of every name, alignkit for a whole part of the path.
+    "final norm": {"modules_to_save": FINAL_NORM},
     "bias lora_only": {"bias": "lora_only", "use_dora": True},
     "embedding": {"targets": EMBEDDING, "untie": True},
     "embedding dora": {"targets": EMBEDDING, "untie": True, "use_dora": True},
@@ -78,8 +82,7 @@ def same_files(first: Path, second: Path) -> None:
 def test_there_and_back(tiny_model: Make, family: str, case: str, tmp_path: Path) -> None:
     """alignkit → PEFT: the same logits; PEFT saves it again: the same tensors, read here again."""
     options = {"r": 4, "alpha": 8, "targets": ATTENTION[family]} | OURS[case]
-    if isinstance(options["targets"], dict):
-        options["targets"] = options["targets"][family]
+    options = {k: v[family] if v in (EMBEDDING, FINAL_NORM) else v for k, v in options.items()}
     model = move(inject_lora(tiny_model(family), LoRAConfig(**options)))
     # PEFT's OLoRA does not fit Conv1D, so there it travels as ordinary LoRA of twice the rank.
     export(model, tmp_path / "ours", "peft", plain=(case, family) == ("olora", "gpt2"))
@@ -102,6 +105,7 @@ THEIRS: dict[str, dict[str, Any]] = {
     "layers": {"layers_to_transform": [1]},
     "bias all": {"bias": "all"},
     "modules_to_save": {"modules_to_save": ["mlp"]},
+    "every norm": {"modules_to_save": ["norm", "ln_1"]},  # gpt_neox: every …layernorm
     "head": {"target_modules": ["lm_head"]},
     # Entries that match nothing are no matter to PEFT as long as one target does.
     "unused entries": {"rank_pattern": {"nowhere": 2}, "exclude_modules": ["nowhere"]},
@@ -134,7 +138,19 @@ def test_here_and_back(tiny_model: Make, family: str, case: str, tmp_path: Path)
         "modules_to_save inference_mode fan_in_fan_out layers_to_transform alpha_pattern"
     )
     for key in same.split():
-        assert after[key] == before[key], key
+        if not (case == "every norm" and key == "modules_to_save"):  # whole paths, see saved_names
+            assert after[key] == before[key], key
+
+
+def test_a_weighted_sum_travels(tiny_model: Make, tmp_path: Path) -> None:
+    """The sum of two adapters of unlike ranks and targets is ordinary LoRA to PEFT."""
+    model = tiny_model("llama")
+    move(inject_lora(model, LoRAConfig(targets=("q_proj", "v_proj"), r=2), "a"))
+    move(inject_lora(model, LoRAConfig(targets=("v_proj", "up_proj"), r=3, init="pissa"), "b"))
+    combine_adapters(model, {"a": 0.5, "b": -1.5}, "mix")
+    save_adapter(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path).eval()
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_whole_heads_that_peft_saves_are_checked_and_left_out(
