@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal, get_args, get_type_hints
 
 from alignkit.data.dialogue import (
@@ -88,7 +89,12 @@ class Policies:
 
 def choices(defect: str) -> tuple[str, ...]:
     """The policies a defect allows."""
-    return get_args(get_type_hints(Policies)[defect])
+    return get_args(_policy_types()[defect])
+
+
+@cache
+def _policy_types() -> dict[str, Any]:
+    return get_type_hints(Policies)
 
 
 class Tally:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.defects import Dropped, Judge, Policies, Tally
-from alignkit.data.dialogue import Dialogue, RowError
+from alignkit.data.dialogue import ASSISTANT, Dialogue, RowError
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.formats import Format, PromptFormat, Rendered
 from alignkit.data.shapes import Side
@@ -36,6 +36,7 @@ class Draft:
         responses: Ids of each response, EOS last.
         scored: Which of them carry loss.
         truncated: Whether the prompt lost its left end.
+        proved: Whether the boundary proof is done with.
         violation: The response's text whose ids change when prompt and response are encoded
             together; ``None`` where all is well.
     """
@@ -48,6 +49,7 @@ class Draft:
     responses: list[list[int]] = field(default_factory=list)
     scored: list[list[bool]] = field(default_factory=list)
     truncated: bool = False
+    proved: bool = False
     violation: str | None = None
 
     @property
@@ -94,6 +96,11 @@ class DialogueEncoder:
         self._encode_texts = TextEncoder(tokenizer)
         self._format = Format(prompt_format, tokenizer, all_turns=all_turns)
         self._sides = sides
+        # What precedes every answer, where it is enough of the prompt for the boundary proof.
+        simple = prompt_format == "boundary" and not all_turns
+        apart = simple and self._encode_texts.reads_words_apart
+        self._lead = f"\n\n{ASSISTANT}" if apart else ""
+        self._lead_ids = self._encode_texts([self._lead])[0]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -159,9 +166,40 @@ class DialogueEncoder:
                 continue
 
     def encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
-        """Fill in the ids: each prompt once, whatever the number of its responses."""
+        """Fill in the ids: each prompt once, whatever the number of its responses.
+
+        Args:
+            drafts: What to encode, from their dialogues.
+            starts: The turn that each prompt starts from; default: the first.
+        """
         for draft, start in zip(drafts, starts or [0] * len(drafts), strict=True):
             draft.text = self._format.render(draft.dialogue, start)
+            draft.proved = False
+        if self._lead:
+            self._encode_led([d for d in drafts if d.text.prompt.endswith(self._lead)])
+        self._encode_plain([draft for draft in drafts if not draft.proved])
+
+    def _encode_led(self, drafts: Sequence[Draft]) -> None:
+        """Encode each answer behind its label, which proves the boundary at little cost.
+
+        Where the prompt's ids end with the label's and the led answer's begin with them, the
+        two meet in the same text and the same tokens, so nothing changes when they are joined
+        (see `TextEncoder.reads_words_apart`). Other drafts stay unproved.
+        """
+        texts = []
+        for draft in drafts:
+            texts.append(draft.text.prompt)
+            texts += [self._lead + answer for (answer,) in draft.text.responses]
+        ids = iter(self._encode_texts(texts))
+        lead, size = self._lead_ids, len(self._lead_ids)
+        for draft in drafts:
+            prompt = next(ids)
+            answers = [next(ids) for _ in draft.text.responses]
+            draft.proved = all(part[:size] == lead for part in (prompt[-size:], *answers))
+            draft.prompt = [*self._encode_texts.bos, *prompt]
+            draft.responses = [[*answer[size:], self._encode_texts.eos] for answer in answers]
+
+    def _encode_plain(self, drafts: Sequence[Draft]) -> None:
         texts = [piece for draft in drafts for piece in draft.text.pieces()]
         ids = iter(self._encode_texts(texts, specials=self._format.specials))
         for draft in drafts:
@@ -193,6 +231,7 @@ class DialogueEncoder:
 
     def prove(self, drafts: Sequence[Draft]) -> None:
         """The boundary proof: encode prompt and response together and compare the ids."""
+        drafts = [draft for draft in drafts if not draft.proved]
         whole = [
             draft.text.prompt + "".join(response)
             for draft in drafts

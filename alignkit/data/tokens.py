@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+import tokenizers
+import transformers
+from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.errors import AlignkitError
 
 
 class TextEncoder:
-    """Encodes plain text with a private copy of a fast tokenizer.
+    """Encodes plain text with a fast tokenizer, without padding or truncation.
 
-    The copy neither truncates nor pads, whatever the original was last used for, and takes
-    text as text: ``<|endoftext|>`` written in a document becomes ordinary tokens, never an end
-    of sequence in the middle of an answer.
+    Text is taken as text: ``<|endoftext|>`` written in a document becomes ordinary tokens, never
+    an end of sequence in the middle of an answer.
 
     Args:
         tokenizer: A fast tokenizer with an EOS token.
@@ -26,31 +29,23 @@ class TextEncoder:
     Attributes:
         eos: Id that ends every response and document.
         bos: What the tokenizer puts before a text of its own accord: one id, or none.
-        fingerprint: Hash of everything that decides the ids.
 
     Raises:
         AlignkitError: The tokenizer is not a fast one or has no EOS.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        name = tokenizer.name_or_path or type(tokenizer).__name__
+        self._name = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
-            raise AlignkitError(f"tokenizer {name}: a fast one (tokenizer.json) is needed")
+            raise AlignkitError(f"tokenizer {self._name}: a fast one (tokenizer.json) is needed")
         if tokenizer.eos_token_id is None:
-            raise AlignkitError(f"tokenizer {name}: it has no EOS token to end responses with")
+            raise AlignkitError(f"tokenizer {self._name}: it has no EOS token to end responses")
         self.eos: int = tokenizer.eos_token_id
-        backend: Any = tokenizer.backend_tokenizer
-        self._content: str = backend.to_str()
-        if backend.truncation or backend.padding:
-            content = json.loads(self._content) | {"truncation": None, "padding": None}
-            self._content = json.dumps(content, ensure_ascii=False)
-        self._backend: Tokenizer | None = None
+        self._backend: Any = tokenizer.backend_tokenizer
         probe: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
         plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         lead = max((i for i in range(len(probe)) if probe[i : i + len(plain)] == plain), default=0)
         self.bos: tuple[int, ...] = tuple(probe[:lead])
-        settings = f"{self._content}|{self.eos}|{self.bos}"
-        self.fingerprint = hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
 
     def __call__(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
         """Ids of each text, without BOS or EOS.
@@ -59,11 +54,60 @@ class TextEncoder:
             texts: Any number of texts, encoded in parallel.
             specials: Read special tokens written in the text as such, as chat templates need.
         """
-        if self._backend is None:
-            self._backend = Tokenizer.from_str(self._content)
+        # Whoever used the tokenizer last may have left these set; transformers sets them anew.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._backend.encode_special_tokens = not specials
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides the ids.
+
+        Of the tokenizer's files where it came from a directory, since writing a tokenizer out
+        takes far longer than reading them; of the tokenizer itself otherwise.
+        """
+        versions = f"{transformers.__version__} {tokenizers.__version__}"
+        digest = hashlib.blake2b(f"{versions} {self.eos} {self.bos}".encode(), digest_size=16)
+        directory = Path(self._name).expanduser()
+        if directory.is_dir():
+            for path in sorted(directory.iterdir()):
+                if path.suffix in (".json", ".txt", ".model") and "index" not in path.name:
+                    digest.update(path.name.encode() + path.read_bytes())
+        else:
+            digest.update(self._backend.to_str().encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def reads_words_apart(self) -> bool:
+        r"""Whether text splits into words left to right, and words into tokens each for itself.
+
+        So it is for a byte-level BPE with GPT-2's pattern, which looks no further back than where
+        a word begins and joins no line break to a letter after it. Then the tokens of a text from
+        a line's first letter on depend on that letter and what follows alone, and a prompt's
+        last line is enough to tell whether an answer changes the prompt's tokens.
+        """
+        backend = self._backend
+        if not isinstance(backend.model, models.BPE) or backend.model.dropout is not None:
+            return False
+        if not (backend.normalizer is None or isinstance(backend.normalizer, normalizers.NFC)):
+            return False
+        if backend.pre_tokenizer is None:
+            return False
+        pattern = json.loads(backend.pre_tokenizer.__getstate__())
+        steps = pattern["pretokenizers"] if pattern["type"] == "Sequence" else [pattern]
+        byte_level = [step for step in steps if step["type"] == "ByteLevel"]
+        return (
+            len(byte_level) == 1
+            and byte_level[0]["use_regex"]
+            and not byte_level[0]["add_prefix_space"]
+            and all(step["type"] in ("ByteLevel", "Digits") for step in steps)
+            and not any(
+                set(added.content) & set("\nAssistant:") and not added.special
+                for added in backend.get_added_tokens_decoder().values()
+            )
+        )
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
