@@ -199,7 +199,7 @@ class AlignmentModule(LightningModule):
         """Log what the data lost, and measure throughput from here: set-up is not training."""
         truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
         if truncated is not None:
-            self.log("data/truncated_frac", truncated, rank_zero_only=True, batch_size=1)
+            self.log("data/truncated_frac", truncated, sync_dist=True, batch_size=1)
         self.window.restart_clock()
 
     def on_validation_end(self) -> None:
