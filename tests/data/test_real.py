@@ -1,0 +1,142 @@
+"""The real pairs and tokenizers, where there are any."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from alignkit.data.audit import audit
+from alignkit.data.defects import Tally
+from alignkit.data.dialogue import Dialogue
+from alignkit.data.encode import DialogueEncoder, Draft
+from alignkit.data.shapes import Side, preference_sides
+from alignkit.data.sources import find_splits
+
+pytestmark = pytest.mark.real
+TOKENIZERS = ("gpt2", "gpt-neox-20b")
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest, real_data: Path) -> Any:
+    return AutoTokenizer.from_pretrained(real_data / "tokenizers" / request.param)
+
+
+@pytest.fixture
+def pairs(real_data: Path) -> Path:
+    return real_data / "data" / "hh-rlhf" / "harmless-base"
+
+
+def drafts(tokenizer: Any, path: Path, tally: Tally, **options: Any) -> Iterator[Draft]:
+    encoder = DialogueEncoder(tokenizer, preference_sides, **options)
+    for sources in find_splits(str(path)).values():
+        for source in sources:
+            yield from encoder.drafts(source, tally)
+
+
+def test_no_boundary_violation_in_2000_pairs(tokenizer: Any, pairs: Path) -> None:
+    """Against the plain tokenizer on the whole text, whatever short cut the proof takes."""
+    tally = Tally()
+    found = list(drafts(tokenizer, pairs, tally, max_length=4096))
+    assert len(found) == 1996 and "boundary" not in tally.counts
+    texts = [
+        draft.text.prompt + "".join(response)
+        for draft in found
+        for response in draft.text.responses
+    ]
+    together = iter(tokenizer(texts, add_special_tokens=False)["input_ids"])
+    for draft in found:
+        for response in draft.responses:
+            assert next(together) == [*draft.prompt, *response[:-1]]
+
+
+def test_at_256_no_answer_that_fits_is_lost(tokenizer: Any, pairs: Path) -> None:
+    tally = Tally(lines_kept=None)
+    whole, short = (
+        {draft.line: draft for draft in drafts(tokenizer, pairs / "train.jsonl.gz", counts, **fit)}
+        for counts, fit in ((Tally(), {"max_length": 4096}), (tally, {"max_length": 256}))
+    )
+    assert len(whole) == 1796
+    for line, draft in whole.items():
+        fits = max(map(len, draft.responses)) <= 256
+        assert (line in short) == fits
+        if fits:
+            kept = short[line]
+            assert kept.responses == draft.responses
+            assert kept.responses[0] != kept.responses[1]
+            assert kept.prompt == draft.prompt[len(draft.prompt) - len(kept.prompt) :]
+            assert kept.prompt or max(map(len, kept.responses)) == 256
+    assert tally.counts["truncated"] > 400
+
+
+def test_the_audit(real_data: Path, pairs: Path, tmp_path: Path) -> None:
+    report = audit(str(pairs), tokenizer=str(real_data / "tokenizers" / "gpt2"))
+    expected = {
+        "rows": 2000,
+        "bad_rows": 0,
+        "identical_pairs": 0,
+        "differing_prompts": 6,
+        "empty_answers": 4,
+        "roles_inside_answer": 24,
+        "repeated_prompts": 1,
+        "truncated": 68,
+        "boundary": 0,
+    }
+    assert {name: report[name] for name in expected} == expected
+    assert report["row_numbers"]["empty_answers"] == [76, 449, 805, 956]
+    # Against the published text itself.
+    rows = []
+    for split in ("train", "test"):
+        with gzip.open(pairs / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows += [json.loads(line) for line in file]
+    answers = [
+        [row[side][row[side].rindex("Assistant:") + 10 :] for side in ("chosen", "rejected")]
+        for row in rows
+    ]
+    roles = [i for i, both in enumerate(answers, 1) if any("Human:" in each for each in both)]
+    assert report["row_numbers"]["roles_inside_answer"] == roles
+    assert 0.3 < report["prompt_sharing"]["saved_share"] < 0.4
+
+
+def test_the_seed_formats_figure(tokenizer: Any, pairs: Path) -> None:
+    """The share of rows that `alignkit.data.formats` names in its documentation."""
+    tally = Tally()
+    kept = list(drafts(tokenizer, pairs, tally, max_length=512, prompt_format="seed"))
+    assert tally.counts["boundary"] / len(kept) > 0.998
+
+
+PIECES = st.text(
+    st.sampled_from([*" \n\t:;.,!?'’)\"-", *"aAé́0½中😀\u200b\u00a0\u0338", "\r", "_"]), max_size=12
+)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(asked=PIECES, answers=st.lists(PIECES, min_size=2, max_size=3))
+def test_the_proofs_short_cut_agrees_with_the_long_way(
+    tokenizer: Any, asked: str, answers: list[str]
+) -> None:
+    encoder = DialogueEncoder(tokenizer, preference_sides, max_length=4096)
+    sides = [Side(f"\n\nHuman: {asked}\n\nAssistant:", answer) for answer in answers]
+    draft = Draft(1, Dialogue(sides[0].prompt, tuple(answers)))
+    encoder.encode([draft])
+    short = draft.proved
+    apart = [draft.prompt, *[response[:-1] for response in draft.responses]]
+    plain = tokenizer([sides[0].prompt, *answers], add_special_tokens=False)["input_ids"]
+    together = tokenizer([s.prompt + s.answer for s in sides], add_special_tokens=False)[
+        "input_ids"
+    ]
+    sound = together == [plain[0] + each for each in plain[1:]]
+    assert not short or sound, "certified, but the ids differ"
+    if sound:
+        assert apart == plain
+    encoder.prove([draft])
+    assert (draft.violation is None) == sound
