@@ -196,10 +196,7 @@ class AlignmentModule(LightningModule):
             )  # fmt: skip
 
     def on_train_epoch_start(self) -> None:
-        """Log what the data lost, and measure throughput from here: set-up is not training."""
-        truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
-        if truncated is not None:
-            self.log("data/truncated_frac", truncated, sync_dist=True, batch_size=1)
+        """Measure throughput from here: set-up is not training."""
         self.window.restart_clock()
 
     def on_validation_end(self) -> None:
@@ -256,7 +253,14 @@ class AlignmentModule(LightningModule):
         self._random_state = checkpoint.get("rng")
 
     def on_train_start(self) -> None:
-        """Continue the random stream of a resumed run, after the sanity check has used some."""
+        """Log what the data lost, and continue a resumed run's random stream.
+
+        Restored here, after the sanity check has used some of it.
+        """
+        truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
+        if truncated is not None:  # a fact about the run: no mean over ranks or steps
+            for logger in self.loggers:
+                logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
         if self._random_state is not None:
             ckpt.restore_random_state(
                 self._random_state, self.device, self.global_rank, self.global_step
