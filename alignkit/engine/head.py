@@ -59,7 +59,7 @@ def token_scores(
         weight_VD, hidden_ND = head.weight.to(dtype), hidden_ND.to(dtype)
         bias_V = None if head.bias is None else head.bias.to(dtype)
         needs_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
-        logps, correct, entropy = _FrozenHead.apply(
+        logps, correct, entropy = _FrozenHead.apply(  # type: ignore[no-untyped-call]
             hidden_ND, weight_VD, bias_V, target_N, needs_grad, stats
         )
         return TokenScores(logps, *((correct, entropy) if stats else (None, None)))
@@ -75,8 +75,10 @@ def token_scores(
             parts.append(checkpoint(chunk, hidden_ND[rows], target_N[rows], use_reentrant=False))
         else:
             parts.append(chunk(hidden_ND[rows], target_N[rows]))
-    columns = [torch.cat(column) if column[0] is not None else None for column in zip(*parts)]
-    return TokenScores(*columns)
+    logps, correct, entropy = zip(*parts, strict=True)
+    if not stats:
+        return TokenScores(torch.cat(logps))
+    return TokenScores(torch.cat(logps), torch.cat(correct), torch.cat(entropy))
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from alignkit.engine.attention import (
+from alignkit.engine import Example, collate, score
+from alignkit.engine.attention import make_plan
+from alignkit.engine.batch import Span
+from alignkit.engine.segments import (
+    AttentionPlan,
     DenseAttention,
     SegmentAttention,
-    VarlenAttention,
     example_mask,
     query_segments,
-    varlen_refusal,
 )
-from alignkit.engine.batch import Span
+from alignkit.engine.tiles import TiledAttention
+from alignkit.engine.varlen import VarlenAttention, varlen_refusal
 
 SPANS = (Span(0, 3, (2, 4)), Span(9, 0, (5,)), Span(14, 2, (3,)), Span(19, 4, (1, 2, 3)))
+# Longer than a tile: prompts and responses cut into several, others sharing one.
+LONG = (Span(0, 200, (150, 30, 20)), Span(400, 0, (300,)), Span(700, 20, (9, 7)))
 CPU = torch.device("cpu")
 
 
@@ -34,36 +44,125 @@ def test_example_mask_by_hand() -> None:
 
 def test_segments_cover_every_query_once() -> None:
     for span in SPANS:
-        queries = [list(r) for keys, count in query_segments(span) for r in [keys[-1][-count:]]]
-        assert sorted(sum(queries, [])) == list(range(span.start, span.end))
+        queries = [row for keys, count in query_segments(span) for row in keys[-1][-count:]]
+        assert sorted(queries) == list(range(span.start, span.end))
 
 
-def qkv(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def qkv(spans: tuple[Span, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    total = SPANS[-1].end
     return [
-        torch.randn(1, heads, total, 16, generator=generator).to(device, dtype).requires_grad_()
+        (2 * torch.randn(1, heads, spans[-1].end, 16, generator=generator))
+        .to(dtype)
+        .requires_grad_()
         for heads in (4, 2, 2)
     ]
 
 
-@pytest.mark.parametrize("plan_class", [SegmentAttention, DenseAttention])
-def test_plans_agree_with_softmax_of_masked_scores(plan_class: type) -> None:
-    """Values and gradients, with grouped queries, against softmax(q kᵀ / √D + mask) v."""
-    query, key, value = inputs = qkv()
-    mask = torch.block_diag(*[example_mask(span) for span in SPANS]).bool()
+def values_and_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(output, inputs, weights.to(output.dtype))
+    return [output.detach(), *grads]
+
+
+def softmax_of_masked_scores(spans: tuple[Span, ...], inputs: list[Tensor]) -> list[Tensor]:
+    """softmax(q kᵀ / √D + mask) v over the whole row in float64, D = 16."""
+    query, key, value = inputs = [t.detach().double().requires_grad_() for t in inputs]
+    mask = torch.block_diag(*[example_mask(span) for span in spans]).bool()
     keys, values = (t.repeat_interleave(2, dim=1) for t in (key, value))
     scores = (query @ keys.transpose(-1, -2) / 4).masked_fill(~mask, float("-inf"))
-    expected = scores.softmax(-1) @ values
-    actual = plan_class(SPANS, CPU)(query, key, value, None, 0.0)
-    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
-    weights = torch.randn_like(expected)
-    for a, e in zip(
-        torch.autograd.grad(actual, inputs, weights),
-        torch.autograd.grad(expected, inputs, weights),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
+    return values_and_gradients(scores.softmax(-1) @ values, inputs)
+
+
+PLANS: dict[str, Callable[[tuple[Span, ...]], AttentionPlan]] = {
+    "segment": lambda spans: SegmentAttention(spans, CPU),
+    "dense": lambda spans: DenseAttention(spans, CPU),
+    "tiled": lambda spans: TiledAttention(spans, torch.float32),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("spans", [SPANS, LONG], ids=["short", "long"])
+def test_plans_agree_with_softmax_of_masked_scores(plan: str, spans: tuple[Span, ...]) -> None:
+    """Values and gradients, with grouped queries."""
+    inputs = qkv(spans)
+    actual = values_and_gradients(PLANS[plan](spans)(*inputs, None, 0.0), inputs)
+    for a, e in zip(actual, softmax_of_masked_scores(spans, inputs), strict=True):
+        torch.testing.assert_close(a, e.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_tiles_in_bf16_are_as_near_the_truth_as_sdpa() -> None:
+    """Root mean square error against float64, of values and of each gradient.
+
+    Values get a margin: SDPA rounds weights to bf16 before they are normalised, where each row's
+    largest, 1, is exact.
+    """
+    inputs = qkv(LONG, torch.bfloat16)
+    truth = softmax_of_masked_scores(LONG, inputs)
+
+    def errors(plan: AttentionPlan) -> list[float]:
+        actual = values_and_gradients(plan(*inputs, None, 0.0), inputs)
+        return [(a - t).square().mean().sqrt().item() for a, t in zip(actual, truth, strict=True)]
+
+    tiled = errors(TiledAttention(LONG, torch.bfloat16))
+    sdpa = errors(SegmentAttention(LONG, CPU))
+    for ours, theirs, margin in zip(tiled, sdpa, (1.5, 1.05, 1.05, 1.05), strict=True):
+        assert ours <= margin * theirs
+
+
+def test_tiles_keep_queries_keys_and_values_alone() -> None:
+    """What stays for the backward pass is q, k and v: not the output, not the scores."""
+    inputs = qkv(LONG, torch.bfloat16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        TiledAttention(LONG, torch.bfloat16)(*inputs, None, 0.0)
+    assert sum(t.numel() for t in kept) == sum(t.numel() for t in inputs)
+
+
+def test_tiles_leave_dropout_to_sdpa() -> None:
+    inputs = qkv(SPANS)
+    outputs = []
+    for plan in (TiledAttention(SPANS, torch.float32), SegmentAttention(SPANS, CPU)):
+        torch.manual_seed(0)
+        outputs.append(plan(*inputs, None, 0.5))
+    assert torch.equal(*outputs)
+
+
+def test_the_plan_follows_the_dtype_and_is_made_once() -> None:
+    assert isinstance(make_plan(SPANS, CPU, torch.float32), SegmentAttention)
+    plan = make_plan(SPANS, CPU, torch.bfloat16)
+    assert isinstance(plan, TiledAttention)
+    assert make_plan(tuple(SPANS), CPU, torch.bfloat16) is plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_plan_made_under_inference_mode_serves_training(
+    tiny_model: Callable[..., PreTrainedModel], dtype: torch.dtype
+) -> None:
+    """A reference is scored first, under inference mode; the policy reuses its plan."""
+    model = tiny_model("llama").to(dtype)
+    batch = collate([Example([1, 2, 3], [[4, 5, 6], [7, 8]])])
+    make_plan.cache_clear()
+    with torch.inference_mode():
+        reference = score(copy.deepcopy(model), batch)
+    policy = score(model, batch)
+    policy.sum().backward()
+    assert torch.equal(policy.detach(), reference.clone())
+    assert make_plan.cache_info().hits == 1
+
+
+def test_autocast_takes_tiles_and_leaves_no_setting_behind(
+    tiny_model: Callable[..., PreTrainedModel], family: str
+) -> None:
+    """fp32 weights under bf16 autocast: near fp32, and the matmul setting is put back."""
+    model = tiny_model(family)
+    batch = collate([Example(list(range(40)), [[4, 5, 6], [7, 8]])])
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    expected = score(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = score(model, batch)
+        actual.sum().backward()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert (actual - expected).abs().mean() < 0.1
 
 
 def test_varlen_layout() -> None:
@@ -73,8 +172,7 @@ def test_varlen_layout() -> None:
     total = SPANS[-1].end
     mask = torch.zeros(total, total, dtype=torch.bool)
     bounds = zip(plan.cu_queries.tolist(), plan.cu_keys.tolist(), strict=True)
-    starts = list(bounds)
-    for (q0, k0), (q1, k1) in zip(starts, starts[1:], strict=False):
+    for (q0, k0), (q1, k1) in pairwise(bounds):
         for offset, row in enumerate(range(q0, q1)):
             visible = plan.gather[k0 : k1 - (q1 - q0) + offset + 1]
             mask[row, visible] = True

@@ -1,0 +1,117 @@
+"""Attention over a packed row on CUDA, by PyTorch's kernel for rows of segments.
+
+Shape letters: T row tokens, H query heads, K key heads, D head width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from alignkit.engine.batch import Span
+from alignkit.engine.segments import AttentionPlan, DenseAttention, query_segments
+from alignkit.errors import AlignkitError
+
+log = logging.getLogger(__name__)
+
+
+class VarlenAttention:
+    """``torch.nn.attention.varlen.varlen_attn`` over segments: the CUDA bf16/fp16 path.
+
+    Every prompt and every response is one query segment; a response's keys are its prompt's
+    followed by its own, gathered once a layer. Causality is aligned to the bottom right, which
+    `varlen_refusal` proves on the device before this path is taken.
+    """
+
+    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+        segments = [segment for span in spans for segment in query_segments(span)]
+        query_lengths = [length for _, length in segments]
+        key_lengths = [sum(len(part) for part in keys) for keys, _ in segments]
+        gather = [index for keys, _ in segments for part in keys for index in part]
+
+        def to_device(values: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+        self.cu_queries = to_device([0, *accumulate(query_lengths)], torch.int32)
+        self.cu_keys = to_device([0, *accumulate(key_lengths)], torch.int32)
+        self.max_query, self.max_key = max(query_lengths), max(key_lengths)
+        # Where nothing is shared the keys already lie in order and nothing is gathered.
+        self.gather = to_device(gather, torch.int64) if len(gather) != sum(query_lengths) else None
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
+    ) -> Tensor:
+        """Attend in one call."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        if dropout > 0.0:
+            raise AlignkitError(
+                "varlen attention has no dropout; set the model's attention dropout to 0"
+            )
+        key_THD, value_THD = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        if self.gather is not None:
+            key_THD, value_THD = key_THD[self.gather], value_THD[self.gather]
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:  # torch 2.11's kernel takes equal head counts only
+            key_THD = key_THD.repeat_interleave(groups, dim=1)
+            value_THD = value_THD.repeat_interleave(groups, dim=1)
+        # Without `return_aux` it returns the output alone.
+        output: Tensor = varlen_attn(  # type: ignore[assignment]
+            query[0].transpose(0, 1).contiguous(),
+            key_THD.contiguous(),
+            value_THD.contiguous(),
+            self.cu_queries,
+            self.cu_keys,
+            self.max_query,
+            self.max_key,
+            scale=scaling,
+            window_size=(-1, 0),
+        )
+        return output.transpose(0, 1)[None]
+
+
+@lru_cache
+def varlen_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``varlen_attn`` is not used on this device with this dtype; ``None`` where it is.
+
+    Runs once a device and dtype: a small row with shared prompts and several responses must give
+    the dense mask's output and gradients, which fails if causality is aligned to the top left.
+    """
+    refusal = _varlen_self_test(device, dtype)
+    if refusal:
+        log.warning("attention on %s: dense [T, T] mask, because %s", device, refusal)
+    else:
+        log.info("attention on %s: varlen_attn, self-test passed", device)
+    return refusal
+
+
+def _varlen_self_test(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"varlen_attn needs CUDA, not {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"varlen_attn needs bf16 or fp16, not {dtype}"
+    spans = (Span(0, 17, (9, 5, 3)), Span(34, 0, (21,)), Span(55, 30, (4,)))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 1, 2, spans[-1].end, 64, generator=generator).to(device, dtype)
+    results = []
+    try:
+        plans: list[AttentionPlan] = [
+            DenseAttention(spans, device),
+            VarlenAttention(spans, device),
+        ]
+        for plan in plans:
+            q, k, v = inputs = [row.clone().requires_grad_() for row in rows[:3]]
+            output = plan(q, k, v, None, 0.0)
+            gradients = torch.autograd.grad(output, inputs, rows[3])
+            results.append(torch.stack([output.detach(), *gradients]).float())
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        return f"varlen_attn failed its self-test ({type(error).__name__}: {error})"
+    difference = (results[0] - results[1]).abs().max().item()
+    # Half-precision rounding of outputs and gradients of order 1 stays well below this; a wrong
+    # alignment is off by the order of 1.
+    return f"its self-test is off by {difference:.2g}" if difference > 0.1 else None
