@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.utils import logging as hf_logging
 
 from alignkit.errors import AlignkitError
 from alignkit.models_fingerprint import base_fingerprint
@@ -85,7 +86,7 @@ def load_model(
         AlignkitError: ``base`` cannot be found or read, lacks weights, or lacks some of them.
     """
     location, options = _locate(base, "base")
-    with _one_line("base", base, _ADVICE):
+    with _one_line("base", base, _ADVICE), _quiet(base):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
         if random_init:
             model = _CausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -237,6 +238,22 @@ def _check_complete(base: str, missing: list[str]) -> None:
             f"base '{base}': its weights lack {len(missing)} parameters, the first "
             f"'{missing[0]}'; download or save the model again"
         )
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Show no progress over a local file, which takes seconds; a download keeps its bars.
+
+    Inside a notebook, a bar of tqdm under a live display of rich recurses without end.
+    """
+    silenced = Path(name).expanduser().exists() and hf_logging.is_progress_bar_enabled()
+    if silenced:
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if silenced:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from alignkit import models
 from alignkit.errors import AlignkitError
@@ -94,6 +95,18 @@ def test_random_init_reads_no_weights_where_there_are_some(gpt2_dir: Path) -> No
     torch.manual_seed(0)
     drawn = load_model(str(gpt2_dir), random_init=True)
     assert base_fingerprint(drawn) != base_fingerprint(load_model(str(gpt2_dir)))
+
+
+def test_a_local_load_draws_no_bars_and_leaves_them_as_they_were(
+    gpt2_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for enabled in (True, False):
+        getattr(hf_logging, f"{'en' if enabled else 'dis'}able_progress_bar")()
+        capfd.readouterr()
+        load_model(str(gpt2_dir))
+        assert capfd.readouterr().err == ""
+        assert hf_logging.is_progress_bar_enabled() == enabled
+    hf_logging.enable_progress_bar()
 
 
 def test_pickled_weights_are_not_opened(gpt2_dir: Path) -> None:
@@ -215,6 +228,7 @@ def gguf_file(tmp_path: Path, tiny_model: TinyModel, tokenizer_dir: Path) -> Pat
     writer.add_token_types(types)
     vocabulary = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_bos_token_id(tokenizer.eos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}

@@ -17,7 +17,7 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
 
-TEST_SUBJECTS = 12
+TEST_SUBJECTS = 9
 
 
 class Fact(NamedTuple):

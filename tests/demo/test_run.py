@@ -8,12 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from alignkit.demo import run
-from alignkit.demo.model import find_gguf, prepare_model
+from alignkit.demo.model import find_gguf
 from alignkit.errors import AlignkitError
-from alignkit.models import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,24 +64,3 @@ def test_the_dtype_is_one_that_this_machine_multiplies(monkeypatch: pytest.Monke
     times = iter([3.0] * 5 + [2.0] * 5)
     monkeypatch.setattr(run, "_timed", lambda work: next(times))
     assert run.faster_dtype(8) == "float32"
-
-
-@pytest.mark.slow
-def test_the_real_model_is_unpacked_once_and_knows_english(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    try:
-        find_gguf()
-    except AlignkitError as error:
-        pytest.skip(str(error))
-    directory = prepare_model(tmp_path / "model")
-    model, tokenizer = load_model(str(directory)), load_tokenizer(str(directory))
-    assert model.num_parameters() == 134_515_008
-    ids = tokenizer("The capital of France is Paris, and that of Italy is", return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**ids).logits
-    assert tokenizer.decode(logits[0, -1].argmax()) == " Rome"
-
-    stamp = (directory / "config.json").stat().st_mtime_ns
-    assert prepare_model(directory) == directory
-    assert (directory / "config.json").stat().st_mtime_ns == stamp
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
