@@ -98,7 +98,8 @@ class AlignmentModule(LightningModule):
         self.lora_plus_ratio = lora_plus_ratio
         self.model = self._build_model(dtype, random_init, dropout)
         if init_from is not None:
-            ckpt.load_weights(self.model, init_from, self.base_fingerprint)
+            untie = self.lora is not None and self.lora.untie
+            ckpt.load_weights(self.model, init_from, self.base_fingerprint, untie)
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
                 {"use_reentrant": False}

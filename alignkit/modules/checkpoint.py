@@ -96,20 +96,23 @@ def check_stamp(own: Mapping[str, str], given: Mapping[str, str] | None) -> None
         )
 
 
-def load_weights(model: PreTrainedModel, path: str, fingerprint: str) -> None:
+def load_weights(
+    model: PreTrainedModel, path: str, fingerprint: str, untie: bool = False
+) -> None:
     """Start from a checkpoint of any stage or from a PEFT adapter directory.
 
     Args:
         model: Built like the one that was saved: the same base and the same LoRA settings.
         path: A ``.ckpt`` file of ours, or a directory with ``adapter_config.json``.
         fingerprint: The base's, to hold against the checkpoint's.
+        untie: Let a PEFT adapter change one side of tied embeddings.
 
     Raises:
         AlignkitError: Missing, damaged, of another base or of other LoRA settings; the model is
             unchanged.
     """
     if Path(path).is_dir():
-        load_adapter(model, path)
+        load_adapter(model, path, untie=untie)
         return
     checkpoint = read_checkpoint(path)
     _check_base(fingerprint, checkpoint[STAMP], f"init_from {path}")
@@ -149,7 +152,8 @@ def load_policy(
             model = inject_lora(model, LoRAConfig.from_dict(hparams["lora"]))
         load_trainable(model, model_state(checkpoint), path)
     elif _is_adapter(path):
-        model = load_adapter(load_model(base, dtype=dtype), path)
+        # Whoever trained it chose to untie, where it touches tied embeddings.
+        model = load_adapter(load_model(base, dtype=dtype), path, untie=True)
     else:
         model = load_model(base, dtype=dtype)
     return model.requires_grad_(False).train(False), load_tokenizer(tokenizer)
