@@ -277,7 +277,8 @@ class AlignmentDataModule(LightningDataModule):
             return encoder.write(source, writer)
 
         store = cached_store(self._cache, identity, build, scored=encoder.masked)
-        _log_counts(source.name, store.meta)
+        if self._rank == 0:
+            _log_counts(source.name, store.meta)
         return store
 
     def _count(self, metas: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -297,7 +298,7 @@ def _log_counts(name: str, meta: dict[str, Any]) -> None:
     counts, lines = dict(meta["counts"]), meta["lines"]
     rows, examples = counts.pop("rows", 0), counts.pop("examples", 0)
     details = "; ".join(
-        f"{defect} {count} (line {', '.join(map(str, lines[defect]))}"
+        f"{defect} {count} (line {', '.join(map(str, sorted(lines[defect])))}"
         f"{', …' if count > len(lines[defect]) else ''})"
         for defect, count in sorted(counts.items())
     )

@@ -4,14 +4,11 @@ Nothing is dropped or changed without being counted, and the counts are logged o
 of a run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 from alignkit.data.dialogue import (
     LABEL,
@@ -89,12 +86,7 @@ class Policies:
 
 def choices(defect: str) -> tuple[str, ...]:
     """The policies a defect allows."""
-    return get_args(_policy_types()[defect])
-
-
-@cache
-def _policy_types() -> dict[str, Any]:
-    return get_type_hints(Policies)
+    return get_args(Policies.__dataclass_fields__[defect].type)
 
 
 class Tally:

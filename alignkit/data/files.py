@@ -101,7 +101,7 @@ def directory_splits(directory: Path) -> dict[str, list[Source]]:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)

@@ -5,9 +5,10 @@ r"""How a dialogue becomes text for the tokenizer: three formats, one interface.
     so both have the same tokens apart as together.
 ``seed``
     The seed report's template, ``prompt + "\nAssistant: " + response``, both stripped. The prompt
-    ends with a space that the model meets nowhere else: with GPT-2's and GPT-NeoX's tokenizers
-    99.8 % of HH-RLHF's answers begin with another token when the text is encoded whole, so the
-    boundary proof fails for nearly every row. It is here to reproduce the report.
+    ends with a space token that the whole text does not have, so it fails the boundary proof: of
+    2,000 HH-RLHF pairs 2,000 with GPT-2's tokenizer and 1,999 with GPT-NeoX's (99.8 % of single
+    answers). It is here to reproduce the report; asking for it by name allows the violations,
+    which are counted and logged, unless ``policies.boundary`` is ``error``.
 ``chat``
     The tokenizer's chat template.
 """

@@ -69,7 +69,7 @@ class TextEncoder:
         takes far longer than reading them; of the tokenizer itself otherwise.
         """
         versions = f"{transformers.__version__} {tokenizers.__version__}"
-        digest = hashlib.blake2b(f"{versions} {self.eos} {self.bos}".encode(), digest_size=16)
+        digest = hashlib.sha256(f"{versions} {self.eos} {self.bos}".encode())
         directory = Path(self._name).expanduser()
         if directory.is_dir():
             for path in sorted(directory.iterdir()):

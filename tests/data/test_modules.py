@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,3 +222,32 @@ def test_a_hub_set_is_read_by_its_splits(
     assert sum(batch.num_examples for batch in data.train_dataloader()) == 9
     assert sum(batch.num_examples for batch in data.val_dataloader()) == 4
     assert asked == [(("Anthropic/hh-rlhf",), {"data_dir": "helpful-base", "streaming": False})]
+
+
+def test_ranks_come_from_the_trainer(hh_dir: Path, make: Callable[..., Any]) -> None:
+    """Three ranks of two micro-batches: no example twice, validation complete, ranks in step."""
+
+    def rank_loaders(rank: int) -> tuple[Any, Any, Any]:
+        data = make(HHPreferenceDataModule, hh_dir, tokens_per_batch=400)
+        data.trainer = SimpleNamespace(
+            global_rank=rank, world_size=3, accumulate_grad_batches=2, current_epoch=1
+        )
+        return data, data.train_dataloader(), data.val_dataloader()
+
+    ranks = [rank_loaders(rank) for rank in range(3)]
+    assert len({len(train) for _, train, _ in ranks}) == 1
+    assert len(ranks[0][1]) % 2 == 0
+    shown = [text for data, train, _ in ranks for text in texts(data, train)]
+    assert len(shown) == len(set(shown)) > 40 - 6
+    held_out = [text for data, _, val in ranks for text in texts(data, val)]
+    assert len(held_out) == len(set(held_out)) == 11
+
+
+def test_only_rank_zero_tells_the_counts(
+    hh_dir: Path, make: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make(HHPreferenceDataModule, hh_dir)
+    data.trainer = SimpleNamespace(global_rank=1, world_size=2)
+    with caplog.at_level(logging.INFO, "alignkit.data"):
+        data.setup()
+    assert not [record for record in caplog.records if " rows, " in record.message]
