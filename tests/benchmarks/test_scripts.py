@@ -1,0 +1,118 @@
+"""Each script from its command line to its file of numbers, on tiny shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignkit.engine import Example
+
+# The peers' libraries warn about themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
+Run = Callable[..., tuple[int, dict[str, Any]]]
+TRL_RATIOS = {"speed_vs_trl", "speed_vs_trl_tuned", "peak_vs_trl", "peak_vs_trl_tuned"}
+LORA_RATIOS = {"step_vs_full", "peak_vs_full", "step_vs_peft", "peak_vs_peft"}
+
+
+@pytest.mark.parametrize(
+    ("script", "unit", "model", "expected"),
+    [
+        ("dpo.py", "pairs", "tiny-llama-shape", TRL_RATIOS),
+        ("sft.py", "samples", "tiny-gpt2-shape", TRL_RATIOS),
+        ("lora.py", "rows", "tiny-gpt2-shape", LORA_RATIOS),
+    ],
+)
+def test_arms_agree_and_every_ratio_is_there(
+    run_script: Run, tmp_path: Path, script: str, unit: str, model: str, expected: set[str]
+) -> None:
+    """Two micro-batches a step on alignkit's side, so that its accumulation is part of parity."""
+    plot = tmp_path / "plot.png"
+    flags = ["--model", model, f"--{unit}-per-step", "4", "--rounds", "1", "--plot", str(plot)]
+    if script == "lora.py":
+        flags += ["--tokens", "32", "--tokens-per-batch", "64"]
+    else:
+        flags += ["--tokens-per-batch", "600"]
+    code, found = run_script(script, *flags)
+    assert code == 0, found["parity"]["failures"]
+    assert set(found) == {"ratios", "parity", "arms", "machine"}
+    assert set(found["ratios"]) == expected
+    assert all(value > 0 for value in found["ratios"].values())
+    assert found["parity"]["passed"] and found["parity"]["steps"] == 20
+    assert {"cpu", "cores", "ram_gib", "versions", "matmul_flops"} <= set(found["machine"])
+    assert "alignkit" in found["arms"] and len(found["arms"]) > 2
+    assert all(arm["flop_utilisation"] > 0 for arm in found["arms"].values())
+    assert plot.stat().st_size > 1000
+
+
+def test_a_disturbed_adapter_trips_the_gate(
+    run_script: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found = run_script(
+        "dpo.py", "--model", "tiny-llama-shape", "--pairs-per-step", "2", "--rounds", "1",
+        "--perturb", "alignkit",
+    )  # fmt: skip
+    assert code == 1
+    assert not found["parity"]["passed"] and found["parity"]["failures"]
+    assert found["ratios"] == {} and found["arms"] == {}
+    assert "pairs/s" not in capsys.readouterr().out
+
+
+def test_scaling_draws_both_curves(run_script: Run, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    code, found = run_script(
+        "scaling.py", "--model", "tiny-llama-shape", "--most-pairs", "16", "--longest-row", "512",
+        "--tokens-per-batch", "1024", "--plot", str(plot),
+    )  # fmt: skip
+    assert code == 0
+    curves = found["curves"]
+    assert [point["pairs_per_step"] for point in curves["pairs_per_step"]] == [8, 16]
+    assert [point["tokens_per_batch"] for point in curves["row_tokens"]] == [256, 512]
+    assert plot.stat().st_size > 1000
+
+
+def test_mistakes_are_one_line(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, part in (
+        (["--model", "gpt9-shape"], "gpt9-shape"),
+        (["--rounds", "0"], "--rounds"),
+        (["--model", "tiny-llama-shape", "--data", "x.jsonl"], "--tokenizer"),
+        (["--model", "tiny-llama-shape", "--data", "x.jsonl", "--tokenizer", "no/such"], "no/such"),
+    ):
+        code, _ = run_script("dpo.py", *flags)
+        message = capsys.readouterr().err.strip()
+        assert code == 2 and message.startswith("error: ") and part in message
+
+
+def test_an_arm_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """The one test that pays for a process: load, one turn of two steps, end."""
+    from sidebyside.job import Arm, Job
+    from sidebyside.plan import OURS
+    from sidebyside.runner import Worker
+    from sidebyside.setup import write_adapter, write_examples
+    from sidebyside.shapes import SHAPES, targets_of, write_random_model
+
+    from alignkit.lora import LoRAConfig
+
+    config = SHAPES["tiny-gpt2-shape"]
+    lora = LoRAConfig(targets=targets_of(config))
+    write_random_model("tiny-gpt2-shape", tmp_path / "model", seed=0)
+    write_adapter(config, lora, tmp_path / "adapter", seed=0)
+    pairs = [Example([1, 2, 3], [[4, 5], [6, 7, 8]]), Example([9], [[10], [11]])]
+    job = Job(
+        arm=Arm(OURS, "alignkit"),
+        task="dpo",
+        model=str(tmp_path / "model"),
+        tokenizer=str(tmp_path / "model"),
+        adapter=str(tmp_path / "adapter"),
+        lora=lora.to_dict(),
+        examples=write_examples(pairs, tmp_path / "examples.json"),
+        scored=[0, 1],
+        steps=[[0, 1]] * 3,
+    )
+    with Worker(job, tmp_path / "log") as worker:
+        taken = worker.take(2)
+    assert len(worker.logps) == 4 and all(logp < 0 for logp in worker.logps)
+    assert taken.losses[0] == pytest.approx(0.6931, abs=1e-3)  # ln 2: policy and reference agree
+    assert taken.seconds > 0 and taken.total_bytes > worker.loaded_bytes > 50e6
