@@ -96,9 +96,7 @@ def check_stamp(own: Mapping[str, str], given: Mapping[str, str] | None) -> None
         )
 
 
-def load_weights(
-    model: PreTrainedModel, path: str, fingerprint: str, untie: bool = False
-) -> None:
+def load_weights(model: PreTrainedModel, path: str, fingerprint: str, untie: bool = False) -> None:
     """Start from a checkpoint of any stage or from a PEFT adapter directory.
 
     Args:
