@@ -17,8 +17,8 @@ from alignkit.data.defects import (
     Judge,
     Policies,
     Tally,
+    character_defects,
     defects,
-    has_unreadable,
     prompt_key,
     readable,
 )
@@ -292,16 +292,12 @@ class _Text:
     def _judge(self, text: str, number: int) -> bool:
         """Count a document's defects; whether it holds anything."""
         key = prompt_key(text)
-        found = {
-            "control_characters": has_unreadable(text),
-            "unicode_oddities": "unicode_oddities" in defects([Side(text, "")]),
-            "empty_answers": not text.strip(),
-            "repeated_prompts": key in self._seen,
-        }
+        names = character_defects(text)
+        names += ["empty_answers"] if not text.strip() else []
+        names += ["repeated_prompts"] if key in self._seen else []
         self._seen.add(key)
-        for name, present in found.items():
-            if present:
-                self._found.add(name, number, text[:_SNIPPET], self._limit)
+        for name in names:
+            self._found.add(name, number, text[:_SNIPPET], self._limit)
         return bool(text.strip())
 
 

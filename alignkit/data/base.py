@@ -248,10 +248,12 @@ class AlignmentDataModule(LightningDataModule):
         }
         if not {"validation", "test"} & set(found):
             found["validation"] = found["train"]
-            rng = np.random.default_rng(self.seed)
-            held_out = [rng.random(len(store)) < self.val_fraction for store in found["validation"]]
-            chosen["train"] = [np.flatnonzero(~held) for held in held_out]
-            chosen["validation"] = [np.flatnonzero(held) for held in held_out]
+            orders = [
+                np.random.default_rng(self.seed).permutation(len(store)) for store in found["train"]
+            ]
+            held_out = [max(1, round(self.val_fraction * len(order))) for order in orders]
+            chosen["train"] = [np.sort(o[n:]) for o, n in zip(orders, held_out, strict=True)]
+            chosen["validation"] = [np.sort(o[:n]) for o, n in zip(orders, held_out, strict=True)]
         for split, other in (("validation", "test"), ("test", "validation")):
             if split not in found:
                 found[split], chosen[split] = found[other], chosen[other]

@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from alignkit.data.dialogue import (
     LABEL,
@@ -49,16 +49,17 @@ class Policies:
         bad_rows: A row that is not JSON, is not UTF-8, lacks a key or has no ``Assistant:``.
         control_characters: Repaired by a space for a control character, U+FFFD for half a
             surrogate pair (which no tokenizer can encode, so there is no keeping it).
+        unicode_oddities: Kept: nobody knows what was meant instead.
         differing_prompts: In HH-RLHF one side holds a stray label, so the split falls in the
             wrong place. Both sides are split where they still agree; repaired, the answer then
             ends at its first stray label, kept, it runs on. Dropped where they never agree.
         roles_inside_answer: Repaired by taking a leading label off and ending the answer at a
             later one; training on it teaches the model to speak for the user.
-        empty_answers: Dropped: an empty answer teaches silence.
+        empty_answers: Dropped: an empty answer teaches silence. An empty document always goes.
         identical_pairs: Dropped: there is nothing to prefer.
         doubled_roles: Kept; usual in HH-RLHF's prompts.
-        repeated_prompts: Kept; ``drop`` keeps the first. The only policy whose memory grows
-            with the file (16 bytes a row), and only where it is not ``keep``.
+        repeated_prompts: Kept; ``drop`` keeps the first. For text, repeated documents. The only
+            policy whose memory grows with the file, and only where it is not ``keep``.
         too_long: An answer longer than max_length is never cut, so its row can only go.
         boundary: A prompt whose ids change when the answer follows. ``auto`` is ``error``,
             except for the prompt format ``seed``, which cannot be had otherwise.
@@ -66,6 +67,7 @@ class Policies:
 
     bad_rows: Literal["drop", "error"] = "error"
     control_characters: Literal["drop", "repair", "error"] = "repair"
+    unicode_oddities: Literal["keep", "drop", "error"] = "keep"
     differing_prompts: Literal["keep", "drop", "repair", "error"] = "repair"
     roles_inside_answer: Literal["keep", "drop", "repair", "error"] = "repair"
     empty_answers: Literal["keep", "drop", "error"] = "drop"
@@ -151,7 +153,29 @@ class Judge:
             self.drop(line)
         return policy
 
-    def drop(self, line: int) -> None:
+    def refuse(self, name: str, line: int, detail: str = "") -> NoReturn:
+        """Count a defect that leaves nothing to keep.
+
+        Raises:
+            AlignkitError: The policy is ``error``.
+            Dropped: Otherwise.
+        """
+        self.count(name, line, detail)
+        self.drop(line)
+
+    def repeated(self, text: str, line: int) -> None:
+        """Count a prompt, or a document, that an earlier row had, unless these are all kept.
+
+        Raises:
+            AlignkitError, Dropped: As `count`.
+        """
+        if self.policies.repeated_prompts != "keep":
+            key = prompt_key(text)
+            if key in self._seen:
+                self.count("repeated_prompts", line)
+            self._seen.add(key)
+
+    def drop(self, line: int) -> NoReturn:
         """Count a row as dropped and leave it.
 
         Raises:
@@ -174,19 +198,16 @@ class Judge:
                 side._replace(prompt=readable(side.prompt), answer=readable(side.answer))
                 for side in sides
             ]
-        if "doubled_roles" in found:
-            self.count("doubled_roles", line)
+        for name in ("unicode_oddities", "doubled_roles"):
+            if name in found:
+                self.count(name, line)
         dialogue = self._one_prompt(sides, found, line)
         answers = dialogue.answers
         if any(not answer.strip() for answer in answers):
             self.count("empty_answers", line)
         if len(set(answers)) < len(answers):
             self.count("identical_pairs", line)
-        if self.policies.repeated_prompts != "keep":
-            key = prompt_key(dialogue.prompt)
-            if key in self._seen:
-                self.count("repeated_prompts", line)
-            self._seen.add(key)
+        self.repeated(dialogue.prompt, line)
         return dialogue
 
     def _one_prompt(self, sides: Sequence[Side], found: list[str], line: int) -> Dialogue:
@@ -200,9 +221,8 @@ class Judge:
             shared = common_prompt(tuple(side.prompt + side.answer for side in sides))
             if shared is None:
                 self.drop(line)
-            else:
-                prompt, starts = shared, None
-                answers = [(side.prompt + side.answer)[len(shared) :] for side in sides]
+            prompt, starts = shared, None
+            answers = [(side.prompt + side.answer)[len(shared) :] for side in sides]
         if repair:
             answers = [without_labels(answer) for answer in answers]
         return Dialogue(prompt, tuple(answers), starts)
@@ -214,15 +234,13 @@ def defects(sides: Sequence[Side]) -> list[str]:
     prompts = {side.prompt for side in sides}
     text = "\n".join([*prompts, *answers])
     found = {
-        "control_characters": _UNREADABLE.search(text),
-        "unicode_oddities": _ODD.search(text),
         "differing_prompts": len(prompts) > 1,
         "roles_inside_answer": any(LABEL.search(answer) for answer in answers),
         "empty_answers": any(not answer.strip() for answer in answers),
         "identical_pairs": len(prompts) == 1 and len(set(answers)) < len(answers),
         "doubled_roles": any(doubled_roles(prompt) for prompt in prompts),
     }
-    return [name for name, present in found.items() if present]
+    return [*character_defects(text), *(name for name, present in found.items() if present)]
 
 
 def readable(text: str) -> str:
@@ -230,9 +248,10 @@ def readable(text: str) -> str:
     return _UNREADABLE.sub(" ", _SURROGATE.sub("\ufffd", text))
 
 
-def has_unreadable(text: str) -> bool:
-    """Whether `readable` would change the text."""
-    return _UNREADABLE.search(text) is not None
+def character_defects(text: str) -> list[str]:
+    """Which defects of single characters a text has."""
+    patterns = {"control_characters": _UNREADABLE, "unicode_oddities": _ODD}
+    return [name for name, pattern in patterns.items() if pattern.search(text)]
 
 
 def prompt_key(prompt: str) -> bytes:

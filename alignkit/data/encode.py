@@ -282,8 +282,7 @@ def read_row(
             return sides(row)
         except RowError as error:
             reason = str(error)
-    judge.count("bad_rows", line, reason)
-    raise Dropped
+    judge.refuse("bad_rows", line, reason)
 
 
 def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:

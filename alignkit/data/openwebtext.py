@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
-from alignkit.data.defects import Dropped, Judge, Policies, Tally, has_unreadable, readable
+from alignkit.data.defects import Dropped, Judge, Policies, Tally, character_defects, readable
 from alignkit.data.encode import chunks
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.packing import Document, Packing, rows
@@ -102,14 +102,13 @@ def _text(row: Row, judge: Judge, line: int) -> str:
     reason = row.reason if isinstance(row, BadRow) else "the row has no `text`"
     text = None if isinstance(row, BadRow) else row.get("text")
     if not isinstance(text, str):
-        judge.count("bad_rows", line, reason)
-        raise Dropped
-    if has_unreadable(text):
-        judge.count("control_characters", line)
-        text = readable(text)
+        judge.refuse("bad_rows", line, reason)
+    for name in character_defects(text):
+        judge.count(name, line)
+    text = readable(text)
     if not text.strip():
-        judge.count("empty_answers", line)
-        raise Dropped
+        judge.refuse("empty_answers", line, "an empty document")
+    judge.repeated(text, line)
     return text
 
 

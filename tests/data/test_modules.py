@@ -110,7 +110,7 @@ def test_one_file_is_split_by_seed(tmp_path: Path, make: Callable[..., Any]) -> 
     train, held_out = split()
     assert train.isdisjoint(held_out)
     assert len(train) + len(held_out) == 60
-    assert 8 <= len(held_out) <= 28
+    assert len(held_out) == 18
     assert split() == (train, held_out)
     assert split(seed=1) != (train, held_out)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from alignkit.data import packing
+from alignkit.data import Policies, packing
+from alignkit.data.defects import Tally
+from alignkit.data.files import Source
+from alignkit.data.openwebtext import DocumentEncoder
 from alignkit.data.packing import rows
 from alignkit.errors import AlignkitError
 
@@ -63,3 +68,35 @@ def test_unknown_packing_is_refused() -> None:
         rows([], 8, "tight")  # type: ignore[arg-type]
     with pytest.raises(AlignkitError, match="block_size=1"):
         rows([], 1, "concatenate")
+
+
+def test_documents_follow_the_policies(tokenizer_dir: Path) -> None:
+    """Of six rows one is bad, one empty, one repeated, one holds a NUL: three documents stay."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    texts = ["bread", "", "water", "bread", "sa\x00lt"]
+    source = Source(
+        "rows", "0", lambda: enumerate([*({"text": text} for text in texts), {"words": ""}], 1)
+    )
+    policies = Policies(bad_rows="drop", repeated_prompts="drop")
+    encoder = DocumentEncoder(tokenizer, block_size=64, packing="concatenate", policies=policies)
+    tally = Tally()
+    ((_, example),) = encoder.examples(source, tally)
+    assert tokenizer.decode(example.responses[0]).split("<|endoftext|>") == [
+        "bread",
+        "water",
+        "sa lt",
+        "",
+    ]
+    assert tally.lines == {
+        "rows": [1, 2, 3, 4, 5],
+        "examples": [1],
+        "empty_answers": [2],
+        "repeated_prompts": [4],
+        "control_characters": [5],
+        "bad_rows": [6],
+        "dropped": [2, 4, 6],
+    }
+    strict = Policies(empty_answers="error")
+    encoder = DocumentEncoder(tokenizer, block_size=64, packing="concatenate", policies=strict)
+    with pytest.raises(AlignkitError, match="rows:2: an empty document"):
+        list(encoder.examples(source, Tally()))
