@@ -28,7 +28,7 @@ RUNS = Path("runs/demo")
 CONFIGS = Path("configs/demo")
 STAGES = ("lora", "sft", "dpo")
 _PROMPTS = 4
-_ENDS = 5  # steps averaged for "start" and "end": one batch's loss says little
+_LAST = 5  # steps averaged for the loss at the end: one batch's says little
 
 console = Console()
 
@@ -95,14 +95,9 @@ def fit(name: str, options: list[str]) -> Stage:
     alignkit("fit", "--config", str(CONFIGS / f"{name}.yaml"), *options)
     scalars = read_scalars(RUNS / name)
     train = [loss for _, loss in scalars["train/loss"]]
-    ends = min(_ENDS, len(train))
-    return Stage(
-        name,
-        time.monotonic() - started,
-        sum(train[:ends]) / ends,
-        sum(train[-ends:]) / ends,
-        scalars["val/loss"][-1][1],
-    )
+    last = train[-_LAST:]
+    held_out = scalars["val/loss"][-1][1]
+    return Stage(name, time.monotonic() - started, train[0], sum(last) / len(last), held_out)
 
 
 def compare(base: str, dtype: str) -> None:

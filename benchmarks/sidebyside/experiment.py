@@ -155,6 +155,12 @@ class _Comparison:
                 if turn.arm == turn.peer:
                     each = Round(taken[turn.arm, turn.arm], taken[OURS, turn.arm], turn.steps)
                     rounds[turn.arm].append(each)
+                    self.console.print(
+                        f"round {number + 1}: {turn.arm} {each.peer.seconds:.2f} s, "
+                        f"alignkit {each.ours.seconds:.2f} s",
+                        style="dim",
+                        highlight=False,
+                    )
         return rounds
 
     def _deal(self, per_parity_step: int) -> tuple[list[Example], Plan]:
