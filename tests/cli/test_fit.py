@@ -107,6 +107,9 @@ def test_three_stages_chain_and_resume(
     status, out, err = alignkit(*validate)
     assert status == 0, err
     assert "val/rewards/accuracies" in out
+    status, out, err = alignkit("test", *validate[1:])
+    assert status == 0, err
+    assert "test/rewards/accuracies" in out
 
 
 def test_a_new_objective_by_class_path(
