@@ -35,7 +35,7 @@ def test_formats_agree(tmp_path: Path, suffix: str) -> None:
     if suffix == "parquet":
         parquet.write_table(pa.Table.from_pylist([GOOD] * 3), path)
     else:
-        path.write_bytes(gzip.compress(LINE * 3) if suffix == "jsonl.gz" else LINE * 3)
+        path.write_bytes(gzip.compress(LINE * 3, mtime=0) if suffix == "jsonl.gz" else LINE * 3)
     assert list(file_source(path).rows()) == [(1, GOOD), (2, GOOD), (3, GOOD)]
 
 
@@ -44,7 +44,7 @@ def test_formats_agree(tmp_path: Path, suffix: str) -> None:
     [
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
         ("a.jsonl", b"\n \n", "a.jsonl: the file holds no rows"),
-        ("a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: the file holds no rows"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "a.jsonl.gz: the file holds no rows"),
         ("a.jsonl", LINE + b"not json\n", "a.jsonl:2: not JSON"),
         ("a.jsonl", LINE + LINE[:40], "a.jsonl:2: not JSON"),
         ("a.jsonl", LINE + b'{"rejected": "x"}\n', r"a.jsonl:2: the row has no `chosen`"),
@@ -59,7 +59,7 @@ def test_formats_agree(tmp_path: Path, suffix: str) -> None:
         ("a.jsonl", LINE + LINE.replace(b"b", b"\x00"), "a.jsonl:2: not JSON"),
         ("a.jsonl", LINE + b'{"chosen":' + b"[" * 100_000 + b"\n", "a.jsonl:2: nested too deeply"),
         ("a.jsonl", LINE + b'{"chosen": ' + b"1" * 6000 + b"}\n", "a.jsonl:2: not JSON"),
-        ("a.jsonl.gz", gzip.compress(LINE * 50)[:-20], "a.jsonl.gz:[0-9]+: damaged gzip"),
+        ("a.jsonl.gz", gzip.compress(LINE * 50, mtime=0)[:-20], "a.jsonl.gz:[0-9]+: damaged gzip"),
         ("a.jsonl.gz", LINE, "a.jsonl.gz:1: damaged gzip"),
         ("a.parquet", LINE, "a.parquet:1: not readable as Parquet"),
         ("a.csv", LINE, "a.csv: unknown format"),
