@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +39,17 @@ def tiny_config(family: str) -> PretrainedConfig:
     if family == "gpt_neox":
         return GPTNeoXConfig(**shape, **ids)
     return LlamaConfig(**shape, num_key_value_heads=2, **ids)
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """End what a DDP run in this process began: its group and the address it chose."""
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and forget what the test sets
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def test_malicious_releases_of_lightning_are_out_of_reach() -> None:
 def test_a_dry_run_of_each_make_target_installs_first() -> None:
     for target, runs in {"demo": "alignkit.demo", "test": "pytest", "check": "mypy"}.items():
         made = subprocess.run(
-            ["make", "--dry-run", "VENV=/no/such/venv", target],
+            ["make", "--no-print-directory", "--dry-run", "VENV=/no/such/venv", target],
             cwd=ROOT,
             capture_output=True,
             text=True,
