@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from alignkit.callbacks.checkpoint import Checkpoint
 from alignkit.callbacks.progress import ProgressBar
 
-__all__ = ["ProgressBar"]
+__all__ = ["Checkpoint", "ProgressBar"]
