@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from alignkit.data.audit_scan import Scan
+from alignkit.data.audit_findings import Findings
 from alignkit.data.defects import MEANING
 from alignkit.report.plots import COLORS, new_figure
 
@@ -30,11 +30,11 @@ summary { cursor: pointer; } img { width: 100%; } .quiet { color: #666; }
 _ROWS_LISTED = 40
 
 
-def page(report: dict[str, Any], found: Scan) -> str:
+def page(report: dict[str, Any], found: Findings) -> str:
     """The page's HTML.
 
     Args:
-        report: What `Scan.to_dict` returned.
+        report: What `Findings.to_dict` returned.
         found: The scan itself, for the lengths behind the plots.
     """
     asked = ", ".join(
@@ -117,7 +117,7 @@ def _examples(report: dict[str, Any]) -> str:
     return "".join(parts) or "<p>Nothing to show.</p>"
 
 
-def _plots(report: dict[str, Any], found: Scan) -> str:
+def _plots(report: dict[str, Any], found: Findings) -> str:
     if not found.lengths:
         return ""
     lengths = {name: np.array(values) for name, values in found.lengths.items()}

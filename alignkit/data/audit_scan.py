@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.audit_findings import Findings
 from alignkit.data.defects import (
-    MEANING,
     Dropped,
     Judge,
     Policies,
@@ -36,7 +33,6 @@ Kind = Literal["auto", "preference", "sft", "text"]
 
 _CHUNK = 256
 _SNIPPET = 200
-_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 # Rows are settled only to measure them, so nothing goes that need not.
 _LENIENT = Policies(
     differing_prompts="keep",
@@ -45,73 +41,6 @@ _LENIENT = Policies(
     identical_pairs="keep",
     boundary="keep",
 )
-
-
-@dataclass
-class Scan:
-    """What an audit found.
-
-    Attributes:
-        settings: What was asked: path, kind, tokenizer, unit, max_length, prompt_format.
-        tally: Rows by defect, and their numbers; a second source's go on from the first one's.
-        sources: Name, first row number and rows of each source.
-        examples: A few examples of each defect: row number and text.
-        lengths: Lengths of every prompt, of every chosen and rejected answer with its EOS, and
-            of the longest prompt + answer of each row; of every document, for text.
-        apart: Tokens with every answer beside a prompt of its own.
-        shared: Tokens with each prompt once.
-    """
-
-    settings: dict[str, Any]
-    tally: Tally = field(default_factory=lambda: Tally(lines_kept=None))
-    sources: list[dict[str, Any]] = field(default_factory=list)
-    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    lengths: dict[str, array[int]] = field(default_factory=dict)
-    apart: int = 0
-    shared: int = 0
-
-    def add(self, defect: str, row: int, text: str, limit: int) -> None:
-        """Count a defect, and keep its text while there are fewer than ``limit`` examples."""
-        self.tally.add(defect, row)
-        kept = self.examples.setdefault(defect, [])
-        if len(kept) < limit:
-            kept.append({"row": row, "text": readable(text)})
-
-    def measure(self, **lengths: int) -> None:
-        """Note lengths by name."""
-        for name, length in lengths.items():
-            self.lengths.setdefault(name, array("q")).append(length)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report; see `alignkit.data.audit.audit`."""
-        counts = {name: self.tally.counts.get(name, 0) for name in ["rows", *MEANING]}
-        if self.settings["tokenizer"] is None:
-            del counts["boundary"]  # it cannot be proved without
-        report: dict[str, Any] = {
-            **self.settings,
-            **counts,
-            "row_numbers": {
-                name: sorted(self.tally.lines.get(name, [])) for name in counts if name != "rows"
-            },
-            "sources": self.sources,
-            "examples": self.examples,
-            "lengths": {name: _summary(values) for name, values in self.lengths.items()},
-            "repeated_prompt_share": counts["repeated_prompts"] / max(1, counts["rows"]),
-        }
-        if self.settings["kind"] == "preference" and self.lengths:
-            chosen, rejected = (np.array(self.lengths[side]) for side in ("chosen", "rejected"))
-            report["length_bias"] = {
-                "chosen_mean": float(chosen.mean()),
-                "rejected_mean": float(rejected.mean()),
-                "chosen_longer_share": float((chosen > rejected).mean()),
-                "equal_share": float((chosen == rejected).mean()),
-            }
-            report["prompt_sharing"] = {
-                "tokens_apart": self.apart,
-                "tokens_shared": self.shared,
-                "saved_share": 1 - self.shared / self.apart,
-            }
-        return report
 
 
 def scan(
@@ -123,7 +52,7 @@ def scan(
     max_length: int,
     prompt_format: PromptFormat,
     examples: int,
-) -> Scan:
+) -> Findings:
     """Read every row of a set once; arguments as `alignkit.data.audit.audit` takes them.
 
     Raises:
@@ -133,7 +62,7 @@ def scan(
     if split is not None and split not in splits:
         raise AlignkitError(f"--split {split}: {path} has {', '.join(splits)}")
     sources = [source for name in splits if split in (None, name) for source in splits[name]]
-    found = Scan(
+    found = Findings(
         {
             "path": path,
             "kind": _kind(sources[0]) if kind == "auto" else kind,
@@ -159,7 +88,7 @@ def scan(
 Numbered = tuple[int, Row]
 
 
-def _counted(source: Source, found: Scan, first: int, limit: int) -> Iterator[Numbered]:
+def _counted(source: Source, found: Findings, first: int, limit: int) -> Iterator[Numbered]:
     """The source's rows, numbered on, the unreadable ones counted."""
     for line, row in source.rows():
         number = first + line - 1
@@ -184,7 +113,7 @@ class _Dialogues:
     """Audits dialogue rows, for preference training or SFT."""
 
     def __init__(
-        self, found: Scan, tokenizer: PreTrainedTokenizerBase | None, examples: int
+        self, found: Findings, tokenizer: PreTrainedTokenizerBase | None, examples: int
     ) -> None:
         self._found = found
         self._limit = examples
@@ -260,7 +189,7 @@ class _Text:
     """Audits rows of plain text; a repeated prompt is a repeated document."""
 
     def __init__(
-        self, found: Scan, tokenizer: PreTrainedTokenizerBase | None, examples: int
+        self, found: Findings, tokenizer: PreTrainedTokenizerBase | None, examples: int
     ) -> None:
         self._found = found
         self._limit = examples
@@ -314,10 +243,3 @@ def _snippet(name: str, sides: Sequence[Side]) -> str:
     return "\n— and —\n".join(
         f"…{side.prompt[-_SNIPPET // 2 :]}⟨answer⟩{side.answer[:_SNIPPET]}" for side in sides
     )
-
-
-def _summary(values: array[int]) -> dict[str, float]:
-    numbers = np.array(values)
-    percentiles = np.percentile(numbers, _PERCENTILES)
-    summary = {f"p{at}": float(value) for at, value in zip(_PERCENTILES, percentiles, strict=True)}
-    return {"mean": float(numbers.mean()), **summary, "max": float(numbers.max())}

@@ -134,7 +134,7 @@ class DialogueEncoder:
             raise AlignkitError(
                 f"{source.name}:{tally.lines['boundary'][0]}: prompt and answer have other ids "
                 f"together than apart in {violations} of {writer.examples} examples ({shown}); "
-                "use prompt_format=boundary, or allow it by data.policies.boundary=keep"
+                "mend the rows, or set data.policies.boundary to drop or keep"
             )
         return tally.to_dict()
 

@@ -83,7 +83,9 @@ def test_seed_format_is_the_reports_and_trips_the_proof(
         prompt_format="seed",
         policies=Policies(boundary="error"),
     )
-    with pytest.raises(AlignkitError, match=r"rows.jsonl:1: .* in 2 of 2 examples .*boundary=keep"):
+    with pytest.raises(
+        AlignkitError, match=r"rows.jsonl:1: .* in 2 of 2 examples .*boundary to drop or keep"
+    ):
         encoder.write(source(PAIR, PAIR), _Sink())
 
 
