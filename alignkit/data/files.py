@@ -103,7 +103,7 @@ def directory_splits(directory: Path) -> dict[str, list[Source]]:
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(2**20):
+        while block := file.read(2**16):
             digest.update(block)
     return digest.hexdigest()
 

@@ -38,7 +38,7 @@ _DTYPES = {
     "scored": np.bool_,
 }
 _MANIFEST = "manifest.json"
-_BLOCK = 2**22
+_BLOCK = 2**16
 _CHECKED_WHOLE = 2**31
 
 
