@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from huggingface_hub import constants as hub
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,15 +30,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.utils import logging as hf_logging
 
 from alignkit.errors import AlignkitError
 from alignkit.models_fingerprint import base_fingerprint
+from alignkit.models_lean import lean_modules
 
 __all__ = [
     "base_fingerprint",
-    "cheaper_activations",
     "hub_reachable",
     "load_model",
     "load_tokenizer",
@@ -80,7 +78,7 @@ def load_model(
             of reading any.
 
     Returns:
-        The model, its activations swapped by `cheaper_activations`.
+        The model, its modules lightened by `lean_modules`.
 
     Raises:
         AlignkitError: ``base`` cannot be found or read, lacks weights, or lacks some of them.
@@ -103,7 +101,7 @@ def load_model(
                 **options,
             )
             _check_complete(base, sorted(info["missing_keys"]))
-    cheaper_activations(model)
+    lean_modules(model)
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -139,28 +137,6 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
         _log.info("tokenizer '%s' has no padding token: using EOS %r", path, tokenizer.eos_token)
     return tokenizer
-
-
-def cheaper_activations(model: nn.Module) -> int:
-    """Swap GPT-2's ``gelu_new`` for the same formula in one kernel, in place.
-
-    transformers spells ``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))`` out in eager operations,
-    which save 8 bytes an element for backward; `torch.nn.functional.gelu` with
-    ``approximate="tanh"`` saves 2 (bf16) and agrees to 2.4e-7 in fp32. The config keeps
-    ``gelu_new``, so saved models are unchanged.
-
-    Returns:
-        The number of modules swapped.
-    """
-    swaps = [
-        (parent, name)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, NewGELUActivation)
-    ]
-    for parent, name in swaps:
-        setattr(parent, name, ACT2FN["gelu_pytorch_tanh"])
-    return len(swaps)
 
 
 def _locate(name: str, argument: str) -> tuple[str, dict[str, Any]]:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from alignkit import models
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora
-from alignkit.models import base_fingerprint, cheaper_activations, load_model, load_tokenizer
+from alignkit.models import base_fingerprint, load_model, load_tokenizer
 
 TinyModel = Callable[..., PreTrainedModel]
 TARGETS = {"gpt2": "attn.c_attn", "gpt_neox": "query_key_value", "llama": "q_proj"}
@@ -326,53 +325,6 @@ def test_a_config_is_no_tokenizer(gpt2_dir: Path) -> None:
 
 def test_an_empty_directory_is_no_tokenizer(tmp_path: Path) -> None:
     assert str(tmp_path) in error_of(load_tokenizer, str(tmp_path))
-
-
-# Activations ----------------------------------------------------------------------------------
-
-
-def test_the_cheaper_gelu_agrees_and_saves_less(tiny_model: TinyModel) -> None:
-    """Values and gradients agree in fp32, and backward keeps a quarter of what it kept."""
-    old, new = tiny_model("gpt2"), tiny_model("gpt2")
-    assert cheaper_activations(new) == 2
-    assert cheaper_activations(new) == 0
-
-    activations = old.transformer.h[0].mlp.act, new.transformer.h[0].mlp.act
-    x = torch.linspace(-8, 8, 10_001)
-    assert (activations[0](x) - activations[1](x)).abs().max() < 1e-6
-
-    ids = torch.arange(2, 50)[None]
-    losses = [model(ids, labels=ids).loss for model in (old, new)]
-    gradients = [
-        torch.autograd.grad(loss, list(model.parameters()))
-        for loss, model in zip(losses, (old, new), strict=True)
-    ]
-    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
-
-    saved = [saved_bytes(activation, x) for activation in activations]
-    assert saved[1] <= saved[0] / 4
-
-
-def saved_bytes(function: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that autograd keeps for backward, each storage counted once."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    x = x.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(x)
-    assert result.requires_grad
-    return sum(kept.values())
-
-
-def test_load_model_swaps_the_activations_and_keeps_the_config(gpt2_dir: Path) -> None:
-    model = load_model(str(gpt2_dir))
-    assert cheaper_activations(model) == 0
-    assert model.config.activation_function == "gelu_new"
 
 
 # Fingerprints ---------------------------------------------------------------------------------
