@@ -1,6 +1,7 @@
 """The engine: packed rows in, token log-probabilities out. Plain PyTorch, no Lightning."""
 
 from alignkit.engine.batch import Example, PackedBatch, Span, collate
+from alignkit.engine.compile import compile_blocks
 from alignkit.engine.head import TokenScores
 from alignkit.engine.score import (
     check_engine,
@@ -18,6 +19,7 @@ __all__ = [
     "TokenScores",
     "check_engine",
     "collate",
+    "compile_blocks",
     "response_lengths",
     "response_means",
     "response_sums",

@@ -66,6 +66,8 @@ def _log_cpu_choice(tiled: bool, dtype: torch.dtype) -> None:
         log.info("attention on cpu: SDPA per example, as tiles only pay in bf16, not %s", dtype)
 
 
+# A plan differs with every row: a compiled block would be compiled anew for each.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention_forward(
     module: nn.Module,
     query: Tensor,

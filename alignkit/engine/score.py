@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from alignkit.engine.attention import make_plan, use_packed_attention
 from alignkit.engine.batch import Example, PackedBatch, collate
+from alignkit.engine.compile import padded_for
 from alignkit.engine.head import TokenScores, token_scores
 from alignkit.errors import AlignkitError
 
@@ -52,6 +53,7 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
 def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     use_packed_attention(model)
     _check_positions(model, batch)
+    batch = padded_for(model, batch)
     device = batch.input_ids.device
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)

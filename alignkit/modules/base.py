@@ -16,7 +16,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
-from alignkit.engine import PackedBatch, check_engine
+from alignkit.engine import PackedBatch, check_engine, compile_blocks
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, lora_parameter_groups
 from alignkit.models import base_fingerprint, load_model
@@ -52,6 +52,8 @@ class AlignmentModule(LightningModule):
             loss compares two models, and noise in one of them is no preference.
         activation_checkpointing: Recompute each block's activations in the backward pass: less
             memory, about a third more time.
+        compile: `torch.compile` every block: the first steps take a minute or so longer, the
+            others less. Rows are padded to multiples of 64 tokens.
 
     Raises:
         AlignkitError: The base cannot be loaded or scored, or ``init_from`` does not fit it.
@@ -86,6 +88,7 @@ class AlignmentModule(LightningModule):
         lora_plus_ratio: float = 1.0,
         dropout: bool = False,
         activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self._save_plain_hyperparameters()
@@ -105,6 +108,9 @@ class AlignmentModule(LightningModule):
                 {"use_reentrant": False}
             )
         check_engine(self.model)
+        self.compiles = compile
+        if compile:
+            compile_blocks(self.model)
         self.train_metrics = EpochMetrics(self.perplexity)
         self.val_metrics = EpochMetrics(self.perplexity)
         self.window = Window()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignkit.engine import PackedBatch, response_lengths, response_sums, score
+from alignkit.engine import PackedBatch, compile_blocks, response_lengths, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.checkpoint import tensors_fingerprint
@@ -68,6 +68,8 @@ class DPOModule(AlignmentModule):
         self.beta, self.label_smoothing = beta, label_smoothing
         self.loss = get_loss(loss)
         self.reference = frozen_copy(self.model)
+        if self.compiles:  # a copy is not compiled
+            compile_blocks(self.reference)
         self.reference_fingerprint = tensors_fingerprint(
             {n: p for n, p in self.reference.named_parameters() if n in _trained(self.model)}
         )

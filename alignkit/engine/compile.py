@@ -1,0 +1,79 @@
+"""`torch.compile` a block at a time, over rows whose lengths fall into buckets.
+
+Every block of a model is the same code, so it is compiled a few times (with and without gradients)
+rather than once a layer, and with a symbolic row length rather than once a length. Attention over
+a packed row stays as it is: its plan changes with every row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from alignkit.engine.batch import PackedBatch, Span
+from alignkit.errors import AlignkitError
+
+ROW_MULTIPLE = 64
+"""Rows of a compiled model are padded to a multiple of it, so that kernels meet few lengths."""
+
+
+def compile_blocks(model: PreTrainedModel) -> int:
+    """Compile each of a model's blocks in place, at its first forward.
+
+    Args:
+        model: Any model of transformers; its parameters and their names stay as they are.
+
+    Returns:
+        The number of blocks.
+
+    Raises:
+        AlignkitError: The model has no blocks that are known as such, or PyTorch has no working
+            compiler on this machine.
+    """
+    blocks = _blocks(model)
+    if not blocks:
+        raise AlignkitError(
+            f"model.compile: {type(model).__name__} has no blocks to compile; leave it off"
+        )
+    _check_compiler()
+    for block in blocks:
+        block.compile(dynamic=True)
+    return len(blocks)
+
+
+def padded_for(model: PreTrainedModel, batch: PackedBatch) -> PackedBatch:
+    """Return the batch with its row padded to the next bucket if the model is compiled.
+
+    The padding is one more example of which nothing is scored; T grows, N does not.
+    """
+    missing = -batch.num_tokens % ROW_MULTIPLE
+    blocks = _blocks(model)
+    if missing == 0 or not blocks or blocks[0]._compiled_call_impl is None:
+        return batch
+    padding = torch.arange(missing, device=batch.position_ids.device)
+    return replace(
+        batch,
+        input_ids=F.pad(batch.input_ids, (0, missing)),
+        position_ids=torch.cat((batch.position_ids, padding)),
+        spans=(*batch.spans, Span(batch.num_tokens, missing - 1, (1,))),
+    )
+
+
+def _blocks(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _check_compiler() -> None:
+    """Find out on a small function, not an hour into a run."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+    except Exception as error:  # what a missing compiler raises differs with system and version
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AlignkitError(
+            f"model.compile: torch.compile does not work here ({reason}); install a C++ compiler "
+            "or leave it off"
+        ) from error
