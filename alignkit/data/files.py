@@ -7,7 +7,6 @@ Reading is lazy and its memory flat: no file is held whole, and no line longer t
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import xxhash
 
 from alignkit.errors import AlignkitError
 
@@ -101,7 +102,7 @@ def directory_splits(directory: Path) -> dict[str, list[Source]]:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()  # forty times sha256's speed, and nobody forges their own data
     with path.open("rb") as file:
         while block := file.read(2**16):
             digest.update(block)

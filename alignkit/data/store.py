@@ -16,7 +16,6 @@ half-written or damaged.
 from __future__ import annotations
 
 import json
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
@@ -99,7 +99,7 @@ class StoreWriter:
             name: _measure(self._directory / f"{name}.bin", whole=True) for name in self._files
         }
         body = json.dumps({"arrays": arrays, "meta": meta})
-        manifest = {"crc32": zlib.crc32(body.encode()), "body": body}
+        manifest = {"xxh3": xxhash.xxh3_64_hexdigest(body.encode()), "body": body}
         (self._directory / _MANIFEST).write_text(json.dumps(manifest))
 
     def _write(self, name: str, values: Sequence[int] | NDArray[Any]) -> None:
@@ -123,7 +123,7 @@ class Store:
         self.directory = directory
         try:
             manifest = json.loads((directory / _MANIFEST).read_text())
-            intact = manifest["crc32"] == zlib.crc32(manifest["body"].encode())
+            intact = manifest["xxh3"] == xxhash.xxh3_64_hexdigest(manifest["body"].encode())
             body = json.loads(manifest["body"])
             arrays, self.meta = body["arrays"], body["meta"]
             self._names = list(arrays)
@@ -229,14 +229,14 @@ def _measure(path: Path, *, whole: bool) -> dict[str, Any]:
     checks: dict[str, Any] = {"bytes": size}
     with path.open("rb") as file:
         if whole:
-            total = 0
+            total = xxhash.xxh3_64()
             while block := file.read(_BLOCK):
-                total = zlib.crc32(block, total)
-            checks["crc32"] = total
+                total.update(block)
+            checks["xxh3"] = total.hexdigest()
         if size > _CHECKED_WHOLE:
-            total = 0
+            total = xxhash.xxh3_64()
             for part in range(16):
                 file.seek(part * max(0, size - _BLOCK) // 15)
-                total = zlib.crc32(file.read(_BLOCK), total)
-            checks["sampled_crc32"] = total
+                total.update(file.read(_BLOCK))
+            checks["sampled_xxh3"] = total.hexdigest()
     return checks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 import tokenizers
 import transformers
+import xxhash
 from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerBase
 
@@ -69,7 +69,7 @@ class TextEncoder:
         takes far longer than reading them; of the tokenizer itself otherwise.
         """
         versions = f"{transformers.__version__} {tokenizers.__version__}"
-        digest = hashlib.sha256(f"{versions} {self.eos} {self.bos}".encode())
+        digest = xxhash.xxh3_128(f"{versions} {self.eos} {self.bos}".encode())
         directory = Path(self._name).expanduser()
         if directory.is_dir():
             for path in sorted(directory.iterdir()):
