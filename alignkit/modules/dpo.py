@@ -106,17 +106,21 @@ class DPOModule(AlignmentModule):
         loss_B = self.preference_loss(policy, reference)
         return LossOutput(loss_B.sum(), len(loss_B), self._metrics(policy, reference))
 
-    @torch.no_grad()
     def reference_scores(self, batch: PackedBatch) -> PairScores:
         """Score the batch's answers under the frozen reference, live or from the cache."""
         if self.cache is None or not isinstance(batch, ReferencedBatch):
-            return pair_scores(self.reference, batch)
-        live_R = response_sums(score(self.reference, batch.probe), batch.probe)
+            return PairScores.from_responses(self._live_sums(batch), response_lengths(batch))
+        live_R = self._live_sums(batch.probe)
         self.cache.add(batch, live_R)
         error = (batch.known_R[batch.probe_R] - live_R).abs().nan_to_num(0.0).max()
         self._cache_error = torch.maximum(self._cache_error.to(error.device), error)
         sums_R = batch.known_R.index_copy(0, batch.probe_R, live_R)
         return PairScores.from_responses(sums_R, response_lengths(batch))
+
+    def _live_sums(self, batch: PackedBatch) -> Tensor:
+        with torch.inference_mode():
+            sums_R = response_sums(score(self.reference, batch), batch)
+        return sums_R.clone()  # out here an ordinary tensor, which a loss may keep for its gradient
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Look the batch up in the cache while it is still on the CPU."""

@@ -124,6 +124,27 @@ def test_one_response_is_refused(model_dir: Callable) -> None:
         module.compute_loss(collate([Example([1], [[2]])]))
 
 
+class Weighted(DPOModule):
+    """A loss whose gradient needs the reference's own values."""
+
+    def preference_loss(self, policy: PairScores, reference: PairScores) -> Tensor:
+        return policy.chosen * reference.chosen - policy.rejected * reference.rejected
+
+
+def test_the_reference_is_scored_in_inference_mode_and_any_loss_may_use_it(
+    model_dir: Callable,
+) -> None:
+    module = Weighted(str(model_dir()), lora=LoRAConfig(r=2))
+    seen: list[bool] = []
+    module.reference.base_model.register_forward_pre_hook(
+        lambda *_: seen.append(torch.is_inference_mode_enabled())
+    )
+    module.compute_loss(collate(pairs(2))).loss_sum.backward()
+    assert seen
+    assert all(seen)
+    assert any(p.grad is not None and p.grad.any() for p in module.model.parameters())
+
+
 class SquaredMargin(DPOModule):
     """A new objective: the squared distance of the margin to a target (the form of IPO)."""
 
