@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def encoders(tokenizer_dir: Path) -> dict[str, Any]:
     }
 
 
-def survives(encoder: Any, source: Callable[[], Source]) -> tuple[int, Tally]:
-    """Read everything; the examples are sound and the counts add up."""
+def survives(encoder: Any, source: Callable[[], Source]) -> tuple[int, Tally, str | None]:
+    """Read everything; the examples are sound, the counts add up, a refusal is one line."""
     tally = Tally()
     kept = 0
     refusal = None
@@ -60,7 +61,7 @@ def survives(encoder: Any, source: Callable[[], Source]) -> tuple[int, Tally]:
     except AlignkitError as error:
         refusal = str(error)
     assert refusal is None or (refusal.strip() and "\n" not in refusal)
-    return kept, tally
+    return kept, tally, refusal
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -115,16 +116,20 @@ def test_a_thousand_mutated_files(encoders: dict[str, Any], tmp_path: Path) -> N
         "jsonl.gz": gzip.compress(lines),
         "parquet": table.read_bytes(),
     }
-    refused = kept = 0
+    refused = kept = placed = 0
     for number in range(1000):
         suffix = rng.choice(["jsonl"] * 6 + ["jsonl.gz", "parquet"])
         path = tmp_path / f"{number}.{suffix}"
         path.write_bytes(mutate(originals[suffix], rng))
         encoder = encoders[rng.choice(list(encoders))]
-        count, tally = survives(encoder, lambda path=path: file_source(path))
+        count, tally, refusal = survives(encoder, lambda path=path: file_source(path))
+        if refusal is not None:  # about a row, or about the file as a whole (empty, no gzip)
+            assert re.match(rf"{re.escape(str(path))}(:[1-9]\d*)?: .", refusal), refusal
+            placed += bool(re.match(rf"{re.escape(str(path))}:\d", refusal))
         kept += count
         refused += not tally.counts
         path.unlink()
+    assert placed > 50
     assert kept > 1000 and refused > 50, "the mutations are neither all fatal nor all harmless"
 
 

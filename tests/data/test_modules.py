@@ -183,6 +183,22 @@ def test_counts_are_logged_once_and_kept(
         assert all(isinstance(value, int | float) for value in data.stats.values())
 
 
+def test_the_truncated_share_is_counted(tmp_path: Path, make: Callable[..., Any]) -> None:
+    """Of 20 pairs the five with old turns lose them at 40 tokens."""
+    question = "\n\nHuman: How do I bake bread?\n\nAssistant:"
+    old = "\n\nHuman: " + "xyz " * 30 + "\n\nAssistant: yes"
+    rows = [
+        {"chosen": f"{before}{question} flour {i}", "rejected": f"{before}{question} salt {i}"}
+        for i in range(20)
+        for before in [old if i % 4 == 0 else ""]
+    ]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    data = make(HHPreferenceDataModule, path, max_length=40)
+    data.setup("fit")
+    assert data.stats["truncated"] == 5
+    assert data.stats["truncated_frac"] == 0.25
+
+
 def test_nothing_left_is_an_error(tmp_path: Path, make: Callable[..., Any]) -> None:
     row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"}
     path = write_jsonl(tmp_path / "a.jsonl", [row] * 3)
