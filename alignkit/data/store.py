@@ -16,10 +16,12 @@ half-written or damaged.
 from __future__ import annotations
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from alignkit.data.files import add_file
 from alignkit.engine import Example
 
 _DTYPES = {
@@ -151,12 +154,11 @@ class Store:
     def _arrays(self) -> dict[str, NDArray[Any]]:
         arrays: dict[str, NDArray[Any]] = {}
         for name in self._names:
-            path = self.directory / f"{name}.bin"
-            empty = path.stat().st_size == 0
-            dtype = _DTYPES[name]
-            arrays[name] = (
-                np.zeros(0, dtype) if empty else np.memmap(path, dtype, mode="r").view(np.ndarray)
-            )
+            with (self.directory / f"{name}.bin").open("rb") as file:
+                # Nothing can be mapped of an empty file.
+                empty = os.fstat(file.fileno()).st_size == 0
+                content = b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
+            arrays[name] = np.frombuffer(content, _DTYPES[name])
         return arrays
 
     @property
@@ -227,16 +229,15 @@ def _measure(path: Path, *, whole: bool) -> dict[str, Any]:
     """
     size = path.stat().st_size
     checks: dict[str, Any] = {"bytes": size}
-    with path.open("rb") as file:
-        if whole:
-            total = xxhash.xxh3_64()
-            while block := file.read(_BLOCK):
-                total.update(block)
-            checks["xxh3"] = total.hexdigest()
-        if size > _CHECKED_WHOLE:
-            total = xxhash.xxh3_64()
+    if whole:
+        total = xxhash.xxh3_64()
+        add_file(total, path)
+        checks["xxh3"] = total.hexdigest()
+    if size > _CHECKED_WHOLE:
+        total = xxhash.xxh3_64()
+        with path.open("rb") as file:
             for part in range(16):
-                file.seek(part * max(0, size - _BLOCK) // 15)
+                file.seek(part * (size - _BLOCK) // 15)
                 total.update(file.read(_BLOCK))
-            checks["sampled_xxh3"] = total.hexdigest()
+        checks["sampled_xxh3"] = total.hexdigest()
     return checks

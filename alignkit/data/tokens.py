@@ -14,6 +14,7 @@ import xxhash
 from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.files import add_file
 from alignkit.errors import AlignkitError
 
 
@@ -74,7 +75,8 @@ class TextEncoder:
         if directory.is_dir():
             for path in sorted(directory.iterdir()):
                 if path.suffix in (".json", ".txt", ".model") and "index" not in path.name:
-                    digest.update(path.name.encode() + path.read_bytes())
+                    digest.update(path.name.encode())
+                    add_file(digest, path)
         else:
             digest.update(self._backend.to_str().encode())
         return digest.hexdigest()
