@@ -52,8 +52,8 @@ class AlignmentModule(LightningModule):
             loss compares two models, and noise in one of them is no preference.
         activation_checkpointing: Recompute each block's activations in the backward pass: less
             memory, about a third more time.
-        compile: `torch.compile` every block: the first steps take a minute or so longer, the
-            others less. Rows are padded to multiples of 64 tokens.
+        compile: `torch.compile` every block, which makes the first steps slow. Rows are padded to
+            multiples of 64 tokens.
 
     Raises:
         AlignkitError: The base cannot be loaded or scored, or ``init_from`` does not fit it.
