@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.audit_findings import Findings
+from alignkit.data.chunks import chunks
 from alignkit.data.defects import (
     Dropped,
     Judge,
@@ -20,7 +21,7 @@ from alignkit.data.defects import (
     readable,
 )
 from alignkit.data.dialogue import RowError
-from alignkit.data.encode import DialogueEncoder, Draft, chunks
+from alignkit.data.encode import DialogueEncoder, Draft
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.formats import PromptFormat
 from alignkit.data.shapes import Side, preference_sides, sft_sides

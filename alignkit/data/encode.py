@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.chunks import chunks, one_ahead
 from alignkit.data.defects import Dropped, Judge, Policies, Tally
 from alignkit.data.dialogue import ASSISTANT, Dialogue, RowError
 from alignkit.data.files import BadRow, Row, Source
@@ -20,7 +20,6 @@ from alignkit.engine import Example
 from alignkit.errors import AlignkitError
 
 _CHUNK = 256
-_Item = TypeVar("_Item")
 
 
 @dataclass
@@ -141,16 +140,19 @@ class DialogueEncoder:
     def drafts(self, source: Source, tally: Tally) -> Iterator[Draft]:
         """The source's finished examples, in order; ``tally`` counts rows and defects."""
         judge = Judge(source.name, self.policies, tally)
-        for drafts in chunks(self._settled(source, judge), _CHUNK):
-            self.encode(drafts)
-            self._drop_turns(drafts)
-            self.prove(drafts)
+        for drafts in one_ahead(self._tokenize, chunks(self._settled(source, judge), _CHUNK)):
             for draft in drafts:
                 try:
                     self._finish(draft, judge)
                 except Dropped:
                     continue
                 yield draft
+
+    def _tokenize(self, drafts: Sequence[Draft]) -> None:
+        """All that needs the tokenizer, which two threads may not use at once."""
+        self.encode(drafts)
+        self._drop_turns(drafts)
+        self.prove(drafts)
 
     def example(self, draft: Draft) -> Example:
         """A finished draft as the engine takes it."""
@@ -283,10 +285,3 @@ def read_row(
         except RowError as error:
             reason = str(error)
     judge.refuse("bad_rows", line, reason)
-
-
-def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Lists of up to ``size`` items, in order."""
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

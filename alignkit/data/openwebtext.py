@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
+from alignkit.data.chunks import chunks
 from alignkit.data.defects import Dropped, Judge, Policies, Tally, character_defects, readable
-from alignkit.data.encode import chunks
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.packing import Document, Packing, rows
 from alignkit.data.sources import DataPath, find_splits

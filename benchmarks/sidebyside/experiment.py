@@ -106,7 +106,7 @@ class _Comparison:
             self.examples, self.plan = self._deal(our_batches)
         self.path = write_examples(self.examples, work / "examples.json")
         self.micro_batches = {
-            arm.name: our_batches if arm.library == "alignkit" else peer_batches
+            arm.name: our_batches if arm.package == "alignkit" else peer_batches
             for arm in (contest.ours, *contest.peers)
         }
         self.lead_in = int(options.device == "cuda")

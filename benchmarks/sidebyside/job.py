@@ -15,7 +15,7 @@ class Arm:
 
     Attributes:
         name: As the results call it.
-        library: Whose training loop runs.
+        package: Whose training loop runs.
         dtype: Of the base's weights; adapters are always fp32.
         mixed: bf16 autocast, which is what all three libraries train with by default.
         checkpointing: Recompute activations in the backward pass.
@@ -25,7 +25,7 @@ class Arm:
     """
 
     name: str
-    library: Literal["alignkit", "trl", "peft"]
+    package: Literal["alignkit", "trl", "peft"]
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     mixed: bool = True
     checkpointing: bool = False

@@ -27,7 +27,7 @@ def main() -> int:
 def serve(requests: TextIO, replies: TextIO) -> int:
     """Train as the job on the first line says, in the turns that the other lines grant."""
     job = Job.from_json(requests.readline())
-    if job.arm.library == "alignkit":
+    if job.arm.package == "alignkit":
         from sidebyside.arm_alignkit import train
     else:
         from sidebyside.arm_huggingface import train
