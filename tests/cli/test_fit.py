@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alignkit.report.curves import read_scalars
 
@@ -165,3 +166,41 @@ def test_help_names_every_command() -> None:
     ).stdout
     for name in ("fit", "validate", "test", "generate", "compare", "export", "audit", "profile"):
         assert f"    {name} " in shown
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:The .grad attribute"
+)
+def test_compiled_dpo_is_eager_dpo(
+    alignkit: Callable,
+    model_dir: Callable,
+    hh: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Training and validation, policy and live reference, in fp32: the same validation losses."""
+    losses = {}
+    for compiles in ("false", "true"):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        home = workplace / compiles
+        home.mkdir()
+        monkeypatch.chdir(home)
+        status, _, err = alignkit(
+            *quick("dpo_hh_pythia.yaml", model_dir, hh, hh),
+            "--model.compile", compiles,
+            "--model.optimizer.lr", 1e-2,
+            "--trainer.precision", "32-true",
+        )  # fmt: skip
+        assert status == 0, err
+        assert "recompile_limit" not in err
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (graphs > 0) == (compiles == "true")
+        (events,) = home.rglob("events.out.*")
+        reader = EventAccumulator(str(events))
+        reader.Reload()
+        losses[compiles] = [event.value for event in reader.Scalars("val/loss")]
+    torch.compiler.reset()
+    assert len(losses["false"]) == 3
+    assert losses["false"][-1] != pytest.approx(losses["false"][0], rel=1e-2), "nothing was learnt"
+    assert losses["true"] == pytest.approx(losses["false"], rel=5e-3)
