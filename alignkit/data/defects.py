@@ -250,7 +250,9 @@ def readable(text: str) -> str:
 
 def character_defects(text: str) -> list[str]:
     """Which defects of single characters a text has."""
-    patterns = {"control_characters": _UNREADABLE, "unicode_oddities": _ODD}
+    patterns = {"control_characters": _UNREADABLE}
+    if not text.isascii():  # most text is, and none of it is odd
+        patterns["unicode_oddities"] = _ODD
     return [name for name, pattern in patterns.items() if pattern.search(text)]
 
 

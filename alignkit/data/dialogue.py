@@ -19,8 +19,9 @@ ASSISTANT = "Assistant:"
 LABEL = re.compile(r"(?:Human|Assistant):")
 """A role's label, wherever it stands; inside an answer it is a defect."""
 
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-"""A label that opens a turn: at the start of the text or after an empty line."""
+_FIRST_TURN = re.compile(r"\s*(Human|Assistant):")
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+"""A label that opens a turn, after an empty line; the first may open the text."""
 
 
 class RowError(ValueError):
@@ -84,7 +85,7 @@ def turns(text: str) -> list[Turn]:
     Text before the first label belongs to no turn. A label elsewhere in a line opens no turn:
     people write "Human:" in the middle of a sentence.
     """
-    marks = list(_TURN.finditer(text))
+    marks = _turn_marks(text)
     ends = [*(mark.start() for mark in marks), len(text)][1:]
     return [
         Turn(mark[1], text[mark.end() : end], mark.start())
@@ -94,8 +95,15 @@ def turns(text: str) -> list[Turn]:
 
 def doubled_roles(text: str) -> bool:
     """Whether someone speaks twice in a row."""
-    roles = [turn.role for turn in turns(text)]
+    roles = [mark[1] for mark in _turn_marks(text)]
     return any(first == second for first, second in pairwise(roles))
+
+
+def _turn_marks(text: str) -> list[re.Match[str]]:
+    # Two patterns, as one that begins with a plain line break is searched for several times faster.
+    first = _FIRST_TURN.match(text)
+    rest = _TURN.finditer(text, first.end() if first else 0)
+    return [first, *rest] if first else list(rest)
 
 
 def common_prompt(texts: tuple[str, ...]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -95,11 +96,7 @@ class DialogueEncoder:
         self._encode_texts = TextEncoder(tokenizer)
         self._format = Format(prompt_format, tokenizer, all_turns=all_turns)
         self._sides = sides
-        # What precedes every answer, where it is enough of the prompt for the boundary proof.
-        simple = prompt_format == "boundary" and not all_turns
-        apart = simple and self._encode_texts.reads_words_apart
-        self._lead = f"\n\n{ASSISTANT}" if apart else ""
-        self._lead_ids = self._encode_texts([self._lead])[0]
+        self._simple = prompt_format == "boundary" and not all_turns
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -111,6 +108,12 @@ class DialogueEncoder:
             "max_length": self.max_length,
             "policies": vars(self.policies),
         }
+
+    @cached_property
+    def _lead(self) -> str:
+        """What precedes every answer, where it is enough of the prompt for the boundary proof."""
+        apart = self._simple and self._encode_texts.reads_words_apart
+        return f"\n\n{ASSISTANT}" if apart else ""
 
     def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
         """Encode a source into a store.
@@ -188,12 +191,12 @@ class DialogueEncoder:
         two meet in the same text and the same tokens, so nothing changes when they are joined
         (see `TextEncoder.reads_words_apart`). Other drafts stay unproved.
         """
-        texts = []
+        texts = [self._lead]
         for draft in drafts:
             texts.append(draft.text.prompt)
             texts += [self._lead + answer for (answer,) in draft.text.responses]
-        ids = iter(self._encode_texts(texts))
-        lead, size = self._lead_ids, len(self._lead_ids)
+        lead, *encoded = self._encode_texts(texts)
+        ids, size = iter(encoded), len(lead)
         for draft in drafts:
             prompt = next(ids)
             answers = [next(ids) for _ in draft.text.responses]

@@ -30,7 +30,6 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from alignkit.data.files import add_file
 from alignkit.engine import Example
 
 _DTYPES = {
@@ -42,6 +41,7 @@ _DTYPES = {
 }
 _MANIFEST = "manifest.json"
 _BLOCK = 2**16
+_PENDING = 2**16  # tokens
 _CHECKED_WHOLE = 2**31
 
 
@@ -61,33 +61,39 @@ class StoreWriter:
         self._directory = directory
         names = [name for name in _DTYPES if scored or name != "scored"]
         self._files = {name: (directory / f"{name}.bin").open("wb") for name in names}
+        # What is not yet in the files: appending to them for every example would take far longer.
+        self._pending: dict[str, list[int]] = {name: [] for name in names}
+        self._pending["segments"].append(0)
+        self._pending["examples"].append(0)
         self._tokens = 0
         self._segments = 0
         self.examples = 0
-        self._write("segments", [0])
-        self._write("examples", [0])
 
     def add(self, example: Example, line: int) -> None:
         """Append one example, read from ``line`` of its source."""
+        pending = self._pending
         parts = [example.prompt, *example.responses]
-        ends = np.cumsum([len(part) for part in parts]) + self._tokens
-        self._write("tokens", np.concatenate([np.asarray(part, np.int32) for part in parts]))
-        self._write("segments", ends)
-        if "scored" in self._files:
+        for part in parts:
+            pending["tokens"].extend(part)
+            self._tokens += len(part)
+            pending["segments"].append(self._tokens)
+        if "scored" in pending:
             masks = example.scored or [[True] * len(part) for part in example.responses]
-            flags = [[False] * len(example.prompt), *masks]
-            self._write("scored", np.concatenate([np.asarray(flag, np.bool_) for flag in flags]))
-        self._tokens = int(ends[-1])
+            for mask in ([False] * len(example.prompt), *masks):
+                pending["scored"].extend(mask)
         self._segments += len(parts)
         self.examples += 1
-        self._write("examples", [self._segments])
-        self._write("lines", [line])
+        pending["examples"].append(self._segments)
+        pending["lines"].append(line)
+        if len(pending["tokens"]) >= _PENDING:
+            self._flush()
 
     def __enter__(self) -> StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Close the files, finished or not."""
+        self._flush()
         for file in self._files.values():
             file.close()
 
@@ -99,14 +105,18 @@ class StoreWriter:
         """
         self.__exit__()
         arrays = {
-            name: _measure(self._directory / f"{name}.bin", whole=True) for name in self._files
+            name: _measure(_mapped(self._directory / f"{name}.bin"), whole=True)
+            for name in self._files
         }
         body = json.dumps({"arrays": arrays, "meta": meta})
         manifest = {"xxh3": xxhash.xxh3_64_hexdigest(body.encode()), "body": body}
         (self._directory / _MANIFEST).write_text(json.dumps(manifest))
 
-    def _write(self, name: str, values: Sequence[int] | NDArray[Any]) -> None:
-        self._files[name].write(np.asarray(values, _DTYPES[name]).tobytes())
+    def _flush(self) -> None:
+        for name, values in self._pending.items():
+            if values:
+                self._files[name].write(np.asarray(values, _DTYPES[name]).tobytes())
+                values.clear()
 
 
 class Store:
@@ -134,15 +144,16 @@ class Store:
             raise StoreError(f"no readable manifest ({error})") from error
         if not intact:
             raise StoreError("the manifest's checksum differs")
+        try:
+            contents = self._contents
+        except OSError as error:
+            raise StoreError(f"{error.filename} is missing") from error
         for name, expected in arrays.items():
-            path = directory / f"{name}.bin"
-            try:
-                found = _measure(path, whole=path.stat().st_size <= _CHECKED_WHOLE)
-            except OSError as error:
-                raise StoreError(f"{path.name} is missing") from error
+            content = contents[name]
+            found = _measure(content, whole=len(content) <= _CHECKED_WHOLE)
             for key in found:
                 if found[key] != expected.get(key):
-                    raise StoreError(f"{path.name}: {key} {found[key]}, not {expected.get(key)}")
+                    raise StoreError(f"{name}.bin: {key} {found[key]}, not {expected.get(key)}")
 
     def __len__(self) -> int:
         return len(self._arrays["lines"])
@@ -151,15 +162,13 @@ class Store:
         return {"directory": self.directory, "meta": self.meta, "_names": self._names}
 
     @cached_property
+    def _contents(self) -> dict[str, mmap | bytes]:
+        return {name: _mapped(self.directory / f"{name}.bin") for name in self._names}
+
+    @cached_property
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        arrays: dict[str, NDArray[Any]] = {}
-        for name in self._names:
-            with (self.directory / f"{name}.bin").open("rb") as file:
-                # Nothing can be mapped of an empty file.
-                empty = os.fstat(file.fileno()).st_size == 0
-                content = b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
-            arrays[name] = np.frombuffer(content, _DTYPES[name])
-        return arrays
+        contents = self._contents.items()
+        return {name: np.frombuffer(content, _DTYPES[name]) for name, content in contents}
 
     @property
     def lines(self) -> NDArray[np.int64]:
@@ -221,23 +230,28 @@ class ExampleSet(Dataset[Example]):
         return self._stores[part][int(self._chosen[part][index - first])]
 
 
-def _measure(path: Path, *, whole: bool) -> dict[str, Any]:
-    """Size and checksums of a file.
+def _mapped(path: Path) -> mmap | bytes:
+    with path.open("rb") as file:
+        # Nothing can be mapped of an empty file.
+        empty = os.fstat(file.fileno()).st_size == 0
+        return b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
 
-    A file too large to be read whole at every start is checked by its size and by the checksum
+
+def _measure(content: mmap | bytes, *, whole: bool) -> dict[str, Any]:
+    """Size and checksums of a file's content.
+
+    One too large to be read whole at every start is checked by its size and by the checksum
     of sixteen blocks spread over it.
     """
-    size = path.stat().st_size
+    size = len(content)
     checks: dict[str, Any] = {"bytes": size}
+    view = memoryview(content)
     if whole:
-        total = xxhash.xxh3_64()
-        add_file(total, path)
-        checks["xxh3"] = total.hexdigest()
+        checks["xxh3"] = xxhash.xxh3_64_hexdigest(view)
     if size > _CHECKED_WHOLE:
+        starts = [part * (size - _BLOCK) // 15 for part in range(16)]
         total = xxhash.xxh3_64()
-        with path.open("rb") as file:
-            for part in range(16):
-                file.seek(part * (size - _BLOCK) // 15)
-                total.update(file.read(_BLOCK))
+        for start in starts:
+            total.update(view[start : start + _BLOCK])
         checks["sampled_xxh3"] = total.hexdigest()
     return checks

@@ -43,8 +43,8 @@ class TextEncoder:
             raise AlignkitError(f"tokenizer {self._name}: it has no EOS token to end responses")
         self.eos: int = tokenizer.eos_token_id
         self._backend: Any = tokenizer.backend_tokenizer
-        probe: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
-        plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._take_text(specials=False)
+        probe, plain = (self._backend.encode("a", add_special_tokens=a).ids for a in (True, False))
         lead = max((i for i in range(len(probe)) if probe[i : i + len(plain)] == plain), default=0)
         self.bos: tuple[int, ...] = tuple(probe[:lead])
 
@@ -55,12 +55,15 @@ class TextEncoder:
             texts: Any number of texts, encoded in parallel.
             specials: Read special tokens written in the text as such, as chat templates need.
         """
-        # Whoever used the tokenizer last may have left these set; transformers sets them anew.
+        self._take_text(specials)
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def _take_text(self, specials: bool) -> None:
+        """Undo what the tokenizer's last user left set; transformers sets it anew."""
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = not specials
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -17,10 +16,9 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_scheduler
 
 from alignkit.engine import PackedBatch, check_engine, compile_blocks
-from alignkit.errors import AlignkitError
-from alignkit.lora import LoRAConfig, inject_lora, lora_parameter_groups
-from alignkit.models import base_fingerprint, load_model
+from alignkit.lora import LoRAConfig, lora_parameter_groups
 from alignkit.modules import checkpoint as ckpt
+from alignkit.modules.build import build_policy
 from alignkit.modules.metrics import EpochMetrics
 from alignkit.modules.window import LossOutput, Window, scale_gradients
 
@@ -99,7 +97,9 @@ class AlignmentModule(LightningModule):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.lora_plus_ratio = lora_plus_ratio
-        self.model = self._build_model(dtype, random_init, dropout)
+        self.model, self.base_fingerprint = build_policy(
+            base, self.lora, dtype=dtype, random_init=random_init, dropout=dropout
+        )
         if init_from is not None:
             untie = self.lora is not None and self.lora.untie
             ckpt.load_weights(self.model, init_from, self.base_fingerprint, untie)
@@ -284,21 +284,6 @@ class AlignmentModule(LightningModule):
 
     # Inside ---------------------------------------------------------------------------------
 
-    def _build_model(self, dtype: str, random_init: bool, dropout: bool) -> PreTrainedModel:
-        model = load_model(self.base, dtype=getattr(torch, dtype), random_init=random_init)
-        self.base_fingerprint = base_fingerprint(model)
-        if not dropout:
-            _disable_dropout(model)
-        if self.lora is not None:
-            return inject_lora(model, self.lora)
-        if dtype != "float32":
-            raise AlignkitError(
-                "model.dtype: full fine-tuning (model.lora: null) keeps master weights, which "
-                "bfloat16 would round away; set model.dtype to float32 and trainer.precision to "
-                "bf16-mixed"
-            )
-        return model.requires_grad_(True)
-
     def _save_plain_hyperparameters(self) -> None:
         """Keep hyper-parameters that load without unpickling: plain values, no callables."""
         self.save_hyperparameters(ignore=["optimizer"])
@@ -316,11 +301,3 @@ class AlignmentModule(LightningModule):
         for name, metric in self.val_metrics.named().items():
             attribute = f"val_metrics.means.{name}"
             self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", metric_attribute=attribute)
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
