@@ -37,10 +37,6 @@ from alignkit.report.memory import peak_bytes
 _PYTHIA = "pythia-1.4b-shape"
 _SAME_PAIRS = 64  # points with fewer pairs a step go through these, in several steps
 _SHORT = 256  # pairs of the second curve are at most this long, so that rows come out full
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"model": "smollm2-135m-shape", "tokens_per_batch": 4096},
-    "cuda": {"model": "gpt2-shape", "tokens_per_batch": 16384},
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Points:
         self.chosen, self.shared, self.work, self.console = chosen, shared, work, console
 
     def measure(self, examples: list[Example], per_step: int, budget: int) -> dict[str, Any]:
-        """Go through the examples, after one step to warm up.
+        """Go through the examples, after a small step to warm up.
 
         Args:
             examples: Pairs.
@@ -76,6 +72,7 @@ class Points:
         steps = [indices[start : start + per_step] for start in range(0, len(indices), per_step)]
         micro_batches = our_micro_batches(steps, examples, budget)
         rounds = self.chosen.rounds
+        warm_up = steps[0][: max(8, micro_batches)]
         job = Job(
             arm=Arm(OURS, "alignkit"),
             task="dpo",
@@ -85,7 +82,7 @@ class Points:
             lora=self.shared.lora.to_dict(),
             examples=write_examples(examples, self.work / "examples.json"),
             scored=[],
-            steps=steps[:1] + steps * rounds,
+            steps=[warm_up] + steps * rounds,
             micro_batches=micro_batches,
             device=self.chosen.device,
         )
@@ -192,7 +189,7 @@ def parse() -> Growth:
     )  # fmt: skip
     values = flags.parse_args()
     device = options.resolve_device(values.device)
-    defaults = dict(_DEFAULTS[device])
+    defaults = dict(options.COMMON_DEFAULTS[device])
     if values.pythia:
         defaults |= {"model": _PYTHIA, "tokens_per_batch": 2048}
     return Growth(**options.fill_in(values, device, defaults))

@@ -1,43 +1,24 @@
-"""What the data modules share: finding, encoding and caching a set, and dealing its batches."""
+"""What the data modules share: an encoded set for each split, and its batches dealt to ranks."""
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.cache import cache_root, cached_store
+from alignkit.data.cache import cache_root
 from alignkit.data.files import Source
 from alignkit.data.samplers import TokenBudgetBatchSampler
-from alignkit.data.sources import DataPath, find_splits, quotas, weights_of
-from alignkit.data.store import ExampleSet, Store, StoreWriter
+from alignkit.data.sources import DataPath, find_splits
+from alignkit.data.splits import RowEncoder, open_splits
+from alignkit.data.store import ExampleSet
 from alignkit.engine import PackedBatch, collate
 from alignkit.errors import AlignkitError
 from alignkit.models import load_tokenizer
-
-_log = logging.getLogger("alignkit.data")
-_FORMAT_VERSION = 1
-
-
-class RowEncoder(Protocol):
-    """Turns a source's rows into examples."""
-
-    masked: bool
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Everything beside the rows that decides the examples, as JSON values."""
-
-    def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
-        """Encode a source; returns its counts as `Tally.to_dict`."""
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -194,6 +175,9 @@ class AlignmentDataModule(LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            # A loader draws a number whenever it starts: not from the stream that dropout draws
+            # from, where a run resumed between two epochs would miss one.
+            generator=torch.Generator().manual_seed(self.seed),
             **options,
         )
 
@@ -212,96 +196,15 @@ class AlignmentDataModule(LightningDataModule):
         return self._sets[split]
 
     def _load(self) -> None:
-        encoder = self.row_encoder(load_tokenizer(self.tokenizer))
-        parts: dict[str, list[tuple[Store, NDArray[np.int64]]]] = {}
-        weights = weights_of(self.path)
-        metas: list[dict[str, Any]] = []
-        sizes: list[int] = []
-        for place in weights:
-            opened = self._open_splits(place, encoder)
-            for split, (stores, chosen) in opened.items():
-                parts.setdefault(split, []).extend(zip(stores, chosen, strict=True))
-            stores, chosen = opened.get("train", ([], []))
-            metas += [store.meta for store in stores]
-            sizes.append(sum(len(each) for each in chosen))
-        self._sets = {
-            split: ExampleSet([store for store, _ in pairs], [chosen for _, chosen in pairs])
-            for split, pairs in parts.items()
-        }
-        for split, examples in self._sets.items():
-            if len(examples) == 0:
-                raise AlignkitError(f"data.path {self.path}: no example is left in {split}")
-        self._quotas = quotas(sizes, list(weights.values()))
-        self.stats = self._count(metas)
-
-    def _open_splits(
-        self, place: str, encoder: RowEncoder
-    ) -> dict[str, tuple[list[Store], list[NDArray[np.int64]]]]:
-        """Each split of one place: its stores and, for each, the chosen examples."""
-        found = {
-            split: [self._encoded(source, encoder) for source in sources]
-            for split, sources in self.find_splits(place).items()
-        }
-        chosen = {
-            split: [np.arange(len(store), dtype=np.int64) for store in stores]
-            for split, stores in found.items()
-        }
-        if not {"validation", "test"} & set(found):
-            found["validation"] = found["train"]
-            orders = [
-                np.random.default_rng(self.seed).permutation(len(store)) for store in found["train"]
-            ]
-            held_out = [max(1, round(self.val_fraction * len(order))) for order in orders]
-            chosen["train"] = [np.sort(o[n:]) for o, n in zip(orders, held_out, strict=True)]
-            chosen["validation"] = [np.sort(o[:n]) for o, n in zip(orders, held_out, strict=True)]
-        for split, other in (("validation", "test"), ("test", "validation")):
-            if split not in found:
-                found[split], chosen[split] = found[other], chosen[other]
-        limits = {"train": self.max_train_examples}
-        return {
-            split: (
-                stores,
-                [each[: limits.get(split, self.max_val_examples)] for each in chosen[split]],
-            )
-            for split, stores in found.items()
-        }
-
-    def _encoded(self, source: Source, encoder: RowEncoder) -> Store:
-        identity = {
-            "version": _FORMAT_VERSION,
-            "kind": type(encoder).__name__,
-            "data": source.digest,
-            **encoder.identity,
-        }
-
-        def build(writer: StoreWriter) -> dict[str, Any]:
-            _log.info("encoding %s", source.name)
-            return encoder.write(source, writer)
-
-        store = cached_store(self._cache, identity, build, scored=encoder.masked)
-        if self._rank == 0:
-            _log_counts(source.name, store.meta)
-        return store
-
-    def _count(self, metas: Sequence[dict[str, Any]]) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for meta in metas:
-            for name, count in meta["counts"].items():
-                totals[name] = totals.get(name, 0) + count
-        examples = totals.get("examples", 0)
-        totals["truncated_frac"] = totals.get("truncated", 0) / examples if examples else 0.0
-        if "train" in self._sets:
-            totals["train_examples"] = len(self._sets["train"])
-            totals["train_tokens"] = int(self._sets["train"].lengths.sum())
-        return totals
-
-
-def _log_counts(name: str, meta: dict[str, Any]) -> None:
-    counts, lines = dict(meta["counts"]), meta["lines"]
-    rows, examples = counts.pop("rows", 0), counts.pop("examples", 0)
-    details = "; ".join(
-        f"{defect} {count} (line {', '.join(map(str, sorted(lines[defect])))}"
-        f"{', …' if count > len(lines[defect]) else ''})"
-        for defect, count in sorted(counts.items())
-    )
-    _log.info("%s: %d rows, %d examples; %s", name, rows, examples, details or "no defects")
+        opened = open_splits(
+            self.path,
+            self.find_splits,
+            self.row_encoder(load_tokenizer(self.tokenizer)),
+            cache=self._cache,
+            val_fraction=self.val_fraction,
+            seed=self.seed,
+            max_train_examples=self.max_train_examples,
+            max_val_examples=self.max_val_examples,
+            announce=self._rank == 0,
+        )
+        self._sets, self._quotas, self.stats = opened.sets, opened.quotas, opened.stats

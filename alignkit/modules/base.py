@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class AlignmentModule(LightningModule):
     warmup_steps: float
     lora_plus_ratio: float
     model: PreTrainedModel
-    _random_state: Mapping[str, Tensor] | None = None
+    _random_states: Sequence[Mapping[str, Tensor]] | None = None
 
     def __init__(
         self,
@@ -252,12 +252,12 @@ class AlignmentModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stamp the checkpoint with what it belongs to, and keep the random state."""
         checkpoint[ckpt.STAMP] = self.checkpoint_stamp()
-        checkpoint["rng"] = ckpt.random_state(self.device)
+        checkpoint["rng"] = ckpt.random_states(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another class, base or shape before anything is changed."""
         ckpt.check_stamp(self.checkpoint_stamp(), checkpoint.get(ckpt.STAMP))
-        self._random_state = checkpoint.get("rng")
+        self._random_states = checkpoint.get("rng")
 
     def on_train_start(self) -> None:
         """Log what the data lost, and continue a resumed run's random stream.
@@ -268,11 +268,9 @@ class AlignmentModule(LightningModule):
         if truncated is not None:  # a fact about the run: no mean over ranks or steps
             for logger in self.loggers:
                 logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
-        if self._random_state is not None:
-            ckpt.restore_random_state(
-                self._random_state, self.device, self.global_rank, self.global_step
-            )
-            self._random_state = None
+        if self._random_states is not None:
+            ckpt.restore_random_state(self._random_states, self.device, self.global_rank)
+            self._random_states = None
 
     def checkpoint_stamp(self) -> dict[str, str]:
         """Return what a checkpoint must share with the module that resumes from it."""

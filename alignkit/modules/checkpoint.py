@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -194,27 +195,34 @@ def tensors_fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return torch's random states on the host and on the device."""
+def random_states(device: torch.device) -> list[dict[str, Tensor]]:
+    """Return torch's random states on the host and on the device, of every rank.
+
+    A collective: where there are several ranks, all of them call it.
+    """
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    states: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(states, state)
+    return states
 
 
 def restore_random_state(
-    state: Mapping[str, Tensor], device: torch.device, rank: int, step: int
+    states: Sequence[Mapping[str, Tensor]], device: torch.device, rank: int
 ) -> None:
-    """Restore `random_state`. A checkpoint holds rank 0's; other ranks draw a stream of their own.
+    """Restore this rank's state of `random_states`.
 
-    Only adapter dropout draws during training, so with the default ``dropout: 0`` every rank
-    resumes exactly; with dropout, rank 0 does.
+    A rank that the saving run did not have draws a stream of its own.
     """
+    state = states[min(rank, len(states) - 1)]
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-    if rank > 0:
-        torch.manual_seed(torch.initial_seed() + 1_000_003 * rank + step)
+    if rank >= len(states):
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)
 
 
 def _check_base(fingerprint: str, stamp: Mapping[str, str], where: str) -> None:

@@ -17,9 +17,13 @@ from sidebyside.shapes import SHAPES
 
 UNITS: dict[Task, str] = {"dpo": "pairs", "sft": "samples", "lm": "rows"}
 # Sizes that keep a run under ten minutes, by device.
+COMMON_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {"model": "smollm2-135m-shape", "tokens_per_batch": 4096},
+    "cuda": {"model": "gpt2-shape", "tokens_per_batch": 16384},
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"model": "smollm2-135m-shape", "per_step": 8, "steps": 1, "tokens_per_batch": 4096},
-    "cuda": {"model": "gpt2-shape", "per_step": 64, "steps": 2, "tokens_per_batch": 16384},
+    "cpu": {"per_step": 8, "steps": 1},
+    "cuda": {"per_step": 64, "steps": 2},
 }
 _LM_DEFAULTS: dict[str, dict[str, Any]] = {
     "cpu": {"model": "gpt2-shape", "per_step": 4, "steps": 2},
@@ -112,7 +116,8 @@ def read(task: Task, values: argparse.Namespace) -> Options:
         AlignkitError: A number out of range, a device that is not there, or a bad output file.
     """
     device = resolve_device(values.device)
-    defaults = _DEFAULTS[device] | (_LM_DEFAULTS[device] if task == "lm" else {"tokens": 1})
+    defaults = COMMON_DEFAULTS[device] | _DEFAULTS[device]
+    defaults |= _LM_DEFAULTS[device] if task == "lm" else {"tokens": 1}
     return Options(**fill_in(values, device, defaults))
 
 

@@ -133,6 +133,18 @@ def test_batches_do_not_depend_on_workers(hh_dir: Path, make: Callable[..., Any]
     assert orders[0] == orders[1] == orders[2]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_random_stream_alone(
+    hh_dir: Path, make: Callable[..., Any], workers: int
+) -> None:
+    """Dropout draws from it: a run resumed between two epochs must find it as it was left."""
+    data = make(HHPreferenceDataModule, path=str(hh_dir), num_workers=workers)
+    before = torch.get_rng_state()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        assert list(loader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_mix_by_weight(tmp_path: Path, make: Callable[..., Any]) -> None:
     """Of 30 and 30 pairs at 3:1 an epoch draws 30 and 10, other ones each time."""
     paths = {}

@@ -1,0 +1,173 @@
+"""The splits of a data path as encoded sets: found, encoded or opened, counted, and cut to size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignkit.data.cache import cached_store
+from alignkit.data.files import Source
+from alignkit.data.sources import DataPath, quotas, weights_of
+from alignkit.data.store import ExampleSet, Store, StoreWriter
+from alignkit.errors import AlignkitError
+
+_log = logging.getLogger("alignkit.data")
+_FORMAT_VERSION = 1
+_Chosen = tuple[list[Store], list[NDArray[np.int64]]]
+
+
+class RowEncoder(Protocol):
+    """Turns a source's rows into examples."""
+
+    masked: bool
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything beside the rows that decides the examples, as JSON values."""
+
+    def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
+        """Encode a source; returns its counts as `Tally.to_dict`."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a data path holds.
+
+    Attributes:
+        sets: The examples of ``train``, ``validation`` and ``test``.
+        quotas: For each training source, as `alignkit.data.sources.quotas` gives them.
+        stats: Numbers about the training split.
+    """
+
+    sets: dict[str, ExampleSet]
+    quotas: list[tuple[int, int]]
+    stats: dict[str, float]
+
+
+def open_splits(
+    path: DataPath,
+    find: Callable[[str], Mapping[str, list[Source]]],
+    encoder: RowEncoder,
+    *,
+    cache: Path,
+    val_fraction: float,
+    seed: int,
+    max_train_examples: int | None = None,
+    max_val_examples: int | None = None,
+    announce: bool = True,
+) -> Splits:
+    """Open every split of every place of a path, encoding what is not cached yet.
+
+    Args:
+        path: One place, several, or several with weights.
+        find: The sources of each split of a place.
+        encoder: Turns their rows into examples.
+        cache: Where encoded sets are kept.
+        val_fraction: Share of the training examples held out where a place has only those.
+        seed: Draws that share.
+        max_train_examples: Take only the first ones of each training source.
+        max_val_examples: Take only the first ones of each other source.
+        announce: Log what was found in each source.
+
+    Raises:
+        AlignkitError: The data is missing, empty or bad, or a policy says ``error``.
+    """
+    parts: dict[str, list[tuple[Store, NDArray[np.int64]]]] = {}
+    weights = weights_of(path)
+    metas: list[dict[str, Any]] = []
+    sizes: list[int] = []
+    for place in weights:
+        stores = {
+            split: [_encoded(source, encoder, cache, announce) for source in sources]
+            for split, sources in find(place).items()
+        }
+        opened = _fill_in(stores, val_fraction, seed)
+        for split, (found, chosen) in opened.items():
+            limit = max_train_examples if split == "train" else max_val_examples
+            chosen[:] = [each[:limit] for each in chosen]
+            parts.setdefault(split, []).extend(zip(found, chosen, strict=True))
+        found, chosen = opened.get("train", ([], []))
+        metas += [store.meta for store in found]
+        sizes.append(sum(len(each) for each in chosen))
+    sets = {
+        split: ExampleSet([store for store, _ in pairs], [chosen for _, chosen in pairs])
+        for split, pairs in parts.items()
+    }
+    for split, examples in sets.items():
+        if len(examples) == 0:
+            raise AlignkitError(f"data.path {path}: no example is left in {split}")
+    stats = _count(metas)
+    if "train" in sets:
+        stats["train_examples"] = len(sets["train"])
+        stats["train_tokens"] = int(sets["train"].lengths.sum())
+    return Splits(sets, quotas(sizes, list(weights.values())), stats)
+
+
+def _fill_in(
+    found: Mapping[str, list[Store]], val_fraction: float, seed: int
+) -> dict[str, _Chosen]:
+    """The chosen examples of each split; a validation or test split that is missing is made.
+
+    Without either, a share of the training examples is held out; one of them stands for both.
+    """
+    splits: dict[str, _Chosen] = {
+        split: (stores, [np.arange(len(store), dtype=np.int64) for store in stores])
+        for split, stores in found.items()
+    }
+    if not {"validation", "test"} & set(splits):
+        stores = found["train"]
+        orders = [np.random.default_rng(seed).permutation(len(store)) for store in stores]
+        held_out = [max(1, round(val_fraction * len(order))) for order in orders]
+        pairs = list(zip(orders, held_out, strict=True))
+        splits["train"] = stores, [np.sort(order[count:]) for order, count in pairs]
+        splits["validation"] = stores, [np.sort(order[:count]) for order, count in pairs]
+    for split, other in (("validation", "test"), ("test", "validation")):
+        if split not in splits:
+            stores, chosen = splits[other]
+            splits[split] = stores, list(chosen)
+    return splits
+
+
+def _encoded(source: Source, encoder: RowEncoder, cache: Path, announce: bool) -> Store:
+    identity = {
+        "version": _FORMAT_VERSION,
+        "kind": type(encoder).__name__,
+        "data": source.digest,
+        **encoder.identity,
+    }
+
+    def build(writer: StoreWriter) -> dict[str, Any]:
+        _log.info("encoding %s", source.name)
+        return encoder.write(source, writer)
+
+    store = cached_store(cache, identity, build, scored=encoder.masked)
+    if announce:
+        _log_counts(source.name, store.meta)
+    return store
+
+
+def _count(metas: Sequence[dict[str, Any]]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for meta in metas:
+        for name, count in meta["counts"].items():
+            totals[name] = totals.get(name, 0) + count
+    examples = totals.get("examples", 0)
+    totals["truncated_frac"] = totals.get("truncated", 0) / examples if examples else 0.0
+    return totals
+
+
+def _log_counts(name: str, meta: dict[str, Any]) -> None:
+    counts, lines = dict(meta["counts"]), meta["lines"]
+    rows, examples = counts.pop("rows", 0), counts.pop("examples", 0)
+    details = "; ".join(
+        f"{defect} {count} (line {', '.join(map(str, sorted(lines[defect])))}"
+        f"{', …' if count > len(lines[defect]) else ''})"
+        for defect, count in sorted(counts.items())
+    )
+    _log.info("%s: %d rows, %d examples; %s", name, rows, examples, details or "no defects")

@@ -1,0 +1,209 @@
+"""What DPO's reference costs: in longer rows than the policy's, and read from the cache.
+
+    python benchmarks/reference.py --model DIR --data HH_DIR --json reference.json
+
+The policy's rows are bounded by the activations that its backward pass needs, which a reference
+does not keep. The first table scores the same pairs under inference mode in rows of growing
+length: where it is flat, longer rows for the reference would buy nothing. The second takes DPO's
+forward and backward pass with the reference scored live and read from a filled cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sidebyside import machine, options, output
+from sidebyside.examples import draw
+from sidebyside.setup import Shared, prepare
+from transformers.utils.logging import disable_progress_bar
+
+from alignkit import DPOModule
+from alignkit.data.samplers import TokenBudgetBatchSampler
+from alignkit.engine import Example, PackedBatch, collate, score
+from alignkit.errors import AlignkitError
+from alignkit.report.memory import peak_bytes, reset_peak
+
+_PAIRS = {"cpu": 64, "cuda": 512}
+
+
+@dataclass(frozen=True)
+class Chosen(options.Common):
+    """What this script is told.
+
+    Attributes:
+        longest_row: The first table ends here.
+        pairs: How many are scored.
+    """
+
+    longest_row: int
+    pairs: int
+
+
+def rows(examples: Sequence[Example], budget: int, device: str) -> list[PackedBatch]:
+    """The examples in rows of up to ``budget`` tokens."""
+    lengths = [example.num_tokens for example in examples]
+    sampler = TokenBudgetBatchSampler(lengths, budget, shuffle=False, equal=False)
+    return [collate([examples[index] for index in batch]).to(device) for batch in sampler]
+
+
+def timed(work: Callable[[], object], device: str) -> tuple[float, int]:
+    """Seconds and the peak of memory above what was in use before."""
+    place = torch.device(device)
+    reset_peak(place)
+    before = peak_bytes(place)
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, peak_bytes(place) - before
+
+
+def alternate(
+    arms: Mapping[int | str, Callable[[], object]], rounds: int, device: str
+) -> dict[int | str, tuple[float, int]]:
+    """Run every arm in turn, every second round backwards; medians of seconds, greatest peaks."""
+    for work in arms.values():
+        work()
+    found: dict[int | str, list[tuple[float, int]]] = {name: [] for name in arms}
+    for number in range(rounds):
+        for name in reversed(arms) if number % 2 else arms:
+            found[name].append(timed(arms[name], device))
+    return {
+        name: (median(s for s, _ in runs), max(p for _, p in runs)) for name, runs in found.items()
+    }
+
+
+def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
+    """Measure and print; returns what is written to the file of numbers."""
+    with console.status("model and adapter"):
+        shared = prepare(chosen, work)
+        tokenizer, vocabulary = shared.tokenizer, shared.config.vocab_size
+        examples = draw("dpo", chosen.pairs, chosen, tokenizer, vocabulary)
+        tokens = sum(example.num_tokens for example in examples)
+        live, cached = (module(chosen, shared, cache) for cache in (None, str(work / "cache")))
+
+    def scoring(batches: list[PackedBatch]) -> Callable[[], object]:
+        def all_rows() -> None:
+            with torch.inference_mode():
+                for batch in batches:
+                    score(live.reference, batch)
+
+        return all_rows
+
+    budgets = [chosen.tokens_per_batch // 4]
+    while 2 * budgets[-1] <= chosen.longest_row:
+        budgets.append(2 * budgets[-1])
+    laid = {budget: rows(examples, budget, chosen.device) for budget in budgets}
+    with console.status("the reference in rows of growing length"):
+        lengths = alternate(
+            {budget: scoring(batches) for budget, batches in laid.items()},
+            chosen.rounds,
+            chosen.device,
+        )
+    steps = rows(examples, chosen.tokens_per_batch, "cpu")
+
+    def training(dpo: DPOModule) -> Callable[[], object]:
+        def all_steps() -> None:
+            for step in steps:
+                batch = dpo.on_before_batch_transfer(step, 0).to(chosen.device)
+                dpo.compute_loss(batch).loss_sum.backward()
+                dpo.zero_grad()
+            if dpo.cache is not None:
+                dpo.cache.write()
+
+        return all_steps
+
+    with console.status("DPO with a live and with a cached reference"):
+        arms = {"live": training(live), "cached": training(cached)}
+        passes = alternate(arms, chosen.rounds, chosen.device)
+    result = {
+        "rows": [
+            {
+                "tokens_per_batch": budget,
+                "mean_row_tokens": tokens / len(laid[budget]),
+                "microseconds_per_token": 1e6 * lengths[budget][0] / tokens,
+                "peak_bytes_above_loaded": lengths[budget][1],
+            }
+            for budget in budgets
+        ],
+        "seconds_per_pair": {
+            name: seconds / len(examples) for name, (seconds, _) in passes.items()
+        },
+        "cached_speed": passes["live"][0] / passes["cached"][0],
+        "machine": machine.describe(chosen.device)
+        | {"model": chosen.model, "command": output.command()},
+    }
+    show(console, result)
+    return result
+
+
+def module(chosen: Chosen, shared: Shared, cache: str | None) -> DPOModule:
+    """DPO from the shared adapter, as it trains."""
+    dpo = DPOModule(
+        shared.model,
+        lora=shared.lora,
+        init_from=shared.adapter,
+        dtype="bfloat16",
+        reference_cache=cache,
+    )
+    return dpo.to(chosen.device).train()
+
+
+def show(console: Console, result: Mapping[str, Any]) -> None:
+    """Print both tables."""
+    table = Table(title="the reference alone, under inference mode")
+    for header in ("budget", "mean row", "µs/token", "GiB above the model"):
+        table.add_column(header, justify="right")
+    for point in result["rows"]:
+        table.add_row(
+            f"{point['tokens_per_batch']:,}",
+            f"{point['mean_row_tokens']:.0f}",
+            f"{point['microseconds_per_token']:.1f}",
+            f"{point['peak_bytes_above_loaded'] / 2**30:.2f}",
+        )
+    console.print(table)
+    seconds = result["seconds_per_pair"]
+    console.print(
+        f"DPO, s/pair: {seconds['live']:.4f} live, {seconds['cached']:.4f} cached "
+        f"({result['cached_speed']:.2f}x)",
+        highlight=False,
+    )
+
+
+def parse() -> Chosen:
+    """Read the command line."""
+    flags = options.common_parser("What DPO's reference costs.", rounds=3)
+    flags.add_argument("--longest-row", type=int, default=16384, help="tokens")
+    flags.add_argument("--pairs", type=int, help="how many are scored")
+    values: argparse.Namespace = flags.parse_args()
+    device = options.resolve_device(values.device)
+    defaults = {**options.COMMON_DEFAULTS[device], "pairs": _PAIRS[device]}
+    return Chosen(**options.fill_in(values, device, defaults))
+
+
+def main() -> int:
+    """Run the script; 2 for a user's mistake."""
+    disable_progress_bar()
+    try:
+        chosen = parse()
+        with tempfile.TemporaryDirectory(prefix="alignkit-benchmark-") as directory:
+            output.write_json(chosen.json, run(chosen, Console(), Path(directory)))
+    except AlignkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
