@@ -32,7 +32,6 @@ from alignkit import DPOModule
 from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.engine import Example, PackedBatch, collate, score
 from alignkit.errors import AlignkitError
-from alignkit.report.memory import peak_bytes, reset_peak
 
 _PAIRS = {"cpu": 64, "cuda": 512}
 
@@ -57,31 +56,26 @@ def rows(examples: Sequence[Example], budget: int, device: str) -> list[PackedBa
     return [collate([examples[index] for index in batch]).to(device) for batch in sampler]
 
 
-def timed(work: Callable[[], object], device: str) -> tuple[float, int]:
-    """Seconds and the peak of memory above what was in use before."""
-    place = torch.device(device)
-    reset_peak(place)
-    before = peak_bytes(place)
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds."""
     began = time.perf_counter()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began, peak_bytes(place) - before
+    return time.perf_counter() - began
 
 
 def alternate(
     arms: Mapping[int | str, Callable[[], object]], rounds: int, device: str
-) -> dict[int | str, tuple[float, int]]:
-    """Run every arm in turn, every second round backwards; medians of seconds, greatest peaks."""
+) -> dict[int | str, float]:
+    """Run every arm in turn, every second round backwards; medians of seconds."""
     for work in arms.values():
         work()
-    found: dict[int | str, list[tuple[float, int]]] = {name: [] for name in arms}
+    found: dict[int | str, list[float]] = {name: [] for name in arms}
     for number in range(rounds):
         for name in reversed(arms) if number % 2 else arms:
             found[name].append(timed(arms[name], device))
-    return {
-        name: (median(s for s, _ in runs), max(p for _, p in runs)) for name, runs in found.items()
-    }
+    return {name: median(seconds) for name, seconds in found.items()}
 
 
 def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
@@ -132,15 +126,12 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
             {
                 "tokens_per_batch": budget,
                 "mean_row_tokens": tokens / len(laid[budget]),
-                "microseconds_per_token": 1e6 * lengths[budget][0] / tokens,
-                "peak_bytes_above_loaded": lengths[budget][1],
+                "microseconds_per_token": 1e6 * lengths[budget] / tokens,
             }
             for budget in budgets
         ],
-        "seconds_per_pair": {
-            name: seconds / len(examples) for name, (seconds, _) in passes.items()
-        },
-        "cached_speed": passes["live"][0] / passes["cached"][0],
+        "seconds_per_pair": {name: seconds / len(examples) for name, seconds in passes.items()},
+        "cached_speed": passes["live"] / passes["cached"],
         "machine": machine.describe(chosen.device)
         | {"model": chosen.model, "command": output.command()},
     }
@@ -163,14 +154,13 @@ def module(chosen: Chosen, shared: Shared, cache: str | None) -> DPOModule:
 def show(console: Console, result: Mapping[str, Any]) -> None:
     """Print both tables."""
     table = Table(title="the reference alone, under inference mode")
-    for header in ("budget", "mean row", "µs/token", "GiB above the model"):
+    for header in ("budget", "mean row", "µs/token"):
         table.add_column(header, justify="right")
     for point in result["rows"]:
         table.add_row(
             f"{point['tokens_per_batch']:,}",
             f"{point['mean_row_tokens']:.0f}",
             f"{point['microseconds_per_token']:.1f}",
-            f"{point['peak_bytes_above_loaded'] / 2**30:.2f}",
         )
     console.print(table)
     seconds = result["seconds_per_pair"]

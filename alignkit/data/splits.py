@@ -20,6 +20,7 @@ from alignkit.errors import AlignkitError
 _log = logging.getLogger("alignkit.data")
 _FORMAT_VERSION = 1
 _Chosen = tuple[list[Store], list[NDArray[np.int64]]]
+"""The stores of a split and, for each, the indices of its examples that are taken."""
 
 
 class RowEncoder(Protocol):
@@ -82,15 +83,17 @@ def open_splits(
     weights = weights_of(path)
     metas: list[dict[str, Any]] = []
     sizes: list[int] = []
+    limits = {"train": max_train_examples}
     for place in weights:
         stores = {
             split: [_encoded(source, encoder, cache, announce) for source in sources]
             for split, sources in find(place).items()
         }
-        opened = _fill_in(stores, val_fraction, seed)
+        opened = {
+            split: (found, [each[: limits.get(split, max_val_examples)] for each in chosen])
+            for split, (found, chosen) in _fill_in(stores, val_fraction, seed).items()
+        }
         for split, (found, chosen) in opened.items():
-            limit = max_train_examples if split == "train" else max_val_examples
-            chosen[:] = [each[:limit] for each in chosen]
             parts.setdefault(split, []).extend(zip(found, chosen, strict=True))
         found, chosen = opened.get("train", ([], []))
         metas += [store.meta for store in found]
@@ -122,16 +125,21 @@ def _fill_in(
     }
     if not {"validation", "test"} & set(splits):
         stores = found["train"]
-        orders = [np.random.default_rng(seed).permutation(len(store)) for store in stores]
-        held_out = [max(1, round(val_fraction * len(order))) for order in orders]
-        pairs = list(zip(orders, held_out, strict=True))
-        splits["train"] = stores, [np.sort(order[count:]) for order, count in pairs]
-        splits["validation"] = stores, [np.sort(order[:count]) for order, count in pairs]
+        parts = [_hold_out(len(store), val_fraction, seed) for store in stores]
+        splits["train"] = stores, [kept for kept, _ in parts]
+        splits["validation"] = stores, [held_out for _, held_out in parts]
     for split, other in (("validation", "test"), ("test", "validation")):
         if split not in splits:
-            stores, chosen = splits[other]
-            splits[split] = stores, list(chosen)
+            splits[split] = splits[other]
     return splits
+
+
+def _hold_out(count: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which of ``count`` examples stay and which are held out, both in order."""
+    held_out = np.zeros(count, np.bool_)
+    order = np.random.default_rng(seed).permutation(count)
+    held_out[order[: max(1, round(share * count))]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def _encoded(source: Source, encoder: RowEncoder, cache: Path, announce: bool) -> Store:
@@ -147,7 +155,7 @@ def _encoded(source: Source, encoder: RowEncoder, cache: Path, announce: bool) -
         return encoder.write(source, writer)
 
     store = cached_store(cache, identity, build, scored=encoder.masked)
-    if announce:
+    if announce and _log.isEnabledFor(logging.INFO):
         _log_counts(source.name, store.meta)
     return store
 

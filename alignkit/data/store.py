@@ -30,6 +30,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from alignkit.data.files import add_file
 from alignkit.engine import Example
 
 _DTYPES = {
@@ -105,8 +106,7 @@ class StoreWriter:
         """
         self.__exit__()
         arrays = {
-            name: _measure(_mapped(self._directory / f"{name}.bin"), whole=True)
-            for name in self._files
+            name: _measure(self._directory / f"{name}.bin", whole=True) for name in self._files
         }
         body = json.dumps({"arrays": arrays, "meta": meta})
         manifest = {"xxh3": xxhash.xxh3_64_hexdigest(body.encode()), "body": body}
@@ -144,13 +144,11 @@ class Store:
             raise StoreError(f"no readable manifest ({error})") from error
         if not intact:
             raise StoreError("the manifest's checksum differs")
-        try:
-            contents = self._contents
-        except OSError as error:
-            raise StoreError(f"{error.filename} is missing") from error
         for name, expected in arrays.items():
-            content = contents[name]
-            found = _measure(content, whole=len(content) <= _CHECKED_WHOLE)
+            try:
+                found = _measure(directory / f"{name}.bin")
+            except OSError as error:
+                raise StoreError(f"{name}.bin is missing") from error
             for key in found:
                 if found[key] != expected.get(key):
                     raise StoreError(f"{name}.bin: {key} {found[key]}, not {expected.get(key)}")
@@ -162,13 +160,15 @@ class Store:
         return {"directory": self.directory, "meta": self.meta, "_names": self._names}
 
     @cached_property
-    def _contents(self) -> dict[str, mmap | bytes]:
-        return {name: _mapped(self.directory / f"{name}.bin") for name in self._names}
-
-    @cached_property
     def _arrays(self) -> dict[str, NDArray[Any]]:
-        contents = self._contents.items()
-        return {name: np.frombuffer(content, _DTYPES[name]) for name, content in contents}
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in self._names:
+            with (self.directory / f"{name}.bin").open("rb") as file:
+                # Nothing can be mapped of an empty file.
+                empty = os.fstat(file.fileno()).st_size == 0
+                content = b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
+            arrays[name] = np.frombuffer(content, _DTYPES[name])
+        return arrays
 
     @property
     def lines(self) -> NDArray[np.int64]:
@@ -230,28 +230,24 @@ class ExampleSet(Dataset[Example]):
         return self._stores[part][int(self._chosen[part][index - first])]
 
 
-def _mapped(path: Path) -> mmap | bytes:
-    with path.open("rb") as file:
-        # Nothing can be mapped of an empty file.
-        empty = os.fstat(file.fileno()).st_size == 0
-        return b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
+def _measure(path: Path, *, whole: bool = False) -> dict[str, Any]:
+    """Size and checksums of a file.
 
-
-def _measure(content: mmap | bytes, *, whole: bool) -> dict[str, Any]:
-    """Size and checksums of a file's content.
-
-    One too large to be read whole at every start is checked by its size and by the checksum
-    of sixteen blocks spread over it.
+    A file too large to be read whole at every start is checked by its size and by the checksum
+    of sixteen blocks spread over it; ``whole`` reads it all the same. It is read rather than
+    mapped: what is mapped counts as the process's memory.
     """
-    size = len(content)
+    size = path.stat().st_size
     checks: dict[str, Any] = {"bytes": size}
-    view = memoryview(content)
-    if whole:
-        checks["xxh3"] = xxhash.xxh3_64_hexdigest(view)
-    if size > _CHECKED_WHOLE:
-        starts = [part * (size - _BLOCK) // 15 for part in range(16)]
+    if whole or size <= _CHECKED_WHOLE:
         total = xxhash.xxh3_64()
-        for start in starts:
-            total.update(view[start : start + _BLOCK])
+        add_file(total, path)
+        checks["xxh3"] = total.hexdigest()
+    if size > _CHECKED_WHOLE:
+        total = xxhash.xxh3_64()
+        with path.open("rb") as file:
+            for part in range(16):
+                file.seek(part * (size - _BLOCK) // 15)
+                total.update(file.read(_BLOCK))
         checks["sampled_xxh3"] = total.hexdigest()
     return checks

@@ -44,9 +44,8 @@ class TextEncoder:
         self.eos: int = tokenizer.eos_token_id
         self._backend: Any = tokenizer.backend_tokenizer
         self._take_text(specials=False)
-        probe, plain = (self._backend.encode("a", add_special_tokens=a).ids for a in (True, False))
-        lead = max((i for i in range(len(probe)) if probe[i : i + len(plain)] == plain), default=0)
-        self.bos: tuple[int, ...] = tuple(probe[:lead])
+        probe = self._backend.encode("a", add_special_tokens=True)
+        self.bos: tuple[int, ...] = tuple(probe.ids[: probe.special_tokens_mask.index(0)])
 
     def __call__(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
         """Ids of each text, without BOS or EOS.

@@ -13,9 +13,9 @@ _PANEL_INCHES = (4.8, 3.4)
 
 
 def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """Make a figure with panels side by side, at most three a row."""
-    columns = min(panels, 3)
-    rows = -(-panels // columns)
+    """Make a figure with panels side by side, at most three a row and the rows evenly filled."""
+    rows = -(-panels // 3)
+    columns = -(-panels // rows)
     width, height = _PANEL_INCHES
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     axes = [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]

@@ -131,6 +131,7 @@ def draw_lines(path: Path | None, lines: Sequence[Line]) -> None:
         axis.plot(*zip(*line.points, strict=True), marker="o", color=COLORS[0])
         axis.set(xlabel=line.size, ylabel=line.cost, ylim=(0, 1.2 * max(y for _, y in line.points)))
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")  # 256 rather than 2⁸
     write_file(path, lambda temporary: save(figure, temporary))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -114,12 +115,15 @@ def test_dpo_reference_stays_out_of_ddp(model_dir: Callable, tmp_path: Path) -> 
         )
 
 
-def test_dropout_resumes_exactly_on_every_rank(model_dir: Callable, tmp_path: Path) -> None:
+def test_dropout_resumes_exactly_on_every_rank(
+    model_dir: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four steps in one go, or the last two from the second's checkpoint, after an epoch's end."""
     base = str(model_dir("gpt2"))
     lora = {"dropout": 0.5}
 
     def fit(directory: Path, resume: Path | None) -> dict[str, torch.Tensor]:
+        monkeypatch.delenv("MASTER_PORT", raising=False)  # each run draws a port of its own
         torch.manual_seed(3 if resume is None else 99)
         module = SFTModule(base, lora=lora, optimizer=sgd, schedule="constant_with_warmup")
         saver = ModelCheckpoint(directory, every_n_train_steps=1, save_top_k=-1, filename="{step}")
