@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.cache import cache_root
 from alignkit.data.files import Source
+from alignkit.data.hashes import FileHashes
 from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.data.sources import DataPath, find_splits
 from alignkit.data.splits import RowEncoder, open_splits
@@ -82,6 +83,7 @@ class AlignmentDataModule(LightningDataModule):
         self.max_val_examples = max_val_examples
         self.stats: dict[str, float] = {}
         self._cache = cache_root(cache_dir)
+        self._hashes = FileHashes(self._cache)
         self._sets: dict[str, ExampleSet] = {}
         self._quotas: list[tuple[int, int]] = []
         self._plan = ""
@@ -155,7 +157,7 @@ class AlignmentDataModule(LightningDataModule):
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """The sources of each split that are to be encoded."""
-        return find_splits(place)
+        return find_splits(place, hashes=self._hashes)
 
     def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
         sampler = TokenBudgetBatchSampler(

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
+from alignkit.data.hashes import file_hash
 from alignkit.errors import AlignkitError
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -59,11 +58,12 @@ class Source:
     rows: Callable[[], Iterator[tuple[int, Row]]]
 
 
-def file_source(path: Path) -> Source:
+def file_source(path: Path, hashes: Callable[[Path], str] = file_hash) -> Source:
     """The rows of one file.
 
     Args:
         path: A file whose name ends in one of `SUFFIXES`.
+        hashes: Gives the hash of its content.
 
     Raises:
         AlignkitError: No such file, an unknown suffix, or an empty file. Reading it raises the
@@ -76,10 +76,12 @@ def file_source(path: Path) -> Source:
     if path.stat().st_size == 0:
         raise AlignkitError(f"{path}: the file is empty; give one with a row a line")
     read = _parquet_rows if path.suffix == ".parquet" else _json_rows
-    return Source(str(path), _digest(path), lambda: read(path))
+    return Source(str(path), hashes(path), lambda: read(path))
 
 
-def directory_splits(directory: Path) -> dict[str, list[Source]]:
+def directory_splits(
+    directory: Path, hashes: Callable[[Path], str] = file_hash
+) -> dict[str, list[Source]]:
     """The splits of a directory, from its files' names.
 
     ``train.jsonl``, ``train-00000-of-00002.parquet`` and ``test.jsonl.gz`` name their split;
@@ -92,27 +94,13 @@ def directory_splits(directory: Path) -> dict[str, list[Source]]:
     for path in sorted(directory.iterdir()):
         match = _SPLIT_FILE.match(path.name)
         if path.is_file() and match and path.name.endswith(SUFFIXES):
-            splits.setdefault(_SPLIT_NAMES[match[1]], []).append(file_source(path))
+            splits.setdefault(_SPLIT_NAMES[match[1]], []).append(file_source(path, hashes))
     if not splits:
         raise AlignkitError(
             f"{directory}: no train.*, validation.* or test.* file ({', '.join(SUFFIXES)}); "
             "name one of its files instead"
         )
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
-
-
-def add_file(digest: xxhash.xxh3_128 | xxhash.xxh3_64, path: Path) -> None:
-    """Add a file's content to a digest, through one buffer that stays in a core's cache."""
-    buffer = memoryview(bytearray(2**16))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()  # forty times sha256's speed, and nobody forges their own data
-    add_file(digest, path)
-    return digest.hexdigest()
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:

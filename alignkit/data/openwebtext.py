@@ -157,7 +157,7 @@ class OpenWebTextDataModule(AlignmentDataModule):
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """What is to be encoded beforehand: with ``streaming``, all but the training split."""
-        splits = find_splits(place, streaming=self.streaming)
+        splits = find_splits(place, streaming=self.streaming, hashes=self._hashes)
         if self.streaming:
             train = splits.pop("train", [])
             if not splits:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from alignkit.data.files import SUFFIXES, Row, Source, directory_splits, file_source
+from alignkit.data.hashes import file_hash
 from alignkit.errors import AlignkitError
 from alignkit.models import hub_reachable
 
@@ -19,7 +20,9 @@ DataPath = str | list[str] | dict[str, float]
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
-def find_splits(path: str, *, streaming: bool = False) -> dict[str, list[Source]]:
+def find_splits(
+    path: str, *, streaming: bool = False, hashes: Callable[[Path], str] = file_hash
+) -> dict[str, list[Source]]:
     """The splits a path offers, each as one source or more.
 
     Args:
@@ -27,6 +30,7 @@ def find_splits(path: str, *, streaming: bool = False) -> dict[str, list[Source]
             (its rows are all in ``train``), or a Hub id, ``name`` or ``name:configuration``
             (for HH-RLHF, whose configurations are folders, ``Anthropic/hh-rlhf:helpful-base``).
         streaming: Read a Hub dataset over the network instead of downloading it.
+        hashes: Gives the hash of a file's content.
 
     Raises:
         AlignkitError: Nothing is there, or the Hub cannot be reached.
@@ -34,9 +38,9 @@ def find_splits(path: str, *, streaming: bool = False) -> dict[str, list[Source]
     local = Path(path).expanduser()
     try:
         if local.is_dir():
-            return directory_splits(local)
+            return directory_splits(local, hashes)
         if local.exists() or _looks_local(path):
-            return {"train": [file_source(local)]}
+            return {"train": [file_source(local, hashes)]}
     except OSError as error:
         raise AlignkitError(f"{path}: cannot be read ({error.strerror or error})") from error
     return _hub_splits(path, streaming)

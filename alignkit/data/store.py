@@ -30,7 +30,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from alignkit.data.files import add_file
+from alignkit.data.hashes import add_file
 from alignkit.engine import Example
 
 _DTYPES = {
@@ -140,6 +140,7 @@ class Store:
             body = json.loads(manifest["body"])
             arrays, self.meta = body["arrays"], body["meta"]
             self._names = list(arrays)
+            self._count = arrays["lines"]["bytes"] // np.dtype(_DTYPES["lines"]).itemsize
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"no readable manifest ({error})") from error
         if not intact:
@@ -154,21 +155,15 @@ class Store:
                     raise StoreError(f"{name}.bin: {key} {found[key]}, not {expected.get(key)}")
 
     def __len__(self) -> int:
-        return len(self._arrays["lines"])
+        return int(self._count)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": self.directory, "meta": self.meta, "_names": self._names}
+        names = ("directory", "meta", "_names", "_count")
+        return {name: getattr(self, name) for name in names}
 
     @cached_property
-    def _arrays(self) -> dict[str, NDArray[Any]]:
-        arrays: dict[str, NDArray[Any]] = {}
-        for name in self._names:
-            with (self.directory / f"{name}.bin").open("rb") as file:
-                # Nothing can be mapped of an empty file.
-                empty = os.fstat(file.fileno()).st_size == 0
-                content = b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
-            arrays[name] = np.frombuffer(content, _DTYPES[name])
-        return arrays
+    def _arrays(self) -> _Arrays:
+        return _Arrays(self.directory)
 
     @property
     def lines(self) -> NDArray[np.int64]:
@@ -192,9 +187,25 @@ class Store:
         tokens = arrays["tokens"]
         parts: list[Any] = [tokens[start:end] for start, end in pairs]
         scored: list[Any] | None = None
-        if "scored" in arrays:
+        if "scored" in self._names:
             scored = [arrays["scored"][start:end] for start, end in pairs[1:]]
         return Example(parts[0], parts[1:], scored)
+
+
+class _Arrays(dict[str, NDArray[Any]]):
+    """A store's arrays, each mapped when it is first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        with (self._directory / f"{name}.bin").open("rb") as file:
+            # Nothing can be mapped of an empty file.
+            empty = os.fstat(file.fileno()).st_size == 0
+            content = b"" if empty else mmap(file.fileno(), 0, access=ACCESS_READ)
+        self[name] = np.frombuffer(content, _DTYPES[name])
+        return self[name]
 
 
 class ExampleSet(Dataset[Example]):

@@ -14,7 +14,7 @@ import xxhash
 from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.files import add_file
+from alignkit.data.hashes import add_file
 from alignkit.errors import AlignkitError
 
 
