@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,13 +24,12 @@ from rich.console import Console
 from rich.table import Table
 from sidebyside import machine, options, output
 from sidebyside.examples import draw
+from sidebyside.script import measure
 from sidebyside.setup import Shared, prepare
-from transformers.utils.logging import disable_progress_bar
 
 from alignkit import DPOModule
 from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.engine import Example, PackedBatch, collate, score
-from alignkit.errors import AlignkitError
 
 _PAIRS = {"cpu": 64, "cuda": 512}
 
@@ -182,18 +180,5 @@ def parse() -> Chosen:
     return Chosen(**options.fill_in(values, device, defaults))
 
 
-def main() -> int:
-    """Run the script; 2 for a user's mistake."""
-    disable_progress_bar()
-    try:
-        chosen = parse()
-        with tempfile.TemporaryDirectory(prefix="alignkit-benchmark-") as directory:
-            output.write_json(chosen.json, run(chosen, Console(), Path(directory)))
-    except AlignkitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure(parse, run))

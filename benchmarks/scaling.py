@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -27,11 +26,10 @@ from sidebyside.examples import draw
 from sidebyside.job import Arm, Job
 from sidebyside.plan import OURS, our_micro_batches
 from sidebyside.runner import Worker
+from sidebyside.script import measure
 from sidebyside.setup import Shared, prepare, write_examples
-from transformers.utils.logging import disable_progress_bar
 
 from alignkit.engine import Example
-from alignkit.errors import AlignkitError
 from alignkit.report.memory import peak_bytes
 
 _PYTHIA = "pythia-1.4b-shape"
@@ -215,18 +213,5 @@ def run(chosen: Growth, console: Console, work: Path) -> dict[str, Any]:
     return {"curves": found, "creation_peak_bytes": created, "machine": where}
 
 
-def main() -> int:
-    """Run the script; 2 for a user's mistake."""
-    disable_progress_bar()
-    try:
-        chosen = parse()
-        with tempfile.TemporaryDirectory(prefix="alignkit-benchmark-") as directory:
-            output.write_json(chosen.json, run(chosen, Console(), Path(directory)))
-    except AlignkitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure(parse, run))

@@ -1,9 +1,12 @@
-"""What ``dpo.py``, ``sft.py`` and ``lora.py`` do, given who is compared."""
+"""What the scripts do: ``dpo.py``, ``sft.py`` and ``lora.py`` given who is compared."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
@@ -11,6 +14,27 @@ from transformers.utils.logging import disable_progress_bar
 from alignkit.errors import AlignkitError
 from sidebyside import options, output, summary
 from sidebyside.experiment import Contest, compare
+
+_Chosen = TypeVar("_Chosen", bound=options.Common)
+
+
+def measure(
+    parse: Callable[[], _Chosen], run: Callable[[_Chosen, Console, Path], dict[str, Any]]
+) -> int:
+    """Measure alignkit alone: read the command line, run in a scratch folder, write the numbers.
+
+    Returns:
+        The exit code: 2 for a user's mistake.
+    """
+    disable_progress_bar()
+    try:
+        chosen = parse()
+        with tempfile.TemporaryDirectory(prefix="alignkit-benchmark-") as directory:
+            output.write_json(chosen.json, run(chosen, Console(), Path(directory)))
+    except AlignkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def main(
