@@ -4,8 +4,9 @@
 
 The policy's rows are bounded by the activations that its backward pass needs, which a reference
 does not keep. The first table scores the same pairs under inference mode in rows of growing
-length: where it is flat, longer rows for the reference would buy nothing. The second takes DPO's
-forward and backward pass with the reference scored live and read from a filled cache.
+length: where it is flat, longer rows for the reference buy nothing. The second takes DPO's forward
+and backward pass with the reference scored in the policy's rows, in the longest ones of the first
+table (``data.reference_tokens_per_batch``), and read from a filled cache.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from sidebyside.setup import Shared, prepare
 from alignkit import DPOModule
 from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.engine import Example, PackedBatch, collate, score
+from alignkit.engine.group import collate_group
 
 _PAIRS = {"cpu": 64, "cuda": 512}
 
@@ -47,11 +49,11 @@ class Chosen(options.Common):
     pairs: int
 
 
-def rows(examples: Sequence[Example], budget: int, device: str) -> list[PackedBatch]:
-    """The examples in rows of up to ``budget`` tokens."""
+def micro_batches(examples: Sequence[Example], budget: int) -> list[list[Example]]:
+    """The examples in micro-batches of up to ``budget`` tokens."""
     lengths = [example.num_tokens for example in examples]
     sampler = TokenBudgetBatchSampler(lengths, budget, shuffle=False, equal=False)
-    return [collate([examples[index] for index in batch]).to(device) for batch in sampler]
+    return [[examples[index] for index in batch] for batch in sampler]
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -96,18 +98,27 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
     budgets = [chosen.tokens_per_batch // 4]
     while 2 * budgets[-1] <= chosen.longest_row:
         budgets.append(2 * budgets[-1])
-    laid = {budget: rows(examples, budget, chosen.device) for budget in budgets}
+    laid = {
+        budget: [collate(row).to(chosen.device) for row in micro_batches(examples, budget)]
+        for budget in budgets
+    }
     with console.status("the reference in rows of growing length"):
         lengths = alternate(
             {budget: scoring(batches) for budget, batches in laid.items()},
             chosen.rounds,
             chosen.device,
         )
-    steps = rows(examples, chosen.tokens_per_batch, "cpu")
+    steps = micro_batches(examples, chosen.tokens_per_batch)
+    size = max(1, budgets[-1] // chosen.tokens_per_batch)
+    ahead = [
+        batch
+        for start in range(0, len(steps), size)
+        for batch in collate_group(steps[start : start + size]).batches()
+    ]
 
-    def training(dpo: DPOModule) -> Callable[[], object]:
+    def training(dpo: DPOModule, batches: Sequence[PackedBatch]) -> Callable[[], object]:
         def all_steps() -> None:
-            for step in steps:
+            for step in batches:
                 batch = dpo.on_before_batch_transfer(step, 0).to(chosen.device)
                 dpo.compute_loss(batch).loss_sum.backward()
                 dpo.zero_grad()
@@ -116,8 +127,13 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
 
         return all_steps
 
+    plain = [collate(step) for step in steps]
     with console.status("DPO with a live and with a cached reference"):
-        arms = {"live": training(live), "cached": training(cached)}
+        arms: dict[int | str, Callable[[], object]] = {
+            "live": training(live, plain),
+            "longer rows": training(live, ahead),
+            "cached": training(cached, plain),
+        }
         passes = alternate(arms, chosen.rounds, chosen.device)
     result = {
         "rows": [
@@ -129,7 +145,10 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
             for budget in budgets
         ],
         "seconds_per_pair": {name: seconds / len(examples) for name, seconds in passes.items()},
+        "longer_rows_speed": passes["live"] / passes["longer rows"],
         "cached_speed": passes["live"] / passes["cached"],
+        "policy_row_tokens": tokens / len(steps),
+        "reference_row_tokens": tokens / -(-len(steps) // size),
         "machine": machine.describe(chosen.device)
         | {"model": chosen.model, "command": output.command()},
     }
@@ -163,8 +182,10 @@ def show(console: Console, result: Mapping[str, Any]) -> None:
     console.print(table)
     seconds = result["seconds_per_pair"]
     console.print(
-        f"DPO, s/pair: {seconds['live']:.4f} live, {seconds['cached']:.4f} cached "
-        f"({result['cached_speed']:.2f}x)",
+        f"DPO in rows of {result['policy_row_tokens']:.0f} tokens, s/pair: "
+        f"{seconds['live']:.4f} live; {seconds['longer rows']:.4f} with the reference in rows of "
+        f"{result['reference_row_tokens']:.0f} ({result['longer_rows_speed']:.2f}x); "
+        f"{seconds['cached']:.4f} cached ({result['cached_speed']:.2f}x)",
         highlight=False,
     )
 

@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sidebyside import machine, options, output
+from sidebyside.arm_alignkit import micro_batches as dealt
 from sidebyside.examples import draw
 from sidebyside.job import Arm, Job
 from sidebyside.plan import OURS, our_micro_batches
@@ -91,12 +92,15 @@ class Points:
         ):
             worker.take(1)
             taken = [worker.take(len(steps)) for _ in range(rounds)]
-        tokens = sum(example.num_tokens for example in examples)
+        lengths = [example.num_tokens for example in examples]
+        tokens = sum(lengths)
+        rows = [sum(lengths[index] for index in row) for row in dealt(job, examples)]
         seconds = median(turn.seconds for turn in taken)
         return {
             "pairs_per_step": per_step,
             "tokens_per_batch": budget,
             "mean_row_tokens": tokens / (len(steps) * micro_batches),
+            "longest_row_tokens": max(rows),
             "seconds_per_pair": seconds / len(examples),
             "microseconds_per_token": 1e6 * seconds / tokens,
             "peak_bytes_above_loaded": max(turn.peak_bytes for turn in taken),
@@ -133,12 +137,15 @@ def _doubling(first: int, last: int) -> list[int]:
 def show(console: Console, title: str, points: list[dict[str, Any]]) -> None:
     """Print one curve."""
     table = Table(title=title)
-    for header in ("pairs a step", "mean row", "s/pair", "µs/token", "GiB above the model", "GiB"):
+    for header in (
+        "pairs a step", "mean row", "longest", "s/pair", "µs/token", "GiB above the model", "GiB",
+    ):  # fmt: skip
         table.add_column(header, justify="right")
     for point in points:
         table.add_row(
             str(point["pairs_per_step"]),
             f"{point['mean_row_tokens']:.0f}",
+            str(point["longest_row_tokens"]),
             f"{point['seconds_per_pair']:.4f}",
             f"{point['microseconds_per_token']:.1f}",
             f"{point['peak_bytes_above_loaded'] / 2**30:.2f}",

@@ -186,4 +186,4 @@ class OpenWebTextDataModule(AlignmentDataModule):
             skip=self.take_position().get("batches", 0),
         )
         # More than one worker would each read the whole stream.
-        return self._loader(stream, num_workers=min(self.num_workers, 1), batch_size=None)
+        return self.loader(stream, num_workers=min(self.num_workers, 1), batch_size=None)

@@ -105,6 +105,11 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return self
 
     @property
+    def start(self) -> int:
+        """How many of the epoch's micro-batches were taken before this run."""
+        return self._start
+
+    @property
     def fingerprint(self) -> str:
         """What a position in an epoch is worth nothing without."""
         return (
@@ -156,8 +161,14 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return self._steps - (1 if self._rank >= tail else 0)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, cuts, start = self._order, self._cuts, self._start
-        self._yielded = start
+        self._yielded = self._start
+        for batch in self.batches_from(self._start):
+            self._yielded += 1
+            yield batch
+
+    def batches_from(self, start: int) -> Iterator[list[int]]:
+        """The epoch's micro-batches of this rank without the first ``start``."""
+        order, cuts = self._order, self._cuts
         for step in range(start // self._accumulate, len(cuts) - 1):
             members = order[cuts[step] : cuts[step + 1]]
             rounds = self._micro_batches(len(members))
@@ -165,7 +176,6 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             for micro in range(rounds):
                 batch = bins[micro * self._world + self._rank]
                 if batch and step * self._accumulate + micro >= start:
-                    self._yielded += 1
                     yield batch
 
     def _micro_batches(self, examples: int) -> int:

@@ -5,11 +5,11 @@ Shape letters: T row tokens, N scored tokens, E examples, R responses (all examp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,10 +147,15 @@ class PackedBatch:
             spans=tuple(spans),
         )
 
-    def _map(self, function) -> Self:  # type: ignore[no-untyped-def]
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changes: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = function(value)
+            elif isinstance(value, PackedBatch):
+                changes[field.name] = value._map(function)
+        return replace(self, **changes)
 
 
 def collate(examples: Sequence[Example]) -> PackedBatch:

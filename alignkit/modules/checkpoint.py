@@ -211,12 +211,14 @@ def random_states(device: torch.device) -> list[dict[str, Tensor]]:
 
 
 def restore_random_state(
-    states: Sequence[Mapping[str, Tensor]], device: torch.device, rank: int
+    states: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor], device: torch.device, rank: int
 ) -> None:
     """Restore this rank's state of `random_states`.
 
     A rank that the saving run did not have draws a stream of its own.
     """
+    if isinstance(states, Mapping):  # of an earlier alignkit: rank 0's alone
+        states = [states]
     state = states[min(rank, len(states) - 1)]
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.engine import PackedBatch, compile_blocks, response_lengths, response_sums, score
+from alignkit.engine.group import GroupedBatch
 from alignkit.errors import AlignkitError
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.checkpoint import tensors_fingerprint
@@ -77,6 +79,7 @@ class DPOModule(AlignmentModule):
         if reference_cache is not None:
             self.cache = ReferenceCache(Path(reference_cache), self._reference_name())
         self._cache_error = torch.zeros(())
+        self._group_R = torch.empty(0)
         # DDP synchronises parameters and buffers by name; the reference never changes.
         self._ddp_params_and_buffers_to_ignore = [
             f"reference.{name}" for name in self.reference.state_dict(keep_vars=True)
@@ -99,8 +102,9 @@ class DPOModule(AlignmentModule):
                 "data: DPO needs exactly two responses a prompt, chosen before rejected; use "
                 "HHPreferenceDataModule"
             )
-        policy = pair_scores(self.model, batch)
+        # The reference first: its working memory does not come on top of the policy's activations.
         reference = self.reference_scores(batch)
+        policy = pair_scores(self.model, batch)
         if self._is_first_step():
             self._check_first_step(batch)
         loss_B = self.preference_loss(policy, reference)
@@ -108,14 +112,22 @@ class DPOModule(AlignmentModule):
 
     def reference_scores(self, batch: PackedBatch) -> PairScores:
         """Score the batch's answers under the frozen reference, live or from the cache."""
+        if isinstance(batch, GroupedBatch):
+            if batch.group is not None:
+                self._group_R = self._reference_sums(batch.group)
+            sums_R = self._group_R[batch.first_R :][: batch.num_responses]
+        else:
+            sums_R = self._reference_sums(batch)
+        return PairScores.from_responses(sums_R, response_lengths(batch))
+
+    def _reference_sums(self, batch: PackedBatch) -> Tensor:
         if self.cache is None or not isinstance(batch, ReferencedBatch):
-            return PairScores.from_responses(self._live_sums(batch), response_lengths(batch))
+            return self._live_sums(batch)
         live_R = self._live_sums(batch.probe)
         self.cache.add(batch, live_R)
         error = (batch.known_R[batch.probe_R] - live_R).abs().nan_to_num(0.0).max()
         self._cache_error = torch.maximum(self._cache_error.to(error.device), error)
-        sums_R = batch.known_R.index_copy(0, batch.probe_R, live_R)
-        return PairScores.from_responses(sums_R, response_lengths(batch))
+        return batch.known_R.index_copy(0, batch.probe_R, live_R)
 
     def _live_sums(self, batch: PackedBatch) -> Tensor:
         with torch.inference_mode():
@@ -124,7 +136,11 @@ class DPOModule(AlignmentModule):
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Look the batch up in the cache while it is still on the CPU."""
-        return batch if self.cache is None else self.cache.look_up(batch)
+        if self.cache is None:
+            return batch
+        if not isinstance(batch, GroupedBatch):
+            return self.cache.look_up(batch)
+        return replace(batch, group=batch.group and self.cache.look_up(batch.group))
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Log the largest error of the cached rows that were scored again; stop at a wrong one."""

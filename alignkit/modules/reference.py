@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from typing_extensions import Self
 
 from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
@@ -47,12 +46,6 @@ class ReferencedBatch(PackedBatch):
     probe: PackedBatch
     probe_R: Tensor
     keys: tuple[bytes, ...]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the batch and its probe on ``device``."""
-        moved = super().to(device, non_blocking)
-        object.__setattr__(moved, "probe", self.probe.to(device, non_blocking))
-        return moved
 
 
 class ReferenceCache:

@@ -70,6 +70,8 @@ def test_scaling_draws_both_curves(run_script: Run, tmp_path: Path) -> None:
     curves = found["curves"]
     assert [point["pairs_per_step"] for point in curves["pairs_per_step"]] == [8, 16]
     assert [point["tokens_per_batch"] for point in curves["row_tokens"]] == [256, 512]
+    for point in (*curves["pairs_per_step"], *curves["row_tokens"]):
+        assert point["longest_row_tokens"] >= point["mean_row_tokens"]
     assert plot.stat().st_size > 1000
 
 
@@ -83,8 +85,9 @@ def test_the_reference_in_longer_rows_and_from_the_cache(run_script: Run) -> Non
     lengths = [point["mean_row_tokens"] for point in found["rows"]]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
     assert all(point["microseconds_per_token"] > 0 for point in found["rows"])
-    assert set(found["seconds_per_pair"]) == {"live", "cached"}
-    assert found["cached_speed"] > 0
+    assert set(found["seconds_per_pair"]) == {"live", "longer rows", "cached"}
+    assert found["cached_speed"] > 0 and found["longer_rows_speed"] > 0
+    assert found["policy_row_tokens"] <= 1024 < found["reference_row_tokens"] <= 2048
 
 
 def test_mistakes_are_one_line(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from alignkit.engine import collate, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, save_adapter
 from alignkit.modules import DPOModule, LoRAModule, SFTModule
-from alignkit.modules.checkpoint import load_policy, read_checkpoint
+from alignkit.modules.checkpoint import load_policy, read_checkpoint, restore_random_state
 from tests.modules.helpers import answers, loader, pairs, trainer
 
 FAST = {"lora": LoRAConfig(dropout=0.1)}
@@ -200,3 +200,11 @@ def test_objects_are_not_unpickled(tmp_path: Path) -> None:
     with pytest.raises(AlignkitError):
         read_checkpoint(tmp_path / "evil.ckpt")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_the_random_state_of_an_earlier_checkpoint_is_restored() -> None:
+    """It held one state rather than a list."""
+    state = {"cpu": torch.get_rng_state()}
+    expected = torch.rand(3)
+    restore_random_state(state, torch.device("cpu"), rank=0)
+    assert torch.equal(torch.rand(3), expected)
