@@ -80,7 +80,8 @@ def export(
     directory.mkdir(parents=True, exist_ok=True)
     if adapter_configs(model):
         with merged_plain(model):
-            model.save_pretrained(directory)
+            # The class's own: a model with adapters refuses (see `inject_lora`).
+            type(model).save_pretrained(model, directory)
     else:
         model.save_pretrained(directory)
     if tokenizer is not None:

@@ -35,7 +35,8 @@ def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "def
         name: Letters, digits, ``-`` and ``_``; further adapters on one base take further names.
 
     Returns:
-        The model itself.
+        The model itself. Its ``save_pretrained`` refuses from here on;
+        `alignkit.lora.export.export` writes adapters and merged models.
 
     Raises:
         AlignkitError: A name in use, a merged model, or a config that does not fit the model; the
@@ -77,10 +78,20 @@ def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "def
         else:
             replace_module(model, path, made[path])
     model.alignkit_adapters = {**adapter_configs(model), name: config}  # type: ignore[assignment]
-    if config.untie and isinstance(model, PreTrainedModel):
-        model.config.tie_word_embeddings = False
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
+        if config.untie:
+            model.config.tie_word_embeddings = False
     set_adapter(model, name)
     return model
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    """Stand in for ``save_pretrained``, which would write layers no reader finds by their names."""
+    raise AlignkitError(
+        "save_pretrained: the model has adapters; write it with alignkit.lora.export.export(model, "
+        "directory, to='merged') or to='peft'"
+    )
 
 
 def trained_parameters(

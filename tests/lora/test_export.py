@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -138,3 +139,14 @@ def test_what_cannot_be_exported_says_why(tiny_model: Make, tmp_path: Path) -> N
     export(model, tmp_path / "b", "peft", plain=True)
     with pytest.raises(AlignkitError, match="holds an adapter"):
         export(model, tmp_path / "b", "merged")
+
+
+def test_transformers_own_saving_is_refused(tiny_model: Make, tmp_path: Path) -> None:
+    """It would write names that from_pretrained does not find, and fill in random weights."""
+    model = inject_lora(tiny_model("gpt2"))
+    for injected in (model, copy.deepcopy(model)):
+        with pytest.raises(AlignkitError, match=r"save_pretrained: .* to='merged'"):
+            injected.save_pretrained(tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()
+    export(model, tmp_path / "right", to="merged")
+    assert (tmp_path / "right" / "model.safetensors").exists()
