@@ -47,12 +47,14 @@ class DPOModule(AlignmentModule):
         label_smoothing: Probability that a label is flipped, for the losses that know one.
         reference_cache: A directory that keeps the reference's log-probs between runs; ``null``
             scores them live. They depend on base, adapter, tokens and dtype alone, so a sweep
-            over learning rates or β scores each example once. One random row a batch is scored
-            again and its error logged as ``ref/cache_abs_err``.
+            over learning rates or β scores each example once.
+        reference_checks: Cached examples of each batch, drawn at random, that are scored again;
+            their largest error is logged as ``ref/cache_abs_err`` and a wrong one stops the run.
         **kwargs: As in `AlignmentModule`.
 
     Raises:
-        AlignkitError: An unknown loss, a β that is not positive, or a base that cannot be loaded.
+        AlignkitError: An unknown loss, a β that is not positive, no checks, or a base that cannot
+            be loaded.
     """
 
     def __init__(
@@ -62,11 +64,14 @@ class DPOModule(AlignmentModule):
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         reference_cache: str | None = None,
+        reference_checks: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         if not beta > 0:
             raise AlignkitError(f"model.beta: must be positive, got {beta}")
+        if reference_checks < 1:
+            raise AlignkitError(f"model.reference_checks={reference_checks}: give at least 1")
         self.beta, self.label_smoothing = beta, label_smoothing
         self.loss = get_loss(loss)
         self.reference = frozen_copy(self.model)
@@ -77,9 +82,11 @@ class DPOModule(AlignmentModule):
         )
         self.cache: ReferenceCache | None = None
         if reference_cache is not None:
-            self.cache = ReferenceCache(Path(reference_cache), self._reference_name())
+            self.cache = ReferenceCache(
+                Path(reference_cache), self._reference_name(), reference_checks
+            )
         self._cache_error = torch.zeros(())
-        self._group_R = torch.empty(0)
+        self._group_R = torch.empty(0)  # sums of the group whose row came last
         # DDP synchronises parameters and buffers by name; the reference never changes.
         self._ddp_params_and_buffers_to_ignore = [
             f"reference.{name}" for name in self.reference.state_dict(keep_vars=True)
@@ -138,9 +145,11 @@ class DPOModule(AlignmentModule):
         """Look the batch up in the cache while it is still on the CPU."""
         if self.cache is None:
             return batch
-        if not isinstance(batch, GroupedBatch):
-            return self.cache.look_up(batch)
-        return replace(batch, group=batch.group and self.cache.look_up(batch.group))
+        if isinstance(batch, GroupedBatch):
+            if batch.group is None:
+                return batch
+            return replace(batch, group=self.cache.look_up(batch.group))
+        return self.cache.look_up(batch)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Log the largest error of the cached rows that were scored again; stop at a wrong one."""

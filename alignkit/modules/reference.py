@@ -54,7 +54,7 @@ class ReferenceCache:
     Args:
         directory: Where caches of all references lie.
         reference: Names the reference: base fingerprint, adapter fingerprint and dtype.
-        checks: Known examples of each batch to score again, drawn at random.
+        checks: Known examples of each batch to score again, drawn at random; at least 1.
 
     Raises:
         AlignkitError: The directory cannot be written.
@@ -83,7 +83,6 @@ class ReferenceCache:
         unknown = [i for i, part in enumerate(parts) if part.isnan().any()]
         known = sorted(set(range(len(keys))) - set(unknown))
         live = unknown + self._draw.sample(known, min(self.checks, len(known)))
-        live = live or [0]
         ends = np.cumsum([len(part) for part in parts])
         probe_R = [r for i in live for r in range(int(ends[i]) - len(parts[i]), int(ends[i]))]
         return ReferencedBatch(

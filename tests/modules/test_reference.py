@@ -80,6 +80,14 @@ def test_a_second_run_reuses_the_first(run: Callable, tmp_path: Path) -> None:
     torch.testing.assert_close(scores.chosen, live[0::2], atol=1e-4, rtol=1e-5)
 
 
+def test_as_many_cached_rows_are_checked_as_asked_for(run: Callable) -> None:
+    run()
+    module, _ = run(reference_checks=3)
+    assert module.on_before_batch_transfer(collate(pairs(8)[:4]), 0).probe.num_examples == 3
+    with pytest.raises(AlignkitError, match="reference_checks=0: give at least 1"):
+        run(reference_checks=0)
+
+
 def test_another_reference_has_another_cache(run: Callable, model_dir: Callable) -> None:
     _, _ = run()
     _, logged = run(dtype="bfloat16")
