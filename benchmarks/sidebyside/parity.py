@@ -107,9 +107,8 @@ def rms(values: Sequence[float], truth: Sequence[float]) -> float:
 
 
 def sampling_slack(count: int) -> float:
-    """By how much two equally good arms may differ: three standard errors of a ratio of RMS values.
+    """By how much two equally good arms may differ: two standard errors of a ratio of RMS values.
 
-    An RMS over n normal errors has the relative standard error 1/√(2n), a ratio of two 1/√n. At
-    two standard errors one comparison in forty would be refused by chance, and a contest makes two.
+    An RMS over n normal errors has the relative standard error 1/√(2n), a ratio of two 1/√n.
     """
-    return 1 + 3 / count**0.5
+    return 1 + 2 / count**0.5
