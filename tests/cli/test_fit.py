@@ -12,6 +12,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from alignkit import DPOModule
+from alignkit.engine import PackedBatch
 from alignkit.report.curves import read_scalars
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -78,6 +80,22 @@ def test_every_config_trains_logs_and_saves(
     assert len(tags["train/loss"]) == 3
 
 
+def resumes_exactly(alignkit: Callable, dpo: list[object]) -> None:
+    """Run four steps in one go, and the last two of them from the second's checkpoint."""
+    assert alignkit(*dpo)[0] == 0
+    whole = torch.load("runs/demo/dpo/last.ckpt", weights_only=True)["state_dict"]
+    keep = "trainer.callbacks.init_args"
+    each = [f"--{keep}.every_n_train_steps", 1, f"--{keep}.save_top_k", -1]
+    each += [f"--{keep}.filename", "{step}", f"--{keep}.monitor", "null"]
+    each += [f"--{keep}.dirpath", "runs/each"]
+    assert alignkit(*dpo, *each)[0] == 0
+    resume = ["--ckpt_path", "runs/each/step=2.ckpt", f"--{keep}.dirpath", "runs/resumed"]
+    status, _, err = alignkit(*dpo, *resume)
+    assert status == 0, err
+    resumed = torch.load("runs/resumed/last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
 def test_three_stages_chain_and_resume(
     alignkit: Callable, model_dir: Callable, hh: Path, text: Path, workplace: Path
 ) -> None:
@@ -90,19 +108,7 @@ def test_three_stages_chain_and_resume(
     dpo = [*quick("demo/dpo.yaml", model_dir, hh, text, steps=4)]
     dpo += ["--model.init_from", runs / "sft/last.ckpt", "--model.lora.dropout", 0.1]
     dpo += ["--data.tokens_per_batch", 256]
-    assert alignkit(*dpo)[0] == 0
-    whole = torch.load(runs / "dpo/last.ckpt", weights_only=True)["state_dict"]
-
-    keep = "trainer.callbacks.init_args"
-    each = [f"--{keep}.every_n_train_steps", 1, f"--{keep}.save_top_k", -1]
-    each += [f"--{keep}.filename", "{step}", f"--{keep}.monitor", "null"]
-    each += [f"--{keep}.dirpath", "runs/each"]
-    assert alignkit(*dpo, *each)[0] == 0
-    resume = ["--ckpt_path", "runs/each/step=2.ckpt", f"--{keep}.dirpath", "runs/resumed"]
-    status, _, err = alignkit(*dpo, *resume)
-    assert status == 0, err
-    resumed = torch.load("runs/resumed/last.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    resumes_exactly(alignkit, dpo)
 
     validate = ["validate", *dpo[1:], "--ckpt_path", runs / "dpo/last.ckpt"]
     status, out, err = alignkit(*validate)
@@ -111,6 +117,31 @@ def test_three_stages_chain_and_resume(
     status, out, err = alignkit("test", *validate[1:])
     assert status == 0, err
     assert "test/rewards/accuracies" in out
+
+
+def test_a_reference_in_longer_rows_resumes_within_a_group(
+    alignkit: Callable,
+    model_dir: Callable,
+    hh: Path,
+    text: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three micro-batches are scored at once; two of them were trained on before the resume."""
+    rows: list[int] = []
+    live = DPOModule._live_sums
+
+    def spy(self: DPOModule, batch: PackedBatch) -> torch.Tensor:
+        if self.training:
+            rows.append(batch.num_tokens)
+        return live(self, batch)
+
+    monkeypatch.setattr(DPOModule, "_live_sums", spy)
+    dpo = quick("demo/dpo.yaml", model_dir, hh, text, steps=4)
+    dpo += ["--data.tokens_per_batch", 256, "--data.reference_tokens_per_batch", 768]
+    resumes_exactly(alignkit, dpo)
+    assert len(rows) == 6  # two groups in each of the three runs
+    assert 256 < max(rows) <= 768
 
 
 def test_a_new_objective_by_class_path(
