@@ -87,7 +87,10 @@ def response_sums(logps_N: Tensor, batch: PackedBatch) -> Tensor:
 
 def response_lengths(batch: PackedBatch) -> Tensor:
     """Number of scored tokens of each response, [R] int64."""
-    return torch.bincount(batch.response_index, minlength=batch.num_responses)
+    index_N = batch.response_index
+    # bincount would ask the device for the largest index, which makes the host wait.
+    zeros_R = index_N.new_zeros(batch.num_responses)
+    return zeros_R.index_add(0, index_N, torch.ones_like(index_N))
 
 
 def response_means(logps_N: Tensor, batch: PackedBatch) -> Tensor:
