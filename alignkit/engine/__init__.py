@@ -3,6 +3,7 @@
 from alignkit.engine.batch import Example, PackedBatch, Span, collate
 from alignkit.engine.compile import compile_blocks
 from alignkit.engine.head import TokenScores
+from alignkit.engine.onednn import bound_caches
 from alignkit.engine.score import (
     check_engine,
     response_lengths,
@@ -11,6 +12,8 @@ from alignkit.engine.score import (
     score,
     score_with_stats,
 )
+
+bound_caches()
 
 __all__ = [
     "Example",
