@@ -9,6 +9,8 @@ import os
 # of 1,024 in each of two caches fills up with rows that do not come again. This is room for a row
 # of 8,000 tokens, which needs its shapes in every layer.
 PRODUCTS = 256
+# oneDNN's own cache, and that of the layer between it and PyTorch.
+LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def bound_caches() -> None:
@@ -16,5 +18,5 @@ def bound_caches() -> None:
 
     The limits are read at the first product of the process: call it before.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    for name in LIMITS:
         os.environ.setdefault(name, str(PRODUCTS))

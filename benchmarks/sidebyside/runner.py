@@ -10,12 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, cast
 
+from alignkit.engine.onednn import LIMITS
 from alignkit.errors import AlignkitError
-from sidebyside.job import Job
+from sidebyside.job import Arm, Job
 
 _BENCHMARKS = Path(__file__).parents[1]
 # Everything an arm reads is on disk by now; nothing waits for a network that may not be there.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Products that PyTorch's libraries keep where alignkit, which a worker imports, sets no limit.
+_LIMIT = "1024"
 
 
 class Taken(NamedTuple):
@@ -51,7 +54,6 @@ class Worker:
 
     def __init__(self, job: Job, log: Path) -> None:
         self._name, self._log = job.arm.name, log
-        path = os.pathsep.join([str(_BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sidebyside.worker"],
@@ -59,7 +61,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
-                env={**os.environ, **_OFFLINE, "PYTHONPATH": path},
+                env=environment(job.arm),
             )
         ready = self._ask(job.to_json())
         self.logps: list[float] = ready["logps"]
@@ -109,6 +111,13 @@ class Worker:
             return AlignkitError(f"{self._name}: killed (signal {-code}), likely out of memory")
         lines = [line for line in self._log.read_text().splitlines() if line.strip()]
         return AlignkitError(f"{self._name}: failed; {lines[-1] if lines else 'no message'}")
+
+
+def environment(arm: Arm) -> dict[str, str]:
+    """Return an arm's environment: this process's, without what alignkit set for itself."""
+    path = os.pathsep.join([str(_BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    caches = {} if arm.package == "alignkit" else dict.fromkeys(LIMITS, _LIMIT)
+    return {**os.environ, **_OFFLINE, **caches, "PYTHONPATH": path}
 
 
 def _input(process: subprocess.Popen[str]) -> IO[str]:

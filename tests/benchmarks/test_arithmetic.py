@@ -125,3 +125,15 @@ def test_an_adapter_is_non_zero_and_the_perturbed_one_differs_in_b(tmp_path: obj
     for name, value in found[0].items():
         assert value.abs().min() >= 0 and value.std() > 0.01
         assert value.equal(found[1][name]) == ("lora_A" in name)
+
+
+def test_only_alignkit_trains_with_its_limit_on_compiled_products() -> None:
+    """Every worker imports alignkit, but a peer's keeps PyTorch's."""
+    from sidebyside.job import Arm
+    from sidebyside.runner import environment
+
+    from alignkit.engine.onednn import LIMITS, PRODUCTS
+
+    ours, theirs = (environment(Arm("arm", package)) for package in ("alignkit", "trl"))
+    assert [ours[name] for name in LIMITS] == [str(PRODUCTS)] * 2
+    assert [theirs[name] for name in LIMITS] == ["1024"] * 2

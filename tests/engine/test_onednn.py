@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from alignkit.engine.onednn import PRODUCTS
+from alignkit.engine.onednn import LIMITS, PRODUCTS
 
-LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 # One shape more than may be kept, then the first again.
 PROGRAM = f"""
 import torch, alignkit.engine
