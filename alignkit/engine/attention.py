@@ -55,7 +55,9 @@ def make_plan(spans: tuple[Span, ...], device: torch.device, dtype: torch.dtype)
             _log_cpu_choice(tiled, dtype)
             return TiledAttention(spans, dtype) if tiled else SegmentAttention(spans, device)
         refusal = varlen_refusal(device, dtype)
-        return DenseAttention(spans, device) if refusal else VarlenAttention(spans, device)
+        if refusal:
+            return DenseAttention(spans, device)
+        return VarlenAttention(spans, device, dtype)
 
 
 @lru_cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from alignkit.engine.batch import Span
 from alignkit.engine.segments import AttentionPlan, DenseAttention, query_segments
-from alignkit.errors import AlignkitError
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +25,16 @@ class VarlenAttention:
     Every prompt and every response is one query segment; a response's keys are its prompt's
     followed by its own, gathered once a layer. Causality is aligned to the bottom right, which
     `varlen_refusal` proves on the device before this path is taken.
+
+    Args:
+        spans: The row's examples.
+        device: Where queries, keys and values live.
+        dtype: Of the products. Under autocast rotary embeddings of an fp32 model give fp32 queries
+            and keys, which autocast does not round for this kernel as it does for SDPA.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, spans: Sequence[Span], device: torch.device, dtype: torch.dtype) -> None:
+        self.spans, self.device, self.dtype = tuple(spans), device, dtype
         segments = [segment for span in spans for segment in query_segments(span)]
         query_lengths = [length for _, length in segments]
         key_lengths = [sum(len(part) for part in keys) for keys, _ in segments]
@@ -46,14 +52,15 @@ class VarlenAttention:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
     ) -> Tensor:
-        """Attend in one call."""
+        """Attend in one call; with dropout, which the kernel has not, as `DenseAttention` does."""
         from torch.nn.attention.varlen import varlen_attn
 
         if dropout > 0.0:
-            raise AlignkitError(
-                "varlen attention has no dropout; set the model's attention dropout to 0"
-            )
-        key_THD, value_THD = key[0].transpose(0, 1), value[0].transpose(0, 1)
+            _log_dropout()
+            return self._dense(query, key, value, scaling, dropout)
+        query_THD, key_THD, value_THD = (
+            tensor[0].transpose(0, 1).to(self.dtype) for tensor in (query, key, value)
+        )
         if self.gather is not None:
             key_THD, value_THD = key_THD[self.gather], value_THD[self.gather]
         groups = query.shape[1] // key.shape[1]
@@ -62,7 +69,7 @@ class VarlenAttention:
             value_THD = value_THD.repeat_interleave(groups, dim=1)
         # Without `return_aux` it returns the output alone.
         output: Tensor = varlen_attn(  # type: ignore[assignment]
-            query[0].transpose(0, 1).contiguous(),
+            query_THD.contiguous(),
             key_THD.contiguous(),
             value_THD.contiguous(),
             self.cu_queries,
@@ -73,6 +80,15 @@ class VarlenAttention:
             window_size=(-1, 0),
         )
         return output.transpose(0, 1)[None]
+
+    @cached_property
+    def _dense(self) -> DenseAttention:
+        return DenseAttention(self.spans, self.device)
+
+
+@lru_cache
+def _log_dropout() -> None:
+    log.warning("attention with dropout: dense [T, T] mask, because varlen_attn has no dropout")
 
 
 @lru_cache
@@ -114,7 +130,7 @@ def compare_with_dense(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         plans: list[AttentionPlan] = [
             DenseAttention(spans, device),
-            VarlenAttention(spans, device),
+            VarlenAttention(spans, device, dtype),
         ]
         for plan in plans:
             output = plan(query, key, value, None, 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -173,7 +174,7 @@ def test_autocast_takes_tiles_and_leaves_no_setting_behind(
 
 def test_varlen_layout() -> None:
     """The gathered keys and offsets describe the same mask, read as bottom-right causality."""
-    plan = VarlenAttention(SPANS, CPU)
+    plan = VarlenAttention(SPANS, CPU, torch.bfloat16)
     assert plan.gather is not None
     total = SPANS[-1].end
     mask = torch.zeros(total, total, dtype=torch.bool)
@@ -200,6 +201,7 @@ def emulated_varlen_attn(aligned: str) -> Callable[..., Tensor]:
         given = call.arguments
         query, key, value = given["query"], given["key"], given["value"]
         assert query.shape[1:] == key.shape[1:] == value.shape[1:]
+        assert query.dtype == key.dtype == value.dtype
         assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
         assert given["window_size"] == (-1, 0)
         bounds = [given[name].tolist() for name in ("cu_seq_q", "cu_seq_k")]
@@ -226,10 +228,63 @@ def test_varlen_calls_its_kernel_rightly(
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", emulated_varlen_attn("right"))
     spans = tuple(span._replace(start=span.start - spans[0].start) for span in spans)
     inputs = qkv(spans)
-    plans = VarlenAttention(spans, CPU), DenseAttention(spans, CPU)
+    plans = VarlenAttention(spans, CPU, torch.float32), DenseAttention(spans, CPU)
     actual, expected = (values_and_gradients(plan(*inputs, scaling, 0.0), inputs) for plan in plans)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_varlen_gives_its_kernel_half_precision_under_autocast(
+    tiny_model: Callable[..., PreTrainedModel],
+    family: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rotary embeddings of an fp32 model make queries and keys fp32 even under autocast."""
+    emulated = emulated_varlen_attn("right")
+    dtypes = []
+
+    def kernel(query: Tensor, *args: object, **kwargs: object) -> Tensor:
+        dtypes.append(query.dtype)
+        return emulated(query, *args, **kwargs)
+
+    def choose(*, varlen: bool) -> None:
+        def make(
+            spans: tuple[Span, ...], device: torch.device, dtype: torch.dtype
+        ) -> AttentionPlan:
+            if varlen:
+                return VarlenAttention(spans, device, dtype)
+            return DenseAttention(spans, device)
+
+        monkeypatch.setattr(sys.modules["alignkit.engine.score"], "make_plan", make)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", kernel)
+    model = tiny_model(family).to(dtype)
+    batch = collate([Example(list(range(40)), [[4, 5, 6], [7, 8]]), Example([3], [[1, 2]])])
+    scores = []
+    for varlen in (True, False):
+        choose(varlen=varlen)
+        with torch.autocast("cpu", torch.bfloat16):
+            scores.append(score(model, batch))
+        model.zero_grad()
+        scores[-1].sum().backward()
+        scores.append(next(model.parameters()).grad.norm())
+    assert set(dtypes) == {torch.bfloat16}
+    torch.testing.assert_close(scores[0], scores[2], atol=0.1, rtol=0.0)
+    torch.testing.assert_close(scores[1], scores[3], atol=0.0, rtol=0.1)
+
+
+def test_varlen_leaves_dropout_to_a_dense_mask_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inputs = qkv(SPANS)
+    outputs = []
+    for plan in (VarlenAttention(SPANS, CPU, torch.float32), DenseAttention(SPANS, CPU)):
+        torch.manual_seed(0)
+        outputs.append(plan(*inputs, None, 0.5))
+    assert torch.equal(*outputs)
+    assert "varlen_attn has no dropout" in caplog.text
 
 
 @pytest.mark.parametrize(("aligned", "passes"), [("right", True), ("left", False)])
