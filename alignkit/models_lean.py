@@ -2,7 +2,9 @@
 
 transformers writes RMSNorm, SwiGLU and GPT-2's GELU as chains of eager operations: RMSNorm keeps
 fp32 copies of its input for the backward pass and SwiGLU three tensors of the MLP's width. Here
-each is one autograd node that keeps its inputs alone.
+each is one autograd node that keeps its inputs alone. On CUDA autocast makes fp32 copies for norms
+that have kernels of their own, though these compute in fp32 whatever they are given: here it does
+not.
 
 Shape letters: T rows (all leading axes), D width.
 """
@@ -19,12 +21,14 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from alignkit.autocast import no_autocast
+
 CACHED = 2**18
 """Elements of a norm's input in fp32 at once on the CPU: they stay in a core's cache."""
 
 
 def lean_modules(model: nn.Module) -> int:
-    """Swap what can be lighter, in place: Llama's norms and MLPs and GPT-2's ``gelu_new``.
+    """Swap what can be lighter, in place: norms, Llama's MLPs and GPT-2's ``gelu_new``.
 
     Parameters, their names and the config stay as they are, so saved models are unchanged. Results
     agree to rounding in fp32 (2.4e-7 for the GELU); in half precision they round once less.
@@ -40,6 +44,9 @@ def lean_modules(model: nn.Module) -> int:
     for module in list(model.modules()):
         if type(module) is LlamaRMSNorm:
             module.__class__ = LeanRMSNorm
+            swapped += 1
+        elif type(module) is nn.LayerNorm and module.elementwise_affine:
+            module.__class__ = LeanLayerNorm
             swapped += 1
         elif type(module) is LlamaMLP and module.config.hidden_act in ("silu", "swish"):
             module.__class__ = LeanMLP
@@ -59,12 +66,25 @@ class LeanRMSNorm(LlamaRMSNorm):
         if torch.compiler.is_compiling():  # the compiler fuses the chain itself
             return super().forward(hidden_states)
         if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype:
-            # PyTorch has a fused kernel there.
-            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+            with no_autocast("cuda"):
+                return F.rms_norm(
+                    hidden_states, self.weight.shape, self.weight, self.variance_epsilon
+                )
         normed: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
             hidden_states, self.weight, self.variance_epsilon
         )
         return normed
+
+
+class LeanLayerNorm(nn.LayerNorm):
+    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) that autocast gives no fp32 copy to keep."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise [..., D] over its last axis, in fp32; returns it in its dtype."""
+        if torch.compiler.is_compiling() or input.dtype != self.weight.dtype:
+            return super().forward(input)
+        with no_autocast(input.device.type):
+            return super().forward(input)
 
 
 class LeanMLP(LlamaMLP):

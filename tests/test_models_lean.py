@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -17,7 +18,7 @@ from alignkit.models import load_model
 from alignkit.models_lean import lean_modules
 
 TinyModel = Callable[..., PreTrainedModel]
-SWAPPED = {"gpt2": 2, "gpt_neox": 0, "llama": 2 * 2 + 1 + 2}
+SWAPPED = {"gpt2": 2 * 2 + 1 + 2, "gpt_neox": 2 * 2 + 1, "llama": 2 * 2 + 1 + 2}
 
 
 def test_models_agree_in_values_and_gradients(tiny_model: TinyModel, family: str) -> None:
@@ -115,6 +116,40 @@ def test_they_keep_less_for_the_backward_pass(tiny_model: TinyModel) -> None:
     lean_modules(new)
     before, after = (saved_bytes(model.transformer.h[0].mlp.act, x) for model in (old, new))
     assert after <= before / 4
+
+
+@pytest.fixture
+def autocast_on_cuda() -> Iterator[None]:
+    """bf16 autocast as a GPU has it; ``torch.autocast`` itself wants to see one."""
+    dtype = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+    torch.set_autocast_dtype("cuda", dtype)
+
+
+@pytest.mark.usefixtures("autocast_on_cuda")
+def test_autocast_makes_no_fp32_copies_for_norms_on_cuda() -> None:
+    """On tensors that have a device, a shape and a dtype but no values, and no gradients."""
+    with FakeTensorMode(), torch.device("cuda"):
+        x = torch.empty(50, 64, dtype=torch.bfloat16)
+        norms = [nn.LayerNorm(64), LlamaRMSNorm(64)]
+        assert nn.functional.layer_norm(x, (64,)).dtype == torch.float32
+        for norm in norms:
+            for name, _ in list(norm.named_parameters()):
+                values = torch.empty(64, dtype=torch.bfloat16)
+                setattr(norm, name, nn.Parameter(values, requires_grad=False))
+            assert lean(norm)(x).dtype == torch.bfloat16
+
+
+def test_a_layer_norm_in_another_dtype_or_without_weights_is_as_it_was() -> None:
+    x = torch.randn(50, 64)
+    old, new = nn.LayerNorm(64), lean(nn.LayerNorm(64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(new(x), old(x))
+        assert torch.equal(new(x.bfloat16()), old(x.bfloat16()))
+    assert lean_modules(nn.LayerNorm(64, elementwise_affine=False)) == 0
 
 
 def test_an_mlp_of_another_activation_is_left_alone() -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from alignkit.autocast import compute_dtype
+
 # Rows of logits that exist at once: 256 x 50k in bf16 are 26 MB, small beside the activations of
 # any model, and the matmul is already as fast as it gets.
 CHUNK = 256
@@ -55,10 +57,7 @@ def token_scores(
         The scores; ``logps`` carries gradients, the statistics do not.
     """
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        if torch.is_autocast_enabled(hidden_ND.device.type):
-            dtype = torch.get_autocast_dtype(hidden_ND.device.type)
-        else:
-            dtype = head.weight.dtype
+        dtype = compute_dtype(hidden_ND.device.type, head.weight.dtype)
         weight_VD, hidden_ND = head.weight.to(dtype), hidden_ND.to(dtype)
         bias_V = None if head.bias is None else head.bias.to(dtype)
         needs_grad = torch.is_grad_enabled() and hidden_ND.requires_grad

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignkit.autocast import compute_dtype
 from alignkit.engine.attention import make_plan, use_packed_attention
 from alignkit.engine.batch import Example, PackedBatch, collate
 from alignkit.engine.compile import padded_for
@@ -55,16 +56,12 @@ def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     _check_positions(model, batch)
     batch = padded_for(model, batch)
     device = batch.input_ids.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    else:
-        dtype = model.dtype
     output = model.base_model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device),
         use_cache=False,
-        plan=make_plan(batch.spans, device, dtype),
+        plan=make_plan(batch.spans, device, compute_dtype(device.type, model.dtype)),
     )
     hidden: Tensor = output.last_hidden_state
     return hidden[0]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from alignkit.autocast import no_autocast
 from alignkit.engine.batch import Span
 from alignkit.engine.segments import SegmentAttention, query_segments, row_segments, visible
 
@@ -271,11 +272,10 @@ def _fp32_scores(dtype: torch.dtype) -> Iterator[None]:
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    autocast = torch.is_autocast_enabled("cpu")
     try:
         if dtype == torch.bfloat16:
             matmul.fp32_precision = "bf16"
-        with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+        with no_autocast("cpu"):
             yield
     finally:
         matmul.fp32_precision = before

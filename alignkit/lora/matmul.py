@@ -13,12 +13,13 @@ Shape letters: T rows (all leading axes of x), I input width, O output width, R 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from alignkit.autocast import compute_dtype, no_autocast
 
 
 def adapted_linear(
@@ -41,9 +42,7 @@ def adapted_linear(
         [..., O] in the dtype of the computation. Gradients of A, B and the bias come in the dtype
         of A, B and the bias.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    x = x.to(compute_dtype(x.device.type, x.dtype))
     result: Tensor = _AdaptedLinear.apply(  # type: ignore[no-untyped-call]
         x, weight_IO, bias_O, a_IR, b_RO, scale
     )
@@ -64,7 +63,7 @@ class _AdaptedLinear(torch.autograd.Function):
         device, dtype = x.device.type, x.dtype
         ctx.autocast = torch.is_autocast_enabled(device)
         x_TI = x.reshape(-1, x.shape[-1])
-        with _no_autocast(device):
+        with no_autocast(device):
             z_RT = torch.mm(_rows(a_IR, dtype), x_TI.t())
             # Frozen fp32 weights are cast again in backward rather than kept twice.
             weight = weight_IO.to(dtype) if ctx.autocast else weight_IO
@@ -86,7 +85,7 @@ class _AdaptedLinear(torch.autograd.Function):
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         dtype = ctx.dtype
         grad_x = grad_a = grad_b = grad_bias = None
-        with _no_autocast(grad.device.type):
+        with no_autocast(grad.device.type):
             g_TO = grad.reshape(-1, grad.shape[-1])
             if needs_b:
                 grad_b = _wide_mm(kept[1], g_TO).to(b_RO.dtype) * ctx.scale
@@ -101,13 +100,6 @@ class _AdaptedLinear(torch.autograd.Function):
             if needs_bias:
                 grad_bias = g_TO.sum(0, dtype=ctx.bias_dtype)
         return grad_x, None, grad_bias, grad_a, grad_b, None
-
-
-def _no_autocast(device: str) -> AbstractContextManager[object]:
-    # Entering autocast's context costs as much as a small product: only where it is on.
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _rows(a_IR: Tensor, dtype: torch.dtype) -> Tensor:
