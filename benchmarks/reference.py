@@ -1,12 +1,11 @@
-"""What DPO's reference costs: in longer rows than the policy's, and read from the cache.
+"""What DPO's reference costs: in rows of growing length, and read from the cache.
 
     python benchmarks/reference.py --model DIR --data HH_DIR --json reference.json
 
 The policy's rows are bounded by the activations that its backward pass needs, which a reference
 does not keep. The first table scores the same pairs under inference mode in rows of growing
-length: where it is flat, longer rows for the reference buy nothing. The second takes DPO's forward
-and backward pass with the reference scored in the policy's rows, in the longest ones of the first
-table (``data.reference_tokens_per_batch``), and read from a filled cache.
+length: where it is flat, longer rows for the reference would buy nothing. The second takes DPO's
+forward and backward pass with the reference scored live and read from a filled cache.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from sidebyside.setup import Shared, prepare
 from alignkit import DPOModule
 from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.engine import Example, PackedBatch, collate, score
-from alignkit.engine.group import collate_group
 
 _PAIRS = {"cpu": 64, "cuda": 512}
 
@@ -109,12 +107,6 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
             chosen.device,
         )
     steps = micro_batches(examples, chosen.tokens_per_batch)
-    size = max(1, budgets[-1] // chosen.tokens_per_batch)
-    ahead = [
-        batch
-        for start in range(0, len(steps), size)
-        for batch in collate_group(steps[start : start + size]).batches()
-    ]
 
     def training(dpo: DPOModule, batches: Sequence[PackedBatch]) -> Callable[[], object]:
         def all_steps() -> None:
@@ -131,7 +123,6 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
     with console.status("DPO with a live and with a cached reference"):
         arms: dict[int | str, Callable[[], object]] = {
             "live": training(live, plain),
-            "longer rows": training(live, ahead),
             "cached": training(cached, plain),
         }
         passes = alternate(arms, chosen.rounds, chosen.device)
@@ -145,10 +136,8 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
             for budget in budgets
         ],
         "seconds_per_pair": {name: seconds / len(examples) for name, seconds in passes.items()},
-        "longer_rows_speed": passes["live"] / passes["longer rows"],
         "cached_speed": passes["live"] / passes["cached"],
         "policy_row_tokens": tokens / len(steps),
-        "reference_row_tokens": tokens / -(-len(steps) // size),
         "machine": machine.describe(chosen.device)
         | {"model": chosen.model, "command": output.command()},
     }
@@ -183,8 +172,7 @@ def show(console: Console, result: Mapping[str, Any]) -> None:
     seconds = result["seconds_per_pair"]
     console.print(
         f"DPO in rows of {result['policy_row_tokens']:.0f} tokens, s/pair: "
-        f"{seconds['live']:.4f} live; {seconds['longer rows']:.4f} with the reference in rows of "
-        f"{result['reference_row_tokens']:.0f} ({result['longer_rows_speed']:.2f}x); "
+        f"{seconds['live']:.4f} live; "
         f"{seconds['cached']:.4f} cached ({result['cached_speed']:.2f}x)",
         highlight=False,
     )

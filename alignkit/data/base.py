@@ -126,13 +126,7 @@ class AlignmentDataModule(LightningDataModule):
         if position := self.take_position():
             sampler.load_state_dict(position)
         self._plan = sampler.fingerprint
-        return self.training_loader(self._set("train"), sampler)
-
-    def training_loader(
-        self, examples: ExampleSet, sampler: TokenBudgetBatchSampler
-    ) -> DataLoader[PackedBatch]:
-        """The sampler's micro-batches, each packed in a row."""
-        return self.loader(examples, batch_sampler=sampler, collate_fn=collate)
+        return self.loader(self._set("train"), batch_sampler=sampler, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
         """Packed batches of the validation split, every example once over all ranks."""
@@ -176,12 +170,10 @@ class AlignmentDataModule(LightningDataModule):
         )
         return self.loader(self._set(split), batch_sampler=sampler, collate_fn=collate)
 
-    def loader(
-        self, dataset: Dataset[Any], kind: type[DataLoader[Any]] = DataLoader, **options: Any
-    ) -> DataLoader[Any]:
-        """A loader of some kind with this module's workers."""
+    def loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        """A loader with this module's workers."""
         workers = options.pop("num_workers", self.num_workers)
-        return kind(
+        return DataLoader(
             dataset,
             num_workers=workers,
             persistent_workers=workers > 0,

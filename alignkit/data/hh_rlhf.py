@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
 from alignkit.data.defects import Policies
 from alignkit.data.encode import DialogueEncoder
 from alignkit.data.formats import PromptFormat
-from alignkit.data.groups import GroupBatchSampler, GroupLoader, MicroBatches
-from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.data.shapes import Side, preference_sides, sft_sides
 from alignkit.data.sources import DataPath
 from alignkit.data.splits import RowEncoder
-from alignkit.data.store import ExampleSet
-from alignkit.engine import PackedBatch
-from alignkit.engine.group import collate_group
-from alignkit.errors import AlignkitError
 
 HH_RLHF = "Anthropic/hh-rlhf"
 
@@ -75,48 +68,10 @@ class HHPreferenceDataModule(DialogueDataModule):
     Args:
         tokenizer: See `DialogueDataModule`, as for every argument not named here.
         path: See `AlignmentDataModule`; rows as `alignkit.data.shapes` describes them.
-        reference_tokens_per_batch: Most tokens in one row of a reference that is scored live. It
-            keeps no activations, so where memory makes ``tokens_per_batch`` small its rows can
-            be longer: as many micro-batches as fit are scored at once, ahead of their turn.
-            Default: the policy's own rows, which let rewards start at exactly 0.
         **options: Passed to `DialogueDataModule`.
-
-    Raises:
-        AlignkitError: ``reference_tokens_per_batch`` is smaller than ``tokens_per_batch``.
     """
 
     sides = staticmethod(preference_sides)
-
-    def __init__(
-        self,
-        tokenizer: str,
-        path: DataPath = HH_RLHF,
-        *,
-        reference_tokens_per_batch: int | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(tokenizer, path, **options)
-        budget = reference_tokens_per_batch or self.tokens_per_batch
-        if budget < self.tokens_per_batch:
-            raise AlignkitError(
-                f"data.reference_tokens_per_batch={budget}: give at least tokens_per_batch="
-                f"{self.tokens_per_batch}, or null for the policy's rows"
-            )
-        self.reference_tokens_per_batch = budget
-
-    def training_loader(
-        self, examples: ExampleSet, sampler: TokenBudgetBatchSampler
-    ) -> DataLoader[PackedBatch]:
-        """The sampler's micro-batches, in groups where the reference takes longer rows."""
-        size = self.reference_tokens_per_batch // self.tokens_per_batch
-        if size < 2:
-            return super().training_loader(examples, sampler)
-        return self.loader(
-            MicroBatches(examples),
-            GroupLoader,
-            batch_sampler=GroupBatchSampler(sampler, size),
-            collate_fn=collate_group,
-        )
 
 
 class HHSFTDataModule(DialogueDataModule):

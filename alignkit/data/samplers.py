@@ -105,11 +105,6 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return self
 
     @property
-    def start(self) -> int:
-        """How many of the epoch's micro-batches were taken before this run."""
-        return self._start
-
-    @property
     def fingerprint(self) -> str:
         """What a position in an epoch is worth nothing without."""
         return (
@@ -162,11 +157,11 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         self._yielded = self._start
-        for batch in self.batches_from(self._start):
+        for batch in self._batches_from(self._start):
             self._yielded += 1
             yield batch
 
-    def batches_from(self, start: int) -> Iterator[list[int]]:
+    def _batches_from(self, start: int) -> Iterator[list[int]]:
         """The epoch's micro-batches of this rank without the first ``start``."""
         order, cuts = self._order, self._cuts
         for step in range(start // self._accumulate, len(cuts) - 1):

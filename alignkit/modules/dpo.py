@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.engine import PackedBatch, compile_blocks, response_lengths, response_sums, score
-from alignkit.engine.group import GroupedBatch
 from alignkit.errors import AlignkitError
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.checkpoint import tensors_fingerprint
@@ -86,7 +84,6 @@ class DPOModule(AlignmentModule):
                 Path(reference_cache), self._reference_name(), reference_checks
             )
         self._cache_error = torch.zeros(())
-        self._group_R = torch.empty(0)  # sums of the group whose row came last
         # DDP synchronises parameters and buffers by name; the reference never changes.
         self._ddp_params_and_buffers_to_ignore = [
             f"reference.{name}" for name in self.reference.state_dict(keep_vars=True)
@@ -119,13 +116,7 @@ class DPOModule(AlignmentModule):
 
     def reference_scores(self, batch: PackedBatch) -> PairScores:
         """Score the batch's answers under the frozen reference, live or from the cache."""
-        if isinstance(batch, GroupedBatch):
-            if batch.group is not None:
-                self._group_R = self._reference_sums(batch.group)
-            sums_R = self._group_R[batch.first_R :][: batch.num_responses]
-        else:
-            sums_R = self._reference_sums(batch)
-        return PairScores.from_responses(sums_R, response_lengths(batch))
+        return PairScores.from_responses(self._reference_sums(batch), response_lengths(batch))
 
     def _reference_sums(self, batch: PackedBatch) -> Tensor:
         if self.cache is None or not isinstance(batch, ReferencedBatch):
@@ -143,13 +134,7 @@ class DPOModule(AlignmentModule):
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Look the batch up in the cache while it is still on the CPU."""
-        if self.cache is None:
-            return batch
-        if isinstance(batch, GroupedBatch):
-            if batch.group is None:
-                return batch
-            return replace(batch, group=self.cache.look_up(batch.group))
-        return self.cache.look_up(batch)
+        return batch if self.cache is None else self.cache.look_up(batch)
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Log the largest error of the cached rows that were scored again; stop at a wrong one."""

@@ -75,7 +75,7 @@ def test_scaling_draws_both_curves(run_script: Run, tmp_path: Path) -> None:
     assert plot.stat().st_size > 1000
 
 
-def test_the_reference_in_longer_rows_and_from_the_cache(run_script: Run) -> None:
+def test_the_reference_live_and_from_the_cache(run_script: Run) -> None:
     code, found = run_script(
         "reference.py", "--model", "tiny-llama-shape", "--pairs", "8", "--tokens-per-batch", "1024",
         "--longest-row", "2048", "--rounds", "1",
@@ -85,9 +85,9 @@ def test_the_reference_in_longer_rows_and_from_the_cache(run_script: Run) -> Non
     lengths = [point["mean_row_tokens"] for point in found["rows"]]
     assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
     assert all(point["microseconds_per_token"] > 0 for point in found["rows"])
-    assert set(found["seconds_per_pair"]) == {"live", "longer rows", "cached"}
-    assert found["cached_speed"] > 0 and found["longer_rows_speed"] > 0
-    assert found["policy_row_tokens"] <= 1024 < found["reference_row_tokens"] <= 2048
+    assert set(found["seconds_per_pair"]) == {"live", "cached"}
+    assert found["cached_speed"] > 0
+    assert found["policy_row_tokens"] <= 1024
 
 
 def test_mistakes_are_one_line(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:

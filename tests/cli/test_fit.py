@@ -119,31 +119,6 @@ def test_three_stages_chain_and_resume(
     assert "test/rewards/accuracies" in out
 
 
-def test_a_reference_in_longer_rows_resumes_within_a_group(
-    alignkit: Callable,
-    model_dir: Callable,
-    hh: Path,
-    text: Path,
-    workplace: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Three micro-batches are scored at once; two of them were trained on before the resume."""
-    rows: list[int] = []
-    live = DPOModule._live_sums
-
-    def spy(self: DPOModule, batch: PackedBatch) -> torch.Tensor:
-        if self.training:
-            rows.append(batch.num_tokens)
-        return live(self, batch)
-
-    monkeypatch.setattr(DPOModule, "_live_sums", spy)
-    dpo = quick("demo/dpo.yaml", model_dir, hh, text, steps=4)
-    dpo += ["--data.tokens_per_batch", 256, "--data.reference_tokens_per_batch", 768]
-    resumes_exactly(alignkit, dpo)
-    assert len(rows) == 6  # two groups in each of the three runs
-    assert 256 < max(rows) <= 768
-
-
 def test_a_new_objective_by_class_path(
     alignkit: Callable, model_dir: Callable, hh: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +11,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from alignkit.data import HHPreferenceDataModule
 from alignkit.engine import Example, PackedBatch, collate
 from alignkit.modules import DPOModule, SFTModule
-from tests.data.conftest import pair, write_jsonl
 from tests.modules.helpers import answers, loader, pairs, plain_cross_entropy_steps, sgd, trainer
 
 
@@ -45,20 +42,6 @@ class Uneven(L.LightningDataModule):
     def train_dataloader(self) -> torch.utils.data.DataLoader:
         batches = UnevenBatches(self.examples)
         return torch.utils.data.DataLoader(batches, batch_size=None, generator=torch.Generator())
-
-
-class Widest(DPOModule):
-    """Logs the longest row that the reference was scored in."""
-
-    widest = 0
-
-    def _live_sums(self, batch: PackedBatch) -> torch.Tensor:
-        self.widest = max(self.widest, batch.num_tokens)
-        return super()._live_sums(batch)
-
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-        self.log("widest", float(self.widest))
 
 
 class Save(L.Callback):
@@ -129,49 +112,6 @@ def test_dpo_reference_stays_out_of_ddp(model_dir: Callable, tmp_path: Path) -> 
     for name in ("val/loss", "val/rewards/margins", "train/loss", "val/logps/chosen"):
         torch.testing.assert_close(
             end["metrics"][name], run_single.callback_metrics[name], atol=1e-5, rtol=1e-5
-        )
-
-
-def test_a_reference_in_longer_rows_trains_the_same_on_two_ranks(
-    model_dir: Callable, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two ranks, two micro-batches a step: every rank groups its own."""
-    rng = random.Random(0)
-    source = write_jsonl(tmp_path / "pairs.jsonl", [pair(rng, turns=2) for _ in range(24)])
-    base = Widest(
-        str(model_dir("llama")), lora={"targets": ["q_proj", "v_proj"]}, optimizer=sgd, beta=1.0
-    )
-
-    def fit(name: str, **options: int) -> dict[str, dict[str, torch.Tensor]]:
-        monkeypatch.delenv("MASTER_PORT", raising=False)  # each run draws a port of its own
-        data = HHPreferenceDataModule(
-            str(tokenizer_dir),
-            str(source),
-            tokens_per_batch=400,
-            cache_dir=str(tmp_path / "cache"),
-            **options,
-        )
-        saver = Save(tmp_path / f"{name}.pt")
-        trainer(
-            tmp_path / name,
-            devices=2,
-            strategy="ddp_spawn",
-            max_epochs=1,
-            accumulate_grad_batches=2,
-            limit_val_batches=0,
-            callbacks=[saver],
-        ).fit(copy.deepcopy(base), datamodule=data)
-        return dict(torch.load(saver.path, weights_only=True))
-
-    alone, grouped = fit("alone"), fit("grouped", reference_tokens_per_batch=1200)
-    assert alone["metrics"]["widest"] <= 400 < grouped["metrics"]["widest"] <= 1200
-    start = base.state_dict()
-    assert any(not torch.equal(value, start[name]) for name, value in alone["state"].items())
-    for name, value in alone["state"].items():
-        torch.testing.assert_close(grouped["state"][name], value, atol=2e-6, rtol=1e-4)
-    for name in ("train/loss", "train/rewards/margins"):
-        torch.testing.assert_close(
-            grouped["metrics"][name], alone["metrics"][name], atol=1e-5, rtol=1e-4
         )
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from alignkit.data import HHPreferenceDataModule
 from alignkit.engine import collate, response_sums, score
-from alignkit.engine.group import collate_group
 from alignkit.errors import AlignkitError
 from alignkit.modules import DPOModule
 from alignkit.modules.reference import ReferenceCache, example_keys
@@ -134,57 +133,3 @@ def test_wrong_values_stop_the_run(run: Callable, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ReferenceCache, "_read", shifted)
     with pytest.raises(AlignkitError, match=r"off by 5.* delete "):
         run()
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_micro_batches_are_scored_a_group_at_a_time(
-    model_dir: Callable, tmp_path: Path, cached: bool
-) -> None:
-    """The reference runs once a group, in its row, and every pair gets its own scores."""
-    parts = [pairs(7)[:2], pairs(7)[2:5], pairs(7)[5:]]
-    cache = str(tmp_path) if cached else None
-    module = DPOModule(str(model_dir("gpt2")), reference_cache=cache)
-    rows: list[int] = []
-    module.reference.base_model.register_forward_hook(
-        lambda _, args, kwargs, out: rows.append(out.last_hidden_state.shape[1]), with_kwargs=True
-    )
-    for skip in (0, 1):  # and as a run resumed after the first micro-batch
-        for batch, examples in zip(collate_group(parts).batches(skip), parts[skip:], strict=True):
-            scores = module.reference_scores(module.on_before_batch_transfer(batch, 0))
-            plain = collate(examples)
-            with torch.no_grad():
-                expected = response_sums(score(module.model, plain), plain)
-            torch.testing.assert_close(scores.chosen, expected[0::2], atol=1e-4, rtol=1e-5)
-            torch.testing.assert_close(scores.rejected, expected[1::2], atol=1e-4, rtol=1e-5)
-        if module.cache is not None:
-            module.cache.write()
-    whole = collate(pairs(7)).num_tokens
-    assert rows[0] == whole
-    assert len(rows) == 2
-    assert rows[1] == whole if not cached else rows[1] < whole
-
-
-def test_training_with_groups_is_training_without(model_dir: Callable, tmp_path: Path) -> None:
-    draw = random.Random(0)
-    rows = [pair(draw, draw.randint(1, 4)) for _ in range(24)]
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
-
-    def losses(**options: int) -> list[float]:
-        torch.manual_seed(0)
-        module = DPOModule(str(model_dir("gpt2")), optimizer=sgd)
-        data = HHPreferenceDataModule(
-            str(model_dir("gpt2")), str(path), cache_dir=str(tmp_path / "c"), **options
-        )
-        found: list[float] = []
-
-        class Keep(Callback):
-            def on_train_batch_end(self, trainer, *_: object) -> None:  # type: ignore[no-untyped-def]
-                found.append(float(trainer.callback_metrics["train/loss"]))
-
-        trainer(tmp_path, max_epochs=2, callbacks=[Keep()]).fit(module, datamodule=data)
-        return found
-
-    plain = losses(tokens_per_batch=500)
-    assert len(plain) >= 6
-    grouped = losses(tokens_per_batch=500, reference_tokens_per_batch=2000)
-    assert grouped == pytest.approx(plain, abs=1e-5)
