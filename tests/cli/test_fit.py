@@ -12,8 +12,6 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alignkit import DPOModule
-from alignkit.engine import PackedBatch
 from alignkit.report.curves import read_scalars
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file, save_file
 
-from alignkit.data import HHPreferenceDataModule
 from alignkit.engine import collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.modules import DPOModule
 from alignkit.modules.reference import ReferenceCache, example_keys
-from tests.data.conftest import pair, write_jsonl
-from tests.modules.helpers import loader, pairs, sgd, trainer
+from tests.modules.helpers import loader, pairs, trainer
 
 
 def test_take_equals_collating_the_examples() -> None:
