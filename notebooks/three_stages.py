@@ -26,6 +26,7 @@ warnings.filterwarnings("ignore", message="(?s).*ipywidgets")
 
 # %%
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from IPython.display import Image, Markdown
@@ -46,7 +47,7 @@ from alignkit.demo.preferences import write_preferences
 from alignkit.demo.prose import write_prose
 from alignkit.demo.run import faster_dtype
 from alignkit.lora import LoRAConfig
-from alignkit.objectives.preference import PairScores, rewards
+from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
 from alignkit.report.compare import compare
 from alignkit.report.curves import plot_curves
 
@@ -138,7 +139,7 @@ sft = fit(SFTModule(base, init_from=lora, **settings), answers, "sft")
 # The reference is a frozen copy of the policy, so training starts at ln 2 with rewards of zero.
 
 # %%
-dpo = fit(DPOModule(base, init_from=sft, beta=0.1, **settings), pairs, "dpo")
+dpo = fit(DPOModule(base, init_from=sft, loss=DPO(beta=0.1), **settings), pairs, "dpo")
 
 # %% [markdown]
 # ## The losses
@@ -174,19 +175,23 @@ Markdown(comparison.to_markdown())
 # %% [markdown]
 # ## An objective of your own
 #
-# A new preference loss is one method: B pairs in, one loss a pair out. Here is a hinge on the
-# reward margin (SLiC, arXiv:2305.10425, with DPO's rewards). On the command line it is picked by
-# its class path, `--model my_package.HingeDPO`.
+# A new preference loss is a frozen dataclass: its fields are its parameters, and a call maps B
+# pairs to one loss a pair. Here is a hinge on the reward margin (SLiC, arXiv:2305.10425, with
+# DPO's rewards). On the command line it is picked by its class path:
+# `--model.loss my_package.MyHinge --model.loss.width 0.5`.
 
 
 # %%
-class HingeDPO(DPOModule):
-    """DPO's rewards under a hinge: a pair ranked right by a margin of 1 costs nothing."""
+@dataclass(frozen=True)
+class MyHinge(PreferenceLoss):
+    """DPO's rewards under a hinge: a pair ranked right by a margin of `width` costs nothing."""
 
-    def preference_loss(self, policy: PairScores, reference: PairScores) -> Tensor:
-        """Return max(0, 1 - (chosen reward - rejected reward)), [B]."""
-        chosen_B, rejected_B = rewards(policy, reference, self.beta)
-        return nn.functional.relu(1 - (chosen_B - rejected_B))
+    beta: float = 0.1
+    width: float = 1.0
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        """Return max(0, width - (chosen reward - rejected reward)), [B]."""
+        return nn.functional.relu(self.width - self.margin(policy, reference))
 
 
-hinge = fit(HingeDPO(base, init_from=sft, beta=0.1, **settings), pairs, "hinge")
+hinge = fit(DPOModule(base, init_from=sft, loss=MyHinge(), **settings), pairs, "hinge")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import asdict, is_dataclass
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
@@ -288,8 +287,8 @@ class AlignmentModule(LightningModule):
         kept: MutableMapping[str, Any]
         for kept in (self.hparams, self._hparams_initial):  # type: ignore[assignment]
             for name, value in kept.items():
-                if is_dataclass(value) and not isinstance(value, type):
-                    kept[name] = asdict(value)
+                if hasattr(value, "to_dict"):  # adapters, a loss
+                    kept[name] = value.to_dict()
 
     def _log(self, name: str, value: float | Tensor, prog_bar: bool = False) -> None:
         # Totals are already summed over ranks; batch_size keeps Lightning from guessing one.

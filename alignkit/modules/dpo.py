@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from alignkit.modules.base import AlignmentModule
 from alignkit.modules.checkpoint import tensors_fingerprint
 from alignkit.modules.reference import ReferenceCache, ReferencedBatch, refuse_error
 from alignkit.modules.window import LossOutput
-from alignkit.objectives.preference import PairScores, get_loss, rewards
+from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
 
 # A policy that is its reference's copy scores the same row through the same kernels: what is
 # left is the kernels' own nondeterminism.
@@ -40,9 +41,8 @@ class DPOModule(AlignmentModule):
 
     Args:
         *args: As in `AlignmentModule`.
-        loss: Name of the loss in `alignkit.objectives.preference.LOSSES`.
-        beta: Strength of the tie to the reference, β of DPO (arXiv:2305.18290, equation 7).
-        label_smoothing: Probability that a label is flipped, for the losses that know one.
+        loss: What is minimised: one of `alignkit.objectives.preference` by its name, or your own by
+            its class path, each with its own parameters; ``DPO(beta=0.1)`` by default.
         reference_cache: A directory that keeps the reference's log-probs between runs; ``null``
             scores them live. They depend on base, adapter, tokens and dtype alone, so a sweep
             over learning rates or β scores each example once.
@@ -51,27 +51,22 @@ class DPOModule(AlignmentModule):
         **kwargs: As in `AlignmentModule`.
 
     Raises:
-        AlignkitError: An unknown loss, a β that is not positive, no checks, or a base that cannot
-            be loaded.
+        AlignkitError: No checks, or a base that cannot be loaded.
     """
 
     def __init__(
         self,
         *args: Any,
-        loss: str = "sigmoid",
-        beta: float = 0.1,
-        label_smoothing: float = 0.0,
+        loss: PreferenceLoss | None = DPO(),  # noqa: B008 (frozen)
         reference_cache: str | None = None,
         reference_checks: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not beta > 0:
-            raise AlignkitError(f"model.beta: must be positive, got {beta}")
         if reference_checks < 1:
             raise AlignkitError(f"model.reference_checks={reference_checks}: give at least 1")
-        self.beta, self.label_smoothing = beta, label_smoothing
-        self.loss = get_loss(loss)
+        # A checkpoint's hyper-parameters hold the loss as plain values.
+        self.loss = PreferenceLoss.from_dict(loss) if isinstance(loss, Mapping) else loss or DPO()
         self.reference = frozen_copy(self.model)
         if self.compiles:  # a copy is not compiled
             compile_blocks(self.reference)
@@ -97,7 +92,7 @@ class DPOModule(AlignmentModule):
                 gradients.
             reference: The same under the frozen reference.
         """
-        return self.loss(policy, reference, beta=self.beta, label_smoothing=self.label_smoothing)
+        return self.loss(policy, reference)
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Score both answers under policy and reference; a batch weighs its pairs."""
@@ -178,7 +173,7 @@ class DPOModule(AlignmentModule):
 
     def _metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
         with torch.no_grad():
-            chosen_B, rejected_B = rewards(policy, reference, self.beta)
+            chosen_B, rejected_B = self.loss.rewards(policy, reference)
             return {
                 "rewards/chosen": chosen_B.sum(),
                 "rewards/rejected": rejected_B.sum(),

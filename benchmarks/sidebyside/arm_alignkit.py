@@ -16,6 +16,7 @@ from alignkit import AlignmentModule, DPOModule, LoRAModule, SFTModule
 from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.engine import Example, PackedBatch, collate, response_sums, score
 from alignkit.lora import LoRAConfig
+from alignkit.objectives.preference import DPO
 from sidebyside.job import BETA, CLIP_NORM, LEARNING_RATE, Job
 from sidebyside.turnstile import Turnstile
 
@@ -59,7 +60,7 @@ def build(job: Job) -> AlignmentModule:
         "activation_checkpointing": job.arm.checkpointing,
     }
     if job.task == "dpo":
-        return DPOModule(job.model, beta=BETA, **options)
+        return DPOModule(job.model, loss=DPO(beta=BETA), **options)
     return (SFTModule if job.task == "sft" else LoRAModule)(job.model, **options)
 
 

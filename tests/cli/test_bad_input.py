@@ -79,12 +79,20 @@ def test_unknown_key_in_a_file(fit: Callable) -> None:
 
 
 def test_unknown_loss(fit: Callable) -> None:
-    line = fit("--model.loss", "sigmod")
-    assert "sigmod" in line and "sigmoid" in line
+    line = fit("--model.loss", "SimPo")
+    assert "no preference loss 'SimPo'; did you mean SimPO? choose one of AOT," in line
+    Path("extra.yaml").write_text("model:\n  init_args:\n    loss: sigmoid\n")
+    assert "did you mean DPO?" in fit("--config", "extra.yaml")
+    Path("extra.yaml").write_text("model:\n  init_args:\n    loss:\n      class_path: ipo\n")
+    assert "did you mean IPO?" in fit("--config", "extra.yaml")
 
 
-def test_bad_beta(fit: Callable) -> None:
-    assert "beta" in fit("--model.beta", -1)
+def test_bad_parameter_of_a_loss(fit: Callable) -> None:
+    """Values fail before anything is loaded; a loss has its own parameters and no other's."""
+    line = fit("--model.loss.beta", -1, "--model.base", "no/such/model")
+    assert "model.loss.beta of DPO: must be positive, got -1" in line
+    assert "gamma" in fit("--model.loss", "IPO", "--model.loss.gamma", 0.5)
+    assert "beta" in fit("--model.loss.beta", "much")
 
 
 def test_checkpoint_of_another_stage(

@@ -120,44 +120,52 @@ def test_three_stages_chain_and_resume(
 def test_a_new_objective_by_class_path(
     alignkit: Callable, model_dir: Callable, hh: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user's file beside the run: at most 20 lines, its own argument on the command line."""
-    source = '''"""SimPO-like: a margin on mean log-probs, no reference."""
+    """A user's file beside the run: at most 12 lines, its own parameter on the command line."""
+    source = '''from dataclasses import dataclass
 from torch.nn.functional import logsigmoid
+from alignkit.objectives.preference import PreferenceLoss
 
-from alignkit import DPOModule
-
-
-class Simple(DPOModule):
-    """Length-normalised margin with a target."""
-
-    def __init__(self, *args, gamma: float = 0.5, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.gamma = gamma
-
-    def preference_loss(self, policy, reference):
+@dataclass(frozen=True)
+class Simple(PreferenceLoss):
+    """A margin on mean log-probs, with a target."""
+    gamma: float = 0.5
+    def __call__(self, policy, reference):
         mean = policy.per_token()
-        return -logsigmoid(self.beta * (mean.chosen - mean.rejected) - self.gamma)
+        return -logsigmoid(mean.chosen - mean.rejected - self.gamma)
 '''
-    assert len(source.splitlines()) <= 20
+    assert len(source.splitlines()) <= 12
     Path("objectives_of_mine.py").write_text(source)
     monkeypatch.syspath_prepend(str(Path.cwd()))
     arguments = quick("demo/dpo.yaml", model_dir, hh, text)
-    mine = ["--model", "objectives_of_mine.Simple", "--model.gamma", 1.5]
+    mine = ["--model.loss", "objectives_of_mine.Simple", "--model.loss.gamma", 1.5]
     status, _, err = alignkit(*arguments, *mine)
     assert status == 0, err
     checkpoint = torch.load("runs/demo/dpo/last.ckpt", weights_only=True)
-    assert checkpoint["hyper_parameters"]["gamma"] == 1.5
+    loss = {"class_path": "objectives_of_mine.Simple", "init_args": {"gamma": 1.5}}
+    assert checkpoint["hyper_parameters"]["loss"] == loss
     (run,) = Path("runs/demo/dpo").glob("version_*")
-    # -log sigmoid(beta * margin - 1.5) starts near log(1 + e^1.5) = 1.70.
+    # -log sigmoid(margin - 1.5) starts near log(1 + e^1.5) = 1.70.
     assert read_scalars(run)["train/loss"][0][1] == pytest.approx(1.70, abs=0.2)
+
+
+def test_a_loss_keeps_nothing_of_the_one_it_replaces(alignkit: Callable, workplace: Path) -> None:
+    """SimPO over a file's DPO has SimPO's own beta, not the file's."""
+    config = ["fit", "--config", CONFIGS / "dpo_hh_pythia.yaml"]
+    simpo = ["--model.loss", "SimPO", "--model.loss.gamma", 0.7]
+    for given in ([], ["--model.loss.beta", 0.3]):
+        status, out, err = alignkit(*config, *given, *simpo, "--print_config")
+        assert status == 0, err
+        loss = yaml.safe_load(out)["model"]["init_args"]["loss"]
+        assert loss["class_path"] == "alignkit.objectives.reference_free.SimPO"
+        assert loss["init_args"] == {"beta": 2.0, "gamma": 0.7, "label_smoothing": 0.0}
 
 
 def test_print_config_is_a_config(alignkit: Callable, workplace: Path) -> None:
     config = CONFIGS / "dpo_hh_pythia.yaml"
-    status, out, _ = alignkit("fit", "--config", config, "--model.beta", 0.3, "--print_config")
+    status, out, _ = alignkit("fit", "--config", config, "--model.loss.beta", 0.3, "--print_config")
     assert status == 0
     printed = yaml.safe_load(out)
-    assert printed["model"]["init_args"]["beta"] == 0.3
+    assert printed["model"]["init_args"]["loss"]["init_args"]["beta"] == 0.3
     Path("again.yaml").write_text(out)
     status, again, _ = alignkit("fit", "--config", "again.yaml", "--print_config")
     assert yaml.safe_load(again) == printed

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from alignkit.engine import Example, PackedBatch, collate
 from alignkit.modules import DPOModule, SFTModule
+from alignkit.objectives.preference import DPO
 from tests.modules.helpers import answers, loader, pairs, plain_cross_entropy_steps, sgd, trainer
 
 
@@ -99,7 +100,9 @@ def test_dpo_reference_stays_out_of_ddp(model_dir: Callable, tmp_path: Path) -> 
     base = str(model_dir("llama"))
     lora = {"targets": ["q_proj", "v_proj"]}
     torch.manual_seed(3)
-    module = DPOModule(base, lora=lora, optimizer=sgd, schedule="constant_with_warmup", beta=1.0)
+    module = DPOModule(
+        base, lora=lora, optimizer=sgd, schedule="constant_with_warmup", loss=DPO(beta=1.0)
+    )
     single = copy.deepcopy(module)
     examples = pairs(8)
     end = run(module, examples, tmp_path, accumulate=1)

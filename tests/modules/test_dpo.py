@@ -14,7 +14,7 @@ from alignkit.engine import Example, collate
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule
-from alignkit.objectives.preference import PairScores
+from alignkit.objectives.preference import DPO, PairScores
 from tests.modules.helpers import loader, pairs, sgd, trainer
 
 
@@ -29,7 +29,9 @@ def test_starts_at_ln_2_with_zero_rewards(model_dir: Callable, family: str) -> N
 
 def test_loss_by_plain_forward(model_dir: Callable) -> None:
     """-log sigma(beta ((log pi_w - log ref_w) - (log pi_l - log ref_l))), sequence by sequence."""
-    module = DPOModule(str(model_dir("llama")), lora=LoRAConfig(targets="all-linear"), beta=0.5)
+    module = DPOModule(
+        str(model_dir("llama")), lora=LoRAConfig(targets="all-linear"), loss=DPO(beta=0.5)
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.model.parameters():
@@ -90,7 +92,7 @@ def test_learns_the_preference(model_dir: Callable, tmp_path: Path) -> None:
     """On six pairs the loss falls well under ln 2 and every pair ends up ranked right."""
     module = DPOModule(
         str(model_dir("gpt2")),
-        beta=1.0,
+        loss=DPO(beta=1.0),
         optimizer=lambda p: torch.optim.AdamW(p, lr=5e-2),
         schedule="constant_with_warmup",
     )

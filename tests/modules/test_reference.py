@@ -14,6 +14,7 @@ from alignkit.engine import collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.modules import DPOModule
 from alignkit.modules.reference import ReferenceCache, example_keys
+from alignkit.objectives.preference import DPO
 from tests.modules.helpers import loader, pairs, trainer
 
 
@@ -61,9 +62,9 @@ def test_a_second_run_reuses_the_first(run: Callable, tmp_path: Path) -> None:
     The first step scores its whole batch once more, to prove that policy and reference agree.
     """
     first, last = collate(pairs(8)[:4]).num_tokens, collate(pairs(8)[4:]).num_tokens
-    _, logged = run(beta=0.1)
+    _, logged = run(loss=DPO(beta=0.1))
     assert logged["forwards"] == [first, first, last]
-    second, logged = run(beta=0.5)
+    second, logged = run(loss=DPO(beta=0.5))
     probes = [logged["forwards"][0], logged["forwards"][2]]
     assert 0 < probes[0] < first and 0 < probes[1] < last
     assert logged["ref/cache_abs_err"] < 1e-4

@@ -12,8 +12,28 @@ import pytest
 import torch
 
 from alignkit.errors import AlignkitError
-from alignkit.objectives import preference
-from alignkit.objectives.preference import LOSSES, PairScores, get_loss, rewards
+from alignkit.objectives.preference import (
+    AOT,
+    BCO,
+    DPO,
+    EXO,
+    IPO,
+    NCA,
+    ORPO,
+    SPPO,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    Hinge,
+    NormalizedDPO,
+    PairScores,
+    PreferenceLoss,
+    RobustDPO,
+    SimPO,
+    UnpairedAOT,
+    known_losses,
+    unknown_loss,
+)
 
 BETA = 0.5
 LN3 = log(3)
@@ -32,76 +52,79 @@ def scores(chosen: list[float], rejected: list[float], tokens: int = 2) -> PairS
 REFERENCE = scores([-7.0], [-5.0])
 POLICY = scores([-7.0 + LN3 / BETA], [-5.0 - LN3 / BETA])
 
-# name: (label_smoothing, extra options, the sum worked out by hand)
-BY_HAND = {
+# the sum worked out by hand
+BY_HAND: dict[PreferenceLoss, float] = {
     # −ln 0.9
-    "sigmoid": (0.0, {}, -log(0.9)),
+    DPO(BETA): -log(0.9),
     # (−0.9 ln 0.9 + 0.1 ln 0.1) / 0.8
-    "robust": (0.1, {}, (-0.9 * log(0.9) + 0.1 * log(0.1)) / 0.8),
+    RobustDPO(BETA, label_smoothing=0.1): (-0.9 * log(0.9) + 0.1 * log(0.1)) / 0.8,
     # 1 − ln 9 < 0
-    "hinge": (0.0, {}, 0.0),
+    Hinge(BETA): 0.0,
     # r/|y| = ±2 ln 3 / 2, their difference 2 ln 3, the target 1/(2·0.5) = 1
-    "ipo": (0.0, {}, (2 * LN3 - 1) ** 2),
+    IPO(BETA): (2 * LN3 - 1) ** 2,
     # KL((0.9, 0.1) ‖ (0.8, 0.2))
-    "exo_pair": (0.2, {}, 0.9 * log(0.9 / 0.8) + 0.1 * log(0.1 / 0.2)),
+    EXO(BETA, label_smoothing=0.2): 0.9 * log(0.9 / 0.8) + 0.1 * log(0.1 / 0.2),
     # −ln 3/4 − ½ ln 1/4 − ½ ln 3/4
-    "nca_pair": (0.0, {}, -1.5 * log(0.75) - 0.5 * log(0.25)),
+    NCA(BETA): -1.5 * log(0.75) - 0.5 * log(0.25),
     # −ln 3/4 − ln 3/4
-    "bco_pair": (0.0, {}, -2 * log(0.75)),
+    BCO(BETA): -2 * log(0.75),
     # (2 ln 3 − 1)² + (−2 ln 3 + 1)²
-    "sppo_hard": (0.0, {}, 2 * (2 * LN3 - 1) ** 2),
+    SPPO(BETA): 2 * (2 * LN3 - 1) ** 2,
     # 1 − 3/4 + 1/4
-    "apo_zero": (0.0, {}, 0.5),
+    APOZero(BETA): 0.5,
     # 3/4 + 1 − 9/10
-    "apo_down": (0.0, {}, 0.85),
+    APODown(BETA): 0.85,
     # β r/|y| = ±½ ln 3, their difference ln 3
-    "sigmoid_norm": (0.0, {}, -log(0.75)),
+    NormalizedDPO(BETA): -log(0.75),
     # the gate at τ = 1 is 9/10: 0.1 · (−ln 0.9) + 0.9 · exp(−ln 9)
-    "discopop": (0.0, {"tau": 1.0}, 0.1 * -log(0.9) + 0.9 / 9),
-    # one pair is its own quantile: as sigmoid, ε = 0.1
-    "aot": (0.1, {}, -0.9 * log(0.9) - 0.1 * log(0.1)),
-    "aot_unpaired": (0.0, {}, -log(0.9)),
+    DiscoPOP(BETA, tau=1.0): 0.1 * -log(0.9) + 0.9 / 9,
+    # one pair is its own quantile: as DPO, ε = 0.1
+    AOT(BETA, label_smoothing=0.1): -0.9 * log(0.9) - 0.1 * log(0.1),
+    UnpairedAOT(BETA): -log(0.9),
     # means (−7 + 2 ln 3)/2 and (−5 − 2 ln 3)/2: ½ (2 ln 3 − 1) − γ, and γ = −½ leaves ln 3
-    "simpo": (0.0, {"gamma": -0.5}, -log(0.75)),
+    SimPO(BETA, gamma=-0.5): -log(0.75),
     # p = exp of those means
-    "orpo": (
-        0.0,
-        {},
-        3.5
-        - LN3
-        + 0.5
-        * log(
-            1
-            + (exp(-2.5 - LN3) / (1 - exp(-2.5 - LN3))) / (exp(-3.5 + LN3) / (1 - exp(-3.5 + LN3)))
-        ),
+    ORPO(BETA): 3.5
+    - LN3
+    + 0.5
+    * log(
+        1 + (exp(-2.5 - LN3) / (1 - exp(-2.5 - LN3))) / (exp(-3.5 + LN3) / (1 - exp(-3.5 + LN3)))
     ),
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_value_by_hand(name: str) -> None:
-    label_smoothing, options, expected = BY_HAND[name]
-    loss = LOSSES[name](POLICY, REFERENCE, beta=BETA, label_smoothing=label_smoothing, **options)
-    assert loss.shape == (1,)
-    assert loss.item() == pytest.approx(expected, abs=1e-5)
+def kind(loss: PreferenceLoss) -> str:
+    return type(loss).__name__
+
+
+def test_every_loss_that_ships_is_worked_out_below() -> None:
+    ship = {k.__name__ for k in known_losses() if k.__module__.startswith("alignkit.")}
+    assert ship == set(map(kind, BY_HAND))
+
+
+@pytest.mark.parametrize("loss", BY_HAND, ids=kind)
+def test_value_by_hand(loss: PreferenceLoss) -> None:
+    value = loss(POLICY, REFERENCE)
+    assert value.shape == (1,)
+    assert value.item() == pytest.approx(BY_HAND[loss], abs=1e-5)
 
 
 def test_cdpo_smooths_the_label() -> None:
     """−0.9 ln 0.9 − 0.1 ln 0.1 = 0.0948 + 0.2303."""
-    loss = preference.sigmoid(POLICY, REFERENCE, beta=BETA, label_smoothing=0.1)
+    loss = DPO(BETA, label_smoothing=0.1)(POLICY, REFERENCE)
     assert loss.item() == pytest.approx(0.325083, abs=1e-5)
 
 
 def test_hinge_of_a_wrong_pair() -> None:
     """Policy and reference swapped: βΔ = −ln 9, so 1 + ln 9."""
-    loss = preference.hinge(REFERENCE, POLICY, beta=BETA)
+    loss = Hinge(BETA)(REFERENCE, POLICY)
     assert loss.item() == pytest.approx(1 + log(9), abs=1e-5)
 
 
 def test_orpo_by_odds() -> None:
     """Per-token means ln 3/4 and ln 1/4: odds 3 and 1/3, odds ratio 9, −ln 3/4 − β ln 0.9."""
     policy = scores([4 * log(0.75)], [4 * log(0.25)], tokens=4)
-    loss = preference.orpo(policy, REFERENCE, beta=2.0)
+    loss = ORPO(2.0)(policy, REFERENCE)
     assert loss.item() == pytest.approx(-log(0.75) - 2 * log(0.9), abs=1e-5)
 
 
@@ -111,7 +134,7 @@ def test_lengths_are_each_response_own() -> None:
         torch.tensor([6.0]), torch.tensor([5.0]), torch.tensor([3]), torch.tensor([1])
     )
     reference = PairScores(torch.zeros(1), torch.zeros(1), torch.tensor([3]), torch.tensor([1]))
-    assert preference.ipo(policy, reference, beta=0.5).item() == pytest.approx(16.0)
+    assert IPO(0.5)(policy, reference).item() == pytest.approx(16.0)
 
 
 def test_aot_matches_quantiles_not_pairs() -> None:
@@ -120,35 +143,33 @@ def test_aot_matches_quantiles_not_pairs() -> None:
     Sorted (0, 2) against (0, 1): differences 0 and 1, where pairs would have 2 and −1.
     """
     policy, reference = scores([2.0, 0.0], [0.0, 0.0]), scores([0.0, 1.0], [0.0, 0.0])
-    loss = preference.aot(policy, reference, beta=1.0)
+    loss = AOT(1.0)(policy, reference)
     assert loss.tolist() == pytest.approx([log(2), log(1 + exp(-1))], abs=1e-6)
 
 
 def test_aot_unpaired_sorts_each_side() -> None:
     """Rewards (3, 1) and (0, 2) sort to (1, 3) and (0, 2): differences 1 and 1."""
     policy, reference = scores([3.0, 1.0], [0.0, 2.0]), scores([0.0, 0.0], [0.0, 0.0])
-    loss = preference.aot_unpaired(policy, reference, beta=1.0)
+    loss = UnpairedAOT(1.0)(policy, reference)
     assert loss.tolist() == pytest.approx([log(1 + exp(-1))] * 2, abs=1e-6)
 
 
 def test_policy_equal_to_reference_starts_at_ln_2() -> None:
-    chosen, rejected = rewards(REFERENCE, REFERENCE, BETA)
+    chosen, rejected = DPO(BETA).rewards(REFERENCE, REFERENCE)
     assert chosen.item() == rejected.item() == 0.0
-    for name in ("sigmoid", "aot", "sigmoid_norm"):
-        assert LOSSES[name](REFERENCE, REFERENCE, beta=0.1, label_smoothing=0.0).item() == (
-            pytest.approx(log(2))
-        )
+    for loss in (DPO(), AOT(), NormalizedDPO()):
+        assert loss(REFERENCE, REFERENCE).item() == pytest.approx(log(2))
 
 
 def test_rewards_are_scaled_log_ratios() -> None:
-    chosen, rejected = rewards(POLICY, REFERENCE, BETA)
+    chosen, rejected = DPO(BETA).rewards(POLICY, REFERENCE)
     assert chosen.item() == pytest.approx(LN3, abs=1e-6)
     assert rejected.item() == pytest.approx(-LN3, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("loss", BY_HAND, ids=kind)
 @pytest.mark.parametrize("margin", [-2000.0, 2000.0])
-def test_finite_far_from_the_reference(name: str, margin: float) -> None:
+def test_finite_far_from_the_reference(loss: PreferenceLoss, margin: float) -> None:
     """A response of hundreds of tokens moves by hundreds of nats; losses and gradients stay finite.
 
     DiscoPOP's exp(−βΔ) alone would be e^1000.
@@ -157,10 +178,9 @@ def test_finite_far_from_the_reference(name: str, margin: float) -> None:
     tokens = torch.tensor([500])
     policy = PairScores(chosen, torch.tensor([-3000.0 - margin / 2]), tokens, tokens)
     reference = PairScores(torch.tensor([-3000.0]), torch.tensor([-3000.0]), tokens, tokens)
-    smoothing = BY_HAND[name][0]
-    loss = LOSSES[name](policy, reference, beta=BETA, label_smoothing=smoothing)
-    loss.sum().backward()
-    assert loss.isfinite().all()
+    value = loss(policy, reference)
+    value.sum().backward()
+    assert value.isfinite().all()
     assert chosen.grad is not None and chosen.grad.isfinite().all()
 
 
@@ -168,7 +188,7 @@ def test_orpo_is_finite_for_a_certain_response() -> None:
     """log π = 0 has infinite odds; the loss must not be."""
     chosen = torch.zeros(1, requires_grad=True)
     policy = PairScores(chosen, torch.tensor([-2.0]), torch.tensor([1]), torch.tensor([1]))
-    loss = preference.orpo(policy, REFERENCE, beta=0.1)
+    loss = ORPO(0.1)(policy, REFERENCE)
     loss.sum().backward()
     assert loss.isfinite().all()
     assert chosen.grad is not None and chosen.grad.isfinite().all()
@@ -182,31 +202,58 @@ def test_responses_split_into_pairs() -> None:
     assert pairs.rejected_tokens.tolist() == [6, 8]
 
 
-def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(AlignkitError, match=r"'dpo'.*sigmoid.*orpo") as error:
-        get_loss("dpo")
-    assert "\n" not in str(error.value)
-    assert get_loss("ipo") is preference.ipo
+@pytest.mark.parametrize(
+    ("name", "meant"), [("sigmoid", "DPO"), ("ipo", "IPO"), ("simpo", "SimPO"), ("Simpo2", "SimPO")]
+)
+def test_an_unknown_name_is_answered_with_what_was_meant(name: str, meant: str) -> None:
+    line = str(unknown_loss(name))
+    assert f"no preference loss {name!r}; did you mean {meant}? choose one of AOT, " in line
+    assert "\n" not in line
 
 
-@pytest.mark.parametrize("name", ["hinge", "ipo", "nca_pair", "apo_zero", "discopop", "orpo"])
-def test_smoothing_is_refused_where_the_equation_has_none(name: str) -> None:
-    with pytest.raises(AlignkitError, match=f"label_smoothing: '{name}' has none, got 0.1"):
-        LOSSES[name](POLICY, REFERENCE, beta=BETA, label_smoothing=0.1)
+def test_an_unknown_name_like_no_other_lists_the_known() -> None:
+    assert "'xyz'; choose one of AOT, APODown" in str(unknown_loss("xyz"))
+
+
+@pytest.mark.parametrize("kind", [Hinge, IPO, NCA, APOZero, DiscoPOP, ORPO])
+def test_there_is_no_smoothing_where_the_equation_has_none(kind: type) -> None:
+    with pytest.raises(TypeError, match="label_smoothing"):
+        kind(label_smoothing=0.1)
 
 
 def test_exo_needs_smoothing() -> None:
-    with pytest.raises(AlignkitError, match="'exo_pair' needs more than 0"):
-        preference.exo_pair(POLICY, REFERENCE, beta=BETA, label_smoothing=0.0)
+    with pytest.raises(AlignkitError, match="label_smoothing of EXO: must be positive, got 0"):
+        EXO(label_smoothing=0.0)
 
 
 @pytest.mark.parametrize("value", [-0.1, 0.5, float("nan")])
 def test_smoothing_outside_its_range(value: float) -> None:
-    with pytest.raises(AlignkitError, match="label_smoothing: must lie in"):
-        preference.robust(POLICY, REFERENCE, beta=BETA, label_smoothing=value)
+    with pytest.raises(AlignkitError, match="label_smoothing of RobustDPO: must lie in"):
+        RobustDPO(label_smoothing=value)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_beta_must_be_positive(value: float) -> None:
-    with pytest.raises(AlignkitError, match="beta: must be positive"):
-        preference.sigmoid(POLICY, REFERENCE, beta=value, label_smoothing=0.0)
+    with pytest.raises(AlignkitError, match=r"model\.loss\.beta of DPO: must be positive"):
+        DPO(beta=value)
+    with pytest.raises(AlignkitError, match="tau of DiscoPOP: must be positive"):
+        DiscoPOP(tau=value)
+
+
+@pytest.mark.parametrize("loss", BY_HAND, ids=kind)
+def test_a_loss_survives_plain_values(loss: PreferenceLoss) -> None:
+    assert PreferenceLoss.from_dict(loss.to_dict()) == loss
+
+
+def test_a_class_nobody_imported_is_not_looked_for() -> None:
+    with pytest.raises(AlignkitError, match=r"no class os\.PathLike has been imported"):
+        PreferenceLoss.from_dict({"class_path": "os.PathLike"})
+
+
+@pytest.mark.parametrize("loss", [SimPO(), ORPO()], ids=kind)
+def test_without_a_reference_none_is_read(loss: PreferenceLoss) -> None:
+    """NaN in the reference reaches nothing."""
+    assert not loss.uses_reference
+    nowhere = scores([float("nan")], [float("nan")])
+    assert loss(POLICY, nowhere).isfinite().all()
+    assert all(reward.isfinite().all() for reward in loss.rewards(POLICY, nowhere))

@@ -18,13 +18,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignkit.objectives.preference import LOSSES, PairScores
+from alignkit.objectives.preference import (
+    DPO,
+    ORPO,
+    DiscoPOP,
+    PairScores,
+    PreferenceLoss,
+    SimPO,
+    known_losses,
+)
 
 trl = pytest.importorskip("trl")
 
 PAIRS, PROMPT, LENGTH = 6, 4, 24
-ELSEWHERE = {"simpo", "orpo"}  # not DPOTrainer's
+OURS = {kind.trl_name: kind for kind in known_losses() if kind.trl_name}
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+
+def _loss(name: str, beta: float, label_smoothing: float = 0.0) -> PreferenceLoss:
+    smoothing = {"label_smoothing": label_smoothing} if name in SMOOTHED else {}
+    return OURS[name](beta=beta, **smoothing)
 
 
 class _Model:
@@ -94,18 +107,14 @@ def _pair_scores(logps: Tensor, mask: Tensor) -> PairScores:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("beta", [0.1, 0.7])
-@pytest.mark.parametrize("name", sorted(set(LOSSES) - ELSEWHERE))
+@pytest.mark.parametrize("name", sorted(OURS))
 def test_same_value_and_gradient(name: str, beta: float, seed: int) -> None:
     label_smoothing = 0.1 if name in SMOOTHED else 0.0
     policy, reference, mask = _batch(seed)
     theirs = _trl_loss(name, policy, reference, mask, beta, label_smoothing)
     (their_gradient,) = torch.autograd.grad(theirs, policy)
-    ours = LOSSES[name](
-        _pair_scores(policy, mask),
-        _pair_scores(reference, mask),
-        beta=beta,
-        label_smoothing=label_smoothing,
-    ).mean()
+    loss = _loss(name, beta, label_smoothing)
+    ours = loss(_pair_scores(policy, mask), _pair_scores(reference, mask)).mean()
     (our_gradient,) = torch.autograd.grad(ours, policy)
     torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-7)
@@ -116,17 +125,16 @@ def test_we_have_every_preference_loss_of_dpo_trainer() -> None:
     with pytest.raises(ValueError, match="Unknown loss type") as error:
         _trl_loss("nothing", *_batch(0), beta=0.1, label_smoothing=0.0)
     named = {word.strip("'\"[],. ") for word in str(error.value).split("one of")[1].split()}
-    assert named - set(LOSSES) == {"sft"}
+    assert named - set(OURS) == {"sft"}
 
 
 def test_trl_ignores_label_smoothing_in_sigmoid() -> None:
-    """Why `sigmoid` is compared at ε = 0: trl returns the same loss for every ε, we do not."""
+    """Why `DPO` is compared at ε = 0: trl returns the same loss for every ε, we do not."""
     policy, reference, mask = _batch(0)
     plain, smoothed = (_trl_loss("sigmoid", policy, reference, mask, 0.1, e) for e in (0.0, 0.3))
     assert plain == smoothed
-    ours = LOSSES["sigmoid"](
-        _pair_scores(policy, mask), _pair_scores(reference, mask), beta=0.1, label_smoothing=0.3
-    )
+    loss = DPO(beta=0.1, label_smoothing=0.3)
+    ours = loss(_pair_scores(policy, mask), _pair_scores(reference, mask))
     assert ours.mean() > plain
 
 
@@ -147,11 +155,11 @@ def test_simpo_and_orpo_of_trls_experimental_trainers() -> None:
         alpha=0.0,
     )
     theirs, *_ = cpo.CPOTrainer.cpo_loss(trainer, mean.chosen, mean.rejected)
-    ours = LOSSES["simpo"](scores, scores, beta=2.0, label_smoothing=0.1, gamma=1.0)
+    ours = SimPO(beta=2.0, gamma=1.0, label_smoothing=0.1)(scores, scores)
     torch.testing.assert_close(ours, theirs)
 
     log_odds, *_ = orpo.ORPOTrainer.odds_ratio_loss(trainer, mean.chosen, mean.rejected)
-    ours = LOSSES["orpo"](scores, scores, beta=2.0, label_smoothing=0.0)
+    ours = ORPO(beta=2.0)(scores, scores)
     torch.testing.assert_close(ours, -mean.chosen - log_odds)
 
 
@@ -162,7 +170,5 @@ def test_discopop_is_finite_where_trls_is_not() -> None:
     policy.requires_grad_()
     reference, mask = torch.full((2, 1), -100.0), torch.tensor([[0, 1], [0, 1]])
     assert _trl_loss("discopop", policy, reference, mask, 0.1, 0.0).isnan()
-    ours = LOSSES["discopop"](
-        _pair_scores(policy, mask), _pair_scores(reference, mask), beta=0.1, label_smoothing=0.0
-    )
+    ours = DiscoPOP(beta=0.1)(_pair_scores(policy, mask), _pair_scores(reference, mask))
     assert ours.item() == pytest.approx(200.0)

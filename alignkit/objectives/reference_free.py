@@ -1,0 +1,71 @@
+"""Preference losses that need no reference: SimPO, ORPO.
+
+Shape letters and symbols: as in `alignkit.objectives.logistic`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from alignkit.objectives.logistic import smoothed
+from alignkit.objectives.pairs import PairScores, PreferenceLoss
+
+
+class _ReferenceFree(PreferenceLoss):
+    """A loss over mean log-probabilities of the policy alone."""
+
+    uses_reference: ClassVar[bool] = False
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
+        """Return β log π(y|x)/|y| of both sides, [B] each (SimPO, equation 3)."""
+        mean = policy.per_token()
+        return self.beta * mean.chosen, self.beta * mean.rejected
+
+
+@dataclass(frozen=True)
+class SimPO(_ReferenceFree):
+    """SimPO: −log σ(β log π(y_w)/|y_w| − β log π(y_l)/|y_l| − γ); the reference is not used.
+
+    Meng et al. 2024, arXiv:2405.14734, equation 6.
+
+    Args:
+        beta: Scale of the mean log-probabilities; the paper takes 2 to 10.
+        gamma: γ, the margin asked for; the paper takes about β/2.
+        label_smoothing: ε.
+    """
+
+    beta: float = 2.0
+    gamma: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        return smoothed(self.margin(policy, reference) - self.gamma, self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class ORPO(_ReferenceFree):
+    """ORPO: −log p_w − β log σ(log p_w/(1−p_w) − log p_l/(1−p_l)); the reference is not used.
+
+    Hong et al. 2024, arXiv:2403.07691, equations 4, 6 and 7, with p = π(y)^{1/|y|}, the geometric
+    mean over tokens.
+
+    Args:
+        beta: Their λ, the weight of the odds ratio beside the cross-entropy of the chosen answer.
+    """
+
+    beta: float = 0.1
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        mean = policy.per_token()
+        odds_B = mean.chosen - mean.rejected - _log1mexp(mean.chosen) + _log1mexp(mean.rejected)
+        return -mean.chosen - self.beta * logsigmoid(odds_B)
+
+
+def _log1mexp(logp_B: Tensor) -> Tensor:
+    """log(1 − e^x) for x ≤ 0, finite at x = 0 where a model is certain of a whole response."""
+    return torch.log(-torch.expm1(logp_B.clamp(max=-1e-6)))

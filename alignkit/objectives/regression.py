@@ -1,0 +1,72 @@
+"""Preference losses that ask for a margin of a certain size: SLiC, IPO, SPPO.
+
+Shape letters and symbols: as in `alignkit.objectives.logistic`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from alignkit.objectives.pairs import PairScores, PreferenceLoss
+
+
+@dataclass(frozen=True)
+class Hinge(PreferenceLoss):
+    """SLiC on log-ratios: max(0, 1 − βΔ).
+
+    Zhao et al. 2023, arXiv:2305.10425, section 2, on log-ratios instead of log-probabilities as
+    in Liu et al. 2023 (RSO), arXiv:2309.06657.
+
+    Args:
+        beta: One over the margin of log-ratios from which a pair costs nothing.
+    """
+
+    beta: float = 0.1
+    trl_name: ClassVar[str | None] = "hinge"
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        return torch.relu(1 - self.margin(policy, reference))
+
+
+@dataclass(frozen=True)
+class IPO(PreferenceLoss):
+    """IPO: (r(y_w)/|y_w| − r(y_l)/|y_l| − 1/(2β))².
+
+    Azar et al. 2023, arXiv:2310.12036, equation 17, where β is called τ; per token, as its
+    authors train it, so that the target 1/(2β) does not depend on length.
+
+    Args:
+        beta: τ; the target margin is 1/(2τ).
+    """
+
+    beta: float = 0.1
+    trl_name: ClassVar[str | None] = "ipo"
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        ours, theirs = policy.per_token(), reference.per_token()
+        margin_B = (ours.chosen - theirs.chosen) - (ours.rejected - theirs.rejected)
+        return (margin_B - 1 / (2 * self.beta)).square()
+
+
+@dataclass(frozen=True)
+class SPPO(PreferenceLoss):
+    """SPPO with certain labels: (r(y_w) − 1/(2β))² + (r(y_l) + 1/(2β))².
+
+    Wu et al. 2024, arXiv:2405.00675, equation 4.7 with P(y_w ≻ y_l) = 1 and η = 1/β.
+
+    Args:
+        beta: 1/η; the paper's η is 1,000, for log-ratios that run to hundreds of nats.
+    """
+
+    beta: float = 0.001
+    trl_name: ClassVar[str | None] = "sppo_hard"
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        chosen_B = policy.chosen - reference.chosen
+        rejected_B = policy.rejected - reference.rejected
+        target = 0.5 / self.beta
+        return (chosen_B - target).square() + (rejected_B + target).square()
