@@ -1,7 +1,7 @@
 # Everything runs in ./.venv, made on first use from constraints.txt; no other step comes first.
 #   make demo    three stages on a small real model, offline, on a laptop CPU
 #   make test    every test
-#   make check   formatting, lint and types
+#   make check   formatting, lint, types, and known vulnerabilities of the pinned packages
 # Overrides: PYTHON=python3.12, VENV=elsewhere, TORCH="torch --index-url URL", WORKERS=8
 
 PYTHON ?= python3
@@ -30,6 +30,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 clean:
 	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
