@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from alignkit.callbacks import ProgressBar
+from alignkit.cli_loss import fresh_losses, unknown_loss_in
 from alignkit.errors import AlignkitError
 from alignkit.modules import AlignmentModule
 from alignkit.modules.checkpoint import read_checkpoint
@@ -56,6 +57,7 @@ class OneLineErrors:
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is left of jsonargparse's message without the types it tried."""
         cause = find_user_error(ex)
+        cause = cause or unknown_loss_in(message)
         if cause is not None:
             raise cause from None
         noise = (
@@ -165,7 +167,10 @@ def main(args: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in TOOLS:
             run_tool(arguments[0], arguments[1:])
         else:
-            sys.argv = ["alignkit", *arguments]  # LightningCLI would warn if handed them
+            sys.argv = [
+                "alignkit",
+                *fresh_losses(arguments),
+            ]  # LightningCLI would warn if handed them
             AlignCLI()
     except Exception as error:
         cause = find_user_error(error)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -50,11 +52,15 @@ def test_command_parses(
 def test_python_runs(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The new objective is a DPO module, and scoring scores three responses."""
+    """The new objective is a loss, and scoring scores three responses."""
     objective, scoring = blocks("python")
     space: dict[str, object] = {}
+    monkeypatch.setitem(
+        sys.modules, "mine", ModuleType("mine")
+    )  # where a dataclass looks itself up
+    space["__name__"] = "mine"
     exec(objective, space)
-    assert space["Simple"].__mro__[1].__name__ == "DPOModule"  # type: ignore[attr-defined]
+    assert space["Simple"].__mro__[1].__name__ == "PreferenceLoss"  # type: ignore[attr-defined]
     monkeypatch.chdir(tmp_path)
     Path("pythia-160m").symlink_to(model_dir("gpt_neox"))
     exec(scoring, space)

@@ -57,7 +57,7 @@ class DPOModule(AlignmentModule):
     def __init__(
         self,
         *args: Any,
-        loss: PreferenceLoss | None = DPO(),  # noqa: B008 (frozen)
+        loss: PreferenceLoss = DPO(),  # noqa: B008 (frozen)
         reference_cache: str | None = None,
         reference_checks: int = 1,
         **kwargs: Any,
@@ -66,19 +66,31 @@ class DPOModule(AlignmentModule):
         if reference_checks < 1:
             raise AlignkitError(f"model.reference_checks={reference_checks}: give at least 1")
         # A checkpoint's hyper-parameters hold the loss as plain values.
-        self.loss = PreferenceLoss.from_dict(loss) if isinstance(loss, Mapping) else loss or DPO()
+        self.loss = PreferenceLoss.from_dict(loss) if isinstance(loss, Mapping) else loss
+        self.reference: PreTrainedModel | None = None
+        self.reference_fingerprint = ""
+        self.cache: ReferenceCache | None = None
+        self._cache_error = torch.zeros(())
+        if self.loss.uses_reference:
+            self._take_reference(reference_cache, reference_checks)
+        elif reference_cache is not None:
+            raise AlignkitError(
+                f"model.reference_cache: {type(self.loss).__name__} uses no reference; leave it out"
+            )
+
+    def _take_reference(self, cache: str | None, checks: int) -> None:
+        """Copy the policy as it is now, and open the cache of what the copy scores."""
         self.reference = frozen_copy(self.model)
         if self.compiles:  # a copy is not compiled
             compile_blocks(self.reference)
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         self.reference_fingerprint = tensors_fingerprint(
-            {n: p for n, p in self.reference.named_parameters() if n in _trained(self.model)}
+            {name: p for name, p in self.reference.named_parameters() if name in trained}
         )
-        self.cache: ReferenceCache | None = None
-        if reference_cache is not None:
-            self.cache = ReferenceCache(
-                Path(reference_cache), self._reference_name(), reference_checks
-            )
-        self._cache_error = torch.zeros(())
+        if cache is not None:
+            dtype = str(self.reference.dtype).removeprefix("torch.")
+            name = f"{self.base_fingerprint}-{self.reference_fingerprint}-{dtype}"
+            self.cache = ReferenceCache(Path(cache), name, checks)
         # DDP synchronises parameters and buffers by name; the reference never changes.
         self._ddp_params_and_buffers_to_ignore = [
             f"reference.{name}" for name in self.reference.state_dict(keep_vars=True)
@@ -102,15 +114,21 @@ class DPOModule(AlignmentModule):
                 "HHPreferenceDataModule"
             )
         # The reference first: its working memory does not come on top of the policy's activations.
-        reference = self.reference_scores(batch)
+        reference = self.reference_scores(batch) if self.reference is not None else None
         policy = pair_scores(self.model, batch)
-        if self._is_first_step():
+        if reference is None:
+            reference = policy.detached()
+        elif self._is_first_step():
             self._check_first_step(batch)
         loss_B = self.preference_loss(policy, reference)
         return LossOutput(loss_B.sum(), len(loss_B), self._metrics(policy, reference))
 
     def reference_scores(self, batch: PackedBatch) -> PairScores:
-        """Score the batch's answers under the frozen reference, live or from the cache."""
+        """Score the batch's answers under the frozen reference, live or from the cache.
+
+        Raises:
+            AlignkitError: The loss uses no reference, so there is none.
+        """
         return PairScores.from_responses(self._reference_sums(batch), response_lengths(batch))
 
     def _reference_sums(self, batch: PackedBatch) -> Tensor:
@@ -123,6 +141,10 @@ class DPOModule(AlignmentModule):
         return batch.known_R.index_copy(0, batch.probe_R, live_R)
 
     def _live_sums(self, batch: PackedBatch) -> Tensor:
+        if self.reference is None:
+            raise AlignkitError(
+                f"reference: {type(self.loss).__name__} uses none, so none was kept"
+            )
         with torch.inference_mode():
             sums_R = response_sums(score(self.reference, batch), batch)
         return sums_R.clone()  # out here an ordinary tensor, which a loss may keep for its gradient
@@ -136,7 +158,7 @@ class DPOModule(AlignmentModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.cache is not None and self.global_step % max(every, 1) == 0:
             self._log("ref/cache_abs_err", self._cache_error)
-            tolerance = CACHE_TOLERANCE[self.reference.dtype]
+            tolerance = CACHE_TOLERANCE[self.model.dtype]
             refuse_error(self._cache_error.item(), tolerance, self.cache.home)
             self._cache_error = torch.zeros(())
 
@@ -160,16 +182,13 @@ class DPOModule(AlignmentModule):
     def train(self, mode: bool = True) -> DPOModule:
         """Set the mode of everything but the reference, which stays in eval."""
         super().train(mode)
-        self.reference.train(False)
+        if self.reference is not None:
+            self.reference.train(False)
         return self
 
     def checkpoint_stamp(self) -> dict[str, str]:
         """Return the base's stamp with the reference's fingerprint."""
         return {**super().checkpoint_stamp(), "reference_fingerprint": self.reference_fingerprint}
-
-    def _reference_name(self) -> str:
-        dtype = str(self.reference.dtype).removeprefix("torch.")
-        return f"{self.base_fingerprint}-{self.reference_fingerprint}-{dtype}"
 
     def _metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -201,7 +220,8 @@ class DPOModule(AlignmentModule):
         self.model.train(False)
         policy = pair_scores(self.model, batch)
         self.model.train()
-        reference = pair_scores(self.reference, batch)  # cached rows were rounded in other rows
+        # Cached rows were rounded in other rows.
+        reference = PairScores.from_responses(self._live_sums(batch), response_lengths(batch))
         gap = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
         worst = gap.abs().max().item()
         scale = policy.rejected.abs().max().item() + 1.0
@@ -233,7 +253,3 @@ def pair_scores(model: PreTrainedModel, batch: PackedBatch) -> PairScores:
     """Score B pairs under one model: `PairScores` of [B] sums, fp32."""
     sums_R = response_sums(score(model, batch), batch)
     return PairScores.from_responses(sums_R, response_lengths(batch))
-
-
-def _trained(model: PreTrainedModel) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from math import inf
 from typing import Any, ClassVar, NoReturn
@@ -45,6 +45,10 @@ class PairScores:
             tokens_R: [2B] int64, the number of scored tokens of each response.
         """
         return cls(sums_R[0::2], sums_R[1::2], tokens_R[0::2], tokens_R[1::2])
+
+    def detached(self) -> PairScores:
+        """Return the scores without their gradients."""
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
 
     def per_token(self) -> PairScores:
         """Return the scores as means over tokens, log π(y|x) / |y|."""

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from alignkit.engine import Example, collate
+from alignkit.engine import Example, collate, response_lengths, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule
-from alignkit.objectives.preference import DPO, PairScores
+from alignkit.objectives.preference import DPO, PairScores, SimPO
 from tests.modules.helpers import loader, pairs, sgd, trainer
 
 
@@ -168,3 +169,21 @@ def test_a_new_objective(model_dir: Callable, tmp_path: Path) -> None:
     assert module.compute_loss(batch).loss_sum.item() / 4 == pytest.approx(4.0)
     trainer(tmp_path, max_steps=4).fit(module, loader(pairs(4) * 4, 4))
     assert module.compute_loss(batch).loss_sum.item() / 4 < 3.9
+
+
+def test_a_loss_without_a_reference_keeps_and_scores_none(
+    model_dir: Callable, tmp_path: Path
+) -> None:
+    """No copy, no pass: every forward is the policy's own, and rewards are what SimPO compares."""
+    module = DPOModule(str(model_dir("gpt2")), loss=SimPO(beta=2.0, gamma=0.7), optimizer=sgd)
+    assert module.reference is None
+    assert not any(name.startswith("reference") for name, _ in module.named_parameters())
+    batch = collate(pairs(5))
+    output = module.compute_loss(batch)
+    sums = response_sums(score(module.model, batch), batch) / response_lengths(batch)
+    margin = 2.0 * (sums[0::2] - sums[1::2])
+    torch.testing.assert_close(output.loss_sum, -logsigmoid(margin - 0.7).sum())
+    torch.testing.assert_close(output.metrics["rewards/margins"], margin.sum().detach())
+    trainer(tmp_path, max_steps=2).fit(module, loader(pairs(8), 4), loader(pairs(4), 4))
+    with pytest.raises(AlignkitError, match="SimPO uses no reference; leave it out"):
+        DPOModule(str(model_dir("gpt2")), loss=SimPO(), reference_cache=str(tmp_path))

@@ -1,0 +1,52 @@
+"""``--model.loss NAME`` on the command line: a loss has its own parameters and no other's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from importlib import import_module
+
+from alignkit.errors import AlignkitError
+from alignkit.objectives.preference import known_losses, unknown_loss
+
+_FLAG = "--model.loss"
+# How the parser says that a name is no class it knows.
+_NO_CLASS = re.compile(r'key "(?:\S+\.)?loss".*?import path string: (\S+)', re.DOTALL)
+
+
+def fresh_losses(arguments: Sequence[str]) -> list[str]:
+    """Spell out a loss's own defaults after each ``--model.loss NAME``.
+
+    The parser keeps, from the class that was chosen before, whatever parameter has a name in the
+    new one: SimPO would silently run at DPO's β.
+    """
+    fresh: list[str] = []
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        fresh.append(argument)
+        if previous == _FLAG:
+            fresh += _defaults(argument)
+        elif argument.startswith(f"{_FLAG}="):
+            fresh += _defaults(argument.removeprefix(f"{_FLAG}="))
+    return fresh
+
+
+def unknown_loss_in(message: str) -> AlignkitError | None:
+    """Return the line about an unknown loss, if that is what a parser's message is about."""
+    found = _NO_CLASS.search(message)
+    return unknown_loss(found[1]) if found else None
+
+
+def _defaults(name: str) -> Iterator[str]:
+    """Yield the flags that give a loss's parameters the values of its own class."""
+    kind = {known.__name__: known for known in known_losses()}.get(name)
+    if kind is None:
+        module, _, attribute = name.rpartition(".")
+        try:
+            kind = getattr(import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError):  # the parser says what is wrong with it
+            return
+    for field in fields(kind) if is_dataclass(kind) else ():
+        if field.init and field.default is not MISSING:
+            yield f"{_FLAG}.{field.name}={json.dumps(field.default)}"
