@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignkit.errors import AlignkitError
-from alignkit.report.files import check_output, write_text
+from alignkit.files import check_output, write_atomically
 from alignkit.report.generate import REQUEST_FLAGS, add_request
 from alignkit.report.request import Request, as_json, printable
 
@@ -96,10 +96,10 @@ def compare(
             with console.status(f"asking {name}"):
                 _ask(request, name, path, comparison)
             if markdown_file is not None:
-                write_text(markdown_file, comparison.to_markdown())
+                write_atomically(markdown_file, comparison.to_markdown())
             if json_file is not None:
                 found = {"models": named, "settings": request.to_dict(), **asdict(comparison)}
-                write_text(json_file, as_json(found))
+                write_atomically(json_file, as_json(found))
     finally:
         if comparison.answers:
             console.print(comparison.to_table())

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from alignkit.report.files import check_output, write_text
+from alignkit.files import check_output, write_atomically
 from alignkit.report.request import Request, as_json, printable
 
 
@@ -42,7 +42,7 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
             for question, answer in zip(request.questions, answers, strict=True)
         ]
         found = {"model": model, "settings": request.to_dict(), "answers": rows}
-        write_text(output, as_json(found))
+        write_atomically(output, as_json(found))
     return answers
 
 
