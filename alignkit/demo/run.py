@@ -151,8 +151,8 @@ def alignkit(*arguments: str) -> None:
 
 
 def checkpoint(name: str) -> str:
-    """Return where a stage's last checkpoint lies."""
-    return str(RUNS / name / "last.ckpt")
+    """Return what stands for a stage's last checkpoint: the folder of its runs."""
+    return str(RUNS / name)
 
 
 def faster_dtype(size: int = 768) -> str:

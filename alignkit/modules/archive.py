@@ -13,7 +13,8 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,11 +60,30 @@ def read_archive(place: str | Path) -> dict[str, Any]:
     Raises:
         AlignkitError: It is missing, damaged, or holds more than plain values and tensors.
     """
+    with _one_line(place), _open(place) as file:
+        _verify(file, place)
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise AlignkitError(f"{place}: holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def verify_archive(path: Path) -> None:
+    """Read a whole archive and hold it against its seal.
+
+    Raises:
+        AlignkitError: It is missing or damaged.
+    """
+    with _one_line(path), _open(path) as file:
+        _verify(file, path)
+
+
+@contextmanager
+def _one_line(place: str | Path) -> Iterator[None]:
+    """Turn what reading an archive may raise into one line about it."""
     try:
-        with _open(place) as file:
-            _verify(file, place)
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        yield
     except AlignkitError:
         raise
     except FileNotFoundError:
@@ -77,24 +97,8 @@ def read_archive(place: str | Path) -> dict[str, Any]:
             f"{place}: holds objects beyond tensors and plain values; only checkpoints written by "
             "alignkit are loaded"
         ) from None
-    except Exception as error:  # whatever a file that is no archive makes torch do
+    except Exception as error:  # whatever a file that is no archive makes zipfile and torch do
         raise AlignkitError(f"{place}: not a readable checkpoint ({_first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise AlignkitError(f"{place}: holds a {type(content).__name__}, not a checkpoint")
-    return content
-
-
-def verify_archive(path: Path) -> None:
-    """Read a whole archive and hold it against its seal.
-
-    Raises:
-        AlignkitError: It is missing or damaged.
-    """
-    try:
-        with _open(path) as file:
-            _verify(file, path)
-    except OSError as error:
-        raise AlignkitError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
 
 
 def local_path(place: str | Path) -> Path | None:
@@ -127,11 +131,8 @@ def _verify(file: BinaryIO, place: str | Path) -> None:
             raise AlignkitError(f"{place}: damaged: its content does not match its checksum")
         return
     # Of an earlier alignkit, or of a file system where Lightning writes by itself.
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # whatever a file that is no zip makes zipfile do
-        raise AlignkitError(f"{place}: not a readable checkpoint ({_first_line(error)})") from None
+    with zipfile.ZipFile(file) as archive:
+        damaged = archive.testzip()
     if damaged is not None:
         raise AlignkitError(f"{place}: damaged: {damaged} does not match its checksum")
 

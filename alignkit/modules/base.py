@@ -8,18 +8,20 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_scheduler
+from typing_extensions import Self
 
 from alignkit.engine import PackedBatch, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig, lora_parameter_groups
 from alignkit.modules import checkpoint as ckpt
 from alignkit.modules.build import build_policy
 from alignkit.modules.checkpoint_io import seal_checkpoints
-from alignkit.modules.find import find_checkpoint
+from alignkit.modules.find import find_checkpoint, verified
 from alignkit.modules.metrics import EpochMetrics
 from alignkit.modules.signals import Signals
 from alignkit.modules.window import LossOutput, Window, scale_gradients
@@ -248,6 +250,11 @@ class AlignmentModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Have the trainer write checkpoints whole, and read none that is damaged."""
         seal_checkpoints(self.trainer)
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Rebuild a module from an intact checkpoint, or from the newest in a run's folder."""
+        return super().load_from_checkpoint(verified(checkpoint_path), *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the policy's trainable parameters alone, under ``model.…``."""

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,29 @@ def load_checkpoint(place: str | Path) -> dict[str, Any]:
             than plain values and tensors.
     """
     found = find_checkpoint(place)
-    try:
+    with _naming_another(found):
         return read_archive(found)
+
+
+def verified(place: Any) -> Any:
+    """Return the file that a path stands for once it has been verified; an open file as it is.
+
+    Raises:
+        AlignkitError: It is missing or damaged.
+    """
+    if not isinstance(place, str | Path) or local_path(place) is None:
+        return place
+    found = find_checkpoint(place)
+    with _naming_another(found):
+        verify_archive(Path(found))
+    return found
+
+
+@contextmanager
+def _naming_another(found: str) -> Iterator[None]:
+    """Add to a refusal which checkpoint beside the file is intact."""
+    try:
+        yield
     except AlignkitError as error:
         path = local_path(found)
         other = newest_intact(path.parent, besides=path) if path is not None else None
@@ -169,8 +191,9 @@ def _handed_on(place: str | Path) -> str | None:
 def _hand_on(place: str | Path, file: Path, damaged: list[AlignkitError]) -> None:
     if _is_launched():
         return
-    for error in damaged:
-        log.warning("%s", error)
-    log.info("%s: the newest intact checkpoint is %s", place, file)
+    if damaged:
+        log.warning("%s: taking %s, for %s", place, file, "; ".join(map(str, damaged)))
+    else:
+        log.info("%s: taking %s", place, file)
     found = json.loads(os.environ.get(_HANDED_ON, "{}"))
     os.environ[_HANDED_ON] = json.dumps({**found, str(Path(place).absolute()): str(file)})

@@ -15,8 +15,8 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
     """Print a model's answers to prompts.
 
     Args:
-        model: What to ask: a checkpoint (.ckpt), a PEFT adapter directory, a transformers
-            directory, a Hub id or a GGUF file.
+        model: What to ask: a checkpoint (.ckpt), a run's folder, a PEFT adapter directory, a
+            transformers directory, a Hub id or a GGUF file.
         json: A file for the prompts, the answers and the settings that made them.
         **options: As in `alignkit.report.request.Request`.
 
