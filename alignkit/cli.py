@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from alignkit.callbacks import ProgressBar
-from alignkit.callbacks.runs import NAMES, asked_checkpoint
 from alignkit.cli_loss import fresh_losses, unknown_loss_in
 from alignkit.errors import AlignkitError
 from alignkit.interrupts import Stopped, stop_on_signals
 from alignkit.modules import AlignmentModule
 from alignkit.modules.checkpoint import read_checkpoint
 from alignkit.modules.find import find_checkpoint
+from alignkit.modules.runs import NAMES, asked_checkpoint
 
 # Command to what it does and the module behind it, imported when it runs: a function of the
 # command's name, and ``add_arguments(parser)`` for its flags.

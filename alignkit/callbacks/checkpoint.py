@@ -8,10 +8,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from alignkit.callbacks.runs import named_checkpoint, run_folder
 from alignkit.errors import AlignkitError
 from alignkit.files import make_writable_folder
 from alignkit.modules.archive import local_path
+from alignkit.modules.runs import named_checkpoint, run_folder
 
 
 class Checkpoint(ModelCheckpoint):

@@ -23,6 +23,7 @@ from alignkit.modules.build import build_policy
 from alignkit.modules.checkpoint_io import seal_checkpoints
 from alignkit.modules.find import find_checkpoint, verified
 from alignkit.modules.metrics import EpochMetrics
+from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
 from alignkit.modules.window import LossOutput, Window, scale_gradients
 
@@ -243,7 +244,8 @@ class AlignmentModule(LightningModule):
     # Checkpoints ----------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring along what saves and stops when a signal asks for it."""
+        """Bring along what saves and stops when a signal asks for it; take a folder for the run."""
+        claim_run_folder(self.trainer)
         there = any(isinstance(c, Signals) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if there else [Signals()]
 

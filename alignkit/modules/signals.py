@@ -68,6 +68,13 @@ class Signals(Callback):
         """From here everything is saved."""
         self.training = False
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """End the ranks that a failing first one launched: they would wait for it, or fail too."""
+        if not isinstance(exception, Stopped):
+            _end_launched(trainer)
+
     def _stop_if_asked(self, trainer: Trainer) -> None:
         asked = self.asked
         if trainer.world_size > 1:
@@ -136,9 +143,7 @@ class _Connector(_SignalConnector):
         again = signum == signal.SIGINT and self.interrupted
         self.interrupted = self.interrupted or signum == signal.SIGINT
         if again or not self.signals.training:
-            launcher = self.trainer.strategy.launcher
-            if isinstance(launcher, _SubprocessScriptLauncher):
-                launcher.kill(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+            _end_launched(self.trainer)
             stop_at_once(signum)
         if not self.signals.asked:
             end = "; once more stops at once" if signum == signal.SIGINT else ""
@@ -158,6 +163,12 @@ def _save_last(trainer: Trainer) -> str | None:
     saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
     saver.save_last = kept
     return saver.last_model_path
+
+
+def _end_launched(trainer: Trainer) -> None:
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
 
 
 def _is_launched(trainer: Trainer) -> bool:

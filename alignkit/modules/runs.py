@@ -23,6 +23,27 @@ NAMES = ("last", "best", "hpc")
 """What Lightning takes in a checkpoint path's place."""
 
 
+def claim_run_folder(trainer: Trainer) -> None:
+    """Make the folder that a logger has numbered for this run, so that no other run takes it.
+
+    A logger looks for a free number long before it writes: while data is being encoded a second
+    run would find the same one.
+    """
+    logger = trainer.logger
+    if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
+        return
+    taken = None
+    while trainer.is_global_zero and (folder := local_path(logger.log_dir)) not in (None, taken):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run was quicker
+            taken, logger._version = folder, None
+        except OSError:  # whoever writes there says why it cannot
+            return
+        else:
+            return
+
+
 def run_folder(trainer: Trainer) -> str:
     """Return the folder of this run alone: its logger's, or else a numbered one that is new.
 
