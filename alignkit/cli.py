@@ -18,11 +18,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from alignkit.callbacks import ProgressBar
 from alignkit.cli_loss import fresh_losses, unknown_loss_in
 from alignkit.errors import AlignkitError
+from alignkit.interrupts import Stopped, stop_on_signals
 from alignkit.modules import AlignmentModule
 from alignkit.modules.checkpoint import read_checkpoint
-
-# What Lightning takes in a checkpoint path's place.
-_CHECKPOINT_NAMES = ("best", "last", "hpc")
+from alignkit.modules.find import find_checkpoint
+from alignkit.modules.runs import NAMES, asked_checkpoint
 
 # Command to what it does and the module behind it, imported when it runs: a function of the
 # command's name, and ``add_arguments(parser)`` for its flags.
@@ -134,11 +134,27 @@ class AlignCLI(LightningCLI):
 
         Lightning would merge the checkpoint's hyper-parameters over the command line, so that
         ``fit --model DPO --ckpt_path sft.ckpt`` silently trains SFT. Reading it here finds a bad
-        file before a model is loaded.
+        file before a model is loaded. Runs' folders become their newest checkpoints, here and in
+        ``init_from``, so that config.yaml names the very file.
         """
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path and path not in _CHECKPOINT_NAMES:
-            read_checkpoint(path)
+        options = self.config[self.config.subcommand]
+        start = options.get("model.init_args.init_from")
+        if start:
+            options["model.init_args.init_from"] = find_checkpoint(start)
+        path = options.get("ckpt_path")
+        if path and path not in NAMES:
+            options["ckpt_path"] = find_checkpoint(path)
+            read_checkpoint(options["ckpt_path"])
+
+    def _find_named_checkpoint(self) -> None:
+        """Find what ``last``, ``best`` or ``hpc`` stands for in the folders that the trainer knows.
+
+        Lightning starts anew where there is no last one, and checks none of them.
+        """
+        options = self.config_init[self.config.subcommand]
+        options["ckpt_path"] = asked_checkpoint(self.trainer, options.get("ckpt_path"))
+
+    before_fit = before_validate = before_test = _find_named_checkpoint
 
 
 def run_tool(name: str, arguments: Sequence[str]) -> None:
@@ -158,11 +174,17 @@ def main(args: Sequence[str] | None = None) -> int:
         args: What follows ``alignkit``; the process's own arguments by default.
 
     Returns:
-        The exit status: 0, or 2 after one line on standard error about what the user can mend.
+        The exit status: 0; 2 after one line on standard error about what the user can mend; 128
+        and a signal's number where one has stopped it.
     """
     _quiet_logs()
     set_parsing_settings(add_print_completion_argument=True)
     arguments = list(sys.argv[1:] if args is None else args)
+    with stop_on_signals():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
         if arguments and arguments[0] in TOOLS:
             run_tool(arguments[0], arguments[1:])
@@ -172,6 +194,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 *fresh_losses(arguments),
             ]  # LightningCLI would warn if handed them
             AlignCLI()
+    except Stopped as stop:
+        return int(stop.code or 0)
     except Exception as error:
         cause = find_user_error(error)
         if cause is None:

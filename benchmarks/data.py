@@ -30,6 +30,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from alignkit.files import write_atomically
+
 ARMS = ("alignkit", "trl")
 
 
@@ -54,7 +56,7 @@ def main() -> int:
         results = measure(options, Path(scratch))
     print(table(results))
     if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+        write_atomically(Path(options.json), json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -1,9 +1,17 @@
-"""A ``last.ckpt`` that is the last."""
+"""A ``last.ckpt`` that is the last, in the folder of its own run."""
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from alignkit.errors import AlignkitError
+from alignkit.files import make_writable_folder
+from alignkit.modules.archive import local_path
+from alignkit.modules.runs import named_checkpoint, run_folder
 
 
 class Checkpoint(ModelCheckpoint):
@@ -11,7 +19,44 @@ class Checkpoint(ModelCheckpoint):
 
     Lightning 2.6 rewrites it only where the monitored value improved, so that the next stage, or a
     resumed run, would silently start from an older step.
+
+    Without ``dirpath`` checkpoints lie in the run's own folder, ``version_N`` beside its
+    config.yaml and events, so that no run writes over another one's.
     """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the folder of a run that trains, and find out now whether it can be written to.
+
+        Raises:
+            AlignkitError: It cannot, on all ranks alike.
+        """
+        if stage != "fit":
+            return
+        problem: str | None = None
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            try:
+                self.dirpath = self.dirpath or run_folder(trainer)
+                local = local_path(self.dirpath)
+                if local is not None:
+                    make_writable_folder(local)
+            except AlignkitError as error:
+                problem = str(error)
+        problem, self.dirpath = trainer.strategy.broadcast((problem, self.dirpath))
+        if problem is not None:
+            raise AlignkitError(problem)
+        with warnings.catch_warnings():
+            # Of a run's own folder that is no news: its events and configuration are there.
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best checkpoint so far, where it still is, though this run has a folder.
+
+        Nothing there is ever removed: Lightning removes what lies in its own folder alone.
+        """
+        best = local_path(state_dict["best_model_path"])
+        if best is None or best.is_file():
+            super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the best as Lightning does, then the last."""
@@ -26,3 +71,15 @@ class Checkpoint(ModelCheckpoint):
     def _write_last(self, trainer: Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """Return what ``ckpt_path="last"`` stands for in Python: this run's, or an earlier one's.
+
+        Raises:
+            AlignkitError: There is none, or none that is intact.
+        """
+        # Lightning also asks by itself, where runs go on from wherever an exception left them.
+        by_itself = any(isinstance(c, OnExceptionCheckpoint) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if by_itself or (self.dirpath and local_path(self.dirpath) is None):
+            return super()._find_last_checkpoints(trainer)
+        return {named_checkpoint(trainer, "last")}

@@ -13,7 +13,7 @@ from alignkit.data.audit_page import page, sentences
 from alignkit.data.audit_scan import Kind, scan
 from alignkit.data.defects import MEANING
 from alignkit.data.formats import PromptFormat
-from alignkit.report.files import check_output, write_text
+from alignkit.files import check_output, write_atomically
 
 _ROWS_SHOWN = 8
 _WIDE = 120
@@ -67,9 +67,9 @@ def audit(
     report = found.to_dict()
     _print(report)
     if json_file is not None:
-        write_text(json_file, jsonlib.dumps(report, indent=1) + "\n")
+        write_atomically(json_file, jsonlib.dumps(report, indent=1) + "\n")
     if html_file is not None:
-        write_text(html_file, page(report, found))
+        write_atomically(html_file, page(report, found))
     return report
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +21,7 @@ from alignkit.data.splits import RowEncoder, open_splits
 from alignkit.data.store import ExampleSet
 from alignkit.engine import PackedBatch, collate
 from alignkit.errors import AlignkitError
+from alignkit.interrupts import ignore_signals
 from alignkit.models import load_tokenizer
 
 
@@ -181,6 +184,7 @@ class AlignmentDataModule(LightningDataModule):
             # A loader draws a number whenever it starts: not from the stream that dropout draws
             # from, where a run resumed between two epochs would miss one.
             generator=torch.Generator().manual_seed(self.seed),
+            worker_init_fn=_start_worker,
             **options,
         )
 
@@ -211,3 +215,10 @@ class AlignmentDataModule(LightningDataModule):
             announce=self._rank == 0,
         )
         self._sets, self._quotas, self.stats = opened.sets, opened.quotas, opened.stats
+
+
+def _start_worker(worker: int) -> None:
+    """Keep a worker alive for the batches that a stopping run still needs."""
+    ignore_signals()
+    if os.environ.get("PL_SEED_WORKERS") == "1":  # what Lightning does where there is no function
+        pl_worker_init_function(worker)

@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import time
-import uuid
 from contextlib import suppress
 from pathlib import Path
 
 import xxhash
+
+from alignkit.errors import AlignkitError
+from alignkit.files import write_atomically
 
 # A file written to within one tick of its file system's clock keeps its times: only a file that
 # has been left alone for longer is remembered (git's "racy" entries).
@@ -45,11 +47,8 @@ class FileHashes:
         found = file_hash(path)
         settled = time.time_ns() - max(before[2:]) > _SETTLED_NS
         if settled and _state(path) == before:
-            with suppress(OSError):
-                self._home.mkdir(parents=True, exist_ok=True)
-                partial = note.with_suffix(f".{uuid.uuid4().hex}")
-                partial.write_text(json.dumps({"state": before, "hash": found}))
-                partial.replace(note)
+            with suppress(AlignkitError):
+                write_atomically(note, json.dumps({"state": before, "hash": found}))
         return found
 
 

@@ -17,6 +17,8 @@ from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
 
+from alignkit.files import write_atomically
+
 TEST_SUBJECTS = 9
 
 
@@ -180,14 +182,13 @@ def write_preferences(directory: Path, seed: int = 0) -> None:
     rng = random.Random(seed)
     subjects = load_subjects()
     rng.shuffle(subjects)
-    directory.mkdir(parents=True, exist_ok=True)
     used: set[str] = set()
     splits = {"test": subjects[:TEST_SUBJECTS], "train": subjects[TEST_SUBJECTS:]}
     for split, chosen_subjects in splits.items():
         pairs = [pair for subject in chosen_subjects for pair in make_pairs(subject, rng, used)]
         rng.shuffle(pairs)
         lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_atomically(directory / f"{split}.jsonl", "".join(lines))
 
 
 def make_pairs(subject: Subject, rng: random.Random, used: set[str]) -> list[dict[str, str]]:

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from alignkit.files import write_atomically
+
 _TEST_FRACTION = 0.1
 _DOCUMENT_CHARS = 2000
 _MIN_PARAGRAPH_CHARS = 80
@@ -37,10 +39,9 @@ def write_prose(directory: Path, seed: int = 0) -> None:
         fresh = [text for text in paragraphs(topics[name]) if text not in seen]
         seen.update(fresh)
         documents[split] += _documents(fresh)
-    directory.mkdir(parents=True, exist_ok=True)
     for split, texts in documents.items():
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        (directory / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_atomically(directory / f"{split}.jsonl", "".join(lines))
 
 
 def paragraphs(topic: str) -> list[str]:

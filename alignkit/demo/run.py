@@ -22,6 +22,7 @@ from alignkit.demo.model import prepare_model
 from alignkit.demo.preferences import write_preferences
 from alignkit.demo.prose import write_prose
 from alignkit.errors import AlignkitError
+from alignkit.files import write_atomically
 from alignkit.report.curves import read_scalars
 
 RUNS = Path("runs/demo")
@@ -109,7 +110,7 @@ def compare(base: str, dtype: str) -> None:
     turns = [dialogue.split("\n\n")[1:] for dialogue in dialogues]
     asked = [t[0] for t in turns if len(t) == 2 and t[0].count("?") == 1][:_PROMPTS]
     rows = (json.dumps({"prompt": question.removeprefix("Human: ")}) for question in asked)
-    prompts.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    write_atomically(prompts, "\n".join(rows) + "\n")
     flags = {
         "--prompts_file": str(prompts),
         "--temperature": "0",
@@ -150,8 +151,8 @@ def alignkit(*arguments: str) -> None:
 
 
 def checkpoint(name: str) -> str:
-    """Return where a stage's last checkpoint lies."""
-    return str(RUNS / name / "last.ckpt")
+    """Return what stands for a stage's last checkpoint: the folder of its runs."""
+    return str(RUNS / name)
 
 
 def faster_dtype(size: int = 768) -> str:

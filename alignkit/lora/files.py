@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
+from alignkit.files import write_atomically
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -87,22 +86,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     tensors = dict(sorted(tensors.items()))
     metadata = {"format": "pt", "sha256": digest(tensors), **header}
     write_atomically(path, save(tensors, metadata=metadata))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place and move it there, so that no reader sees half of it."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

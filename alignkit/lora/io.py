@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError
+from alignkit.files import write_atomically
 from alignkit.lora.adapter import adapter_layers, plain_modules
 from alignkit.lora.config import LoRAConfig
 from alignkit.lora.files import (
@@ -22,7 +23,6 @@ from alignkit.lora.files import (
     CONFIG_KEY,
     WEIGHTS_FILE,
     read_adapter,
-    write_atomically,
     write_tensors,
 )
 from alignkit.lora.init import SUBTRACTED
@@ -76,9 +76,8 @@ def save_adapter(
     """
     config, tensors = _to_peft(model, name, base, plain)
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / WEIGHTS_FILE, tensors, {})
-    write_atomically(directory / CONFIG_FILE, json.dumps(config, indent=2).encode())
+    write_atomically(directory / CONFIG_FILE, json.dumps(config, indent=2))
     return directory
 
 
@@ -96,7 +95,6 @@ def save_adapter_file(
     """
     config, tensors = _to_peft(model, name, base, plain)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors, {CONFIG_KEY: json.dumps(config)})
     return path
 

@@ -6,19 +6,25 @@ import logging
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, get_scheduler
+from typing_extensions import Self
 
 from alignkit.engine import PackedBatch, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig, lora_parameter_groups
 from alignkit.modules import checkpoint as ckpt
 from alignkit.modules.build import build_policy
+from alignkit.modules.checkpoint_io import seal_checkpoints
+from alignkit.modules.find import find_checkpoint, verified
 from alignkit.modules.metrics import EpochMetrics
+from alignkit.modules.runs import claim_run_folder
+from alignkit.modules.signals import Signals
 from alignkit.modules.window import LossOutput, Window, scale_gradients
 
 log = logging.getLogger(__name__)
@@ -35,8 +41,9 @@ class AlignmentModule(LightningModule):
         base: Pretrained model: a Hub id, a local directory or a ``.gguf`` file.
         tokenizer: Where its tokenizer lies, if not with the base; data modules follow it.
         lora: Low-rank adapters to train over the frozen base; ``null`` trains the whole model.
-        init_from: Start from these weights: a checkpoint of any stage, or a PEFT adapter
-            directory. To resume a run of this stage use ``ckpt_path`` instead.
+        init_from: Start from these weights: a checkpoint of any stage, the folder of a run (for
+            its newest one), or a PEFT adapter directory. To resume a run of this stage use
+            ``ckpt_path`` instead.
         dtype: Of the base's weights. With LoRA ``bfloat16`` halves their memory; adapters and,
             without LoRA, the whole model want ``float32``.
         random_init: Draw the base's weights at random from its config, reading none.
@@ -100,6 +107,7 @@ class AlignmentModule(LightningModule):
             base, self.lora, dtype=dtype, random_init=random_init, dropout=dropout
         )
         if init_from is not None:
+            init_from = self.hparams["init_from"] = find_checkpoint(init_from)
             untie = self.lora is not None and self.lora.untie
             ckpt.load_weights(self.model, init_from, self.base_fingerprint, untie)
         if activation_checkpointing:
@@ -234,6 +242,21 @@ class AlignmentModule(LightningModule):
         }
 
     # Checkpoints ----------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring along what saves and stops when a signal asks for it; take a folder for the run."""
+        claim_run_folder(self.trainer)
+        there = any(isinstance(c, Signals) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if there else [Signals()]
+
+    def setup(self, stage: str) -> None:
+        """Have the trainer write checkpoints whole, and read none that is damaged."""
+        seal_checkpoints(self.trainer)
+
+    @_restricted_classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Rebuild a module from an intact checkpoint, or from the newest in a run's folder."""
+        return super().load_from_checkpoint(verified(checkpoint_path), *args, **kwargs)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the policy's trainable parameters alone, under ``model.…``."""

@@ -8,7 +8,6 @@ loads with ``weights_only=True``.
 from __future__ import annotations
 
 import hashlib
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from alignkit.lora import LoRAConfig, inject_lora, load_adapter
 from alignkit.lora.files import read_adapter
 from alignkit.lora.state import refuse_differences
 from alignkit.models import base_fingerprint, load_model, load_tokenizer
+from alignkit.modules.find import find_checkpoint, load_checkpoint
 
 STAMP = "alignkit"
 _PREFIX = "model."
@@ -53,24 +53,14 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> 
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read one of our ``.ckpt`` files without unpickling objects.
+    """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
 
     Raises:
         AlignkitError: The file is missing, damaged, holds more than plain values and tensors, or
             was not written by alignkit.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise AlignkitError(f"{path}: no such checkpoint; give a .ckpt file that exists") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise AlignkitError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
-    except pickle.UnpicklingError:
-        raise AlignkitError(
-            f"{path}: holds objects beyond tensors and plain values; only checkpoints written by "
-            "alignkit are loaded"
-        ) from None
-    if not isinstance(checkpoint, dict) or STAMP not in checkpoint:
+    checkpoint = load_checkpoint(path)
+    if STAMP not in checkpoint:
         raise AlignkitError(f"{path}: was not written by alignkit; give one of its checkpoints")
     return checkpoint
 
@@ -98,11 +88,11 @@ def check_stamp(own: Mapping[str, str], given: Mapping[str, str] | None) -> None
 
 
 def load_weights(model: PreTrainedModel, path: str, fingerprint: str, untie: bool = False) -> None:
-    """Start from a checkpoint of any stage or from a PEFT adapter directory.
+    """Start from a checkpoint of any stage, from a run's newest, or from a PEFT adapter directory.
 
     Args:
         model: Built like the one that was saved: the same base and the same LoRA settings.
-        path: A ``.ckpt`` file of ours, or a directory with ``adapter_config.json``.
+        path: A ``.ckpt`` file of ours, a run's folder, or one with ``adapter_config.json``.
         fingerprint: The base's, to hold against the checkpoint's.
         untie: Let a PEFT adapter change one side of tied embeddings.
 
@@ -110,6 +100,7 @@ def load_weights(model: PreTrainedModel, path: str, fingerprint: str, untie: boo
         AlignkitError: Missing, damaged, of another base or of other LoRA settings; the model is
             unchanged.
     """
+    path = find_checkpoint(path)
     if Path(path).is_dir():
         load_adapter(model, path, untie=untie)
         return
@@ -124,7 +115,8 @@ def load_policy(
     """Load what a run made, or a plain model, for generation and export.
 
     Args:
-        path: A ``.ckpt`` of ours, a PEFT adapter directory, or anything `load_model` takes.
+        path: A ``.ckpt`` of ours, a run's folder, a PEFT adapter directory, or anything
+            `load_model` takes.
         base: Where the base model lies now, if not where the checkpoint or adapter says.
         dtype: Of the base's weights.
 
@@ -134,6 +126,7 @@ def load_policy(
     Raises:
         AlignkitError: Something is missing, damaged, or does not fit its base.
     """
+    path = find_checkpoint(path)
     base = base or policy_base(path)
     tokenizer = base
     if path.endswith(".ckpt"):
@@ -164,6 +157,7 @@ def policy_base(path: str) -> str:
     Raises:
         AlignkitError: The file is unreadable, or an adapter that names no base.
     """
+    path = find_checkpoint(path)
     if path.endswith(".ckpt"):
         return str(read_checkpoint(path)[STAMP]["base"])
     if _is_adapter(path):
@@ -233,7 +227,3 @@ def _check_base(fingerprint: str, stamp: Mapping[str, str], where: str) -> None:
             f"{where}: belongs to another base model (trained on {stamp['base']!r}); pass that one "
             "as model.base"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,17 +13,20 @@ import logging
 import random
 import uuid
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
+from alignkit.files import make_writable_folder, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +54,13 @@ class ReferencedBatch(PackedBatch):
 class ReferenceCache:
     """Summed reference log-probs by example.
 
+    Where nothing can be written, a read-only or full disk, rows already there are still used and
+    new ones live as long as the process: said once, since training goes on as well without.
+
     Args:
         directory: Where caches of all references lie.
         reference: Names the reference: base fingerprint, adapter fingerprint and dtype.
         checks: Known examples of each batch to score again, drawn at random; at least 1.
-
-    Raises:
-        AlignkitError: The directory cannot be written.
     """
 
     def __init__(self, directory: Path, reference: str, checks: int = 1) -> None:
@@ -66,10 +69,9 @@ class ReferenceCache:
         self._rows: dict[bytes, Tensor] = {}
         self._fresh: list[tuple[bytes, Tensor]] = []
         self._draw = random.Random(0)
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AlignkitError(f"model.reference_cache {directory}: {error.strerror}") from None
+        self._writable = True
+        with self._optional():
+            make_writable_folder(self.home)
         for shard in sorted(self.home.glob("*.safetensors")):
             self._read(shard)
 
@@ -108,15 +110,25 @@ class ReferenceCache:
         if not rows:
             return
         self._rows.update(rows)
+        if not self._writable:
+            return
         tensors = {
             "keys": torch.tensor([list(key) for key in rows], dtype=torch.uint8),
             "counts": torch.tensor([len(part) for part in rows.values()]),
             "sums": torch.cat(list(rows.values())),
             "checks": torch.tensor([_check(key, part) for key, part in rows.items()]),
         }
-        partial = self.home / f"{uuid.uuid4().hex}.partial"
-        save_file(tensors, partial)
-        partial.rename(partial.with_suffix(".safetensors"))
+        with self._optional():
+            write_atomically(self.home / f"{uuid.uuid4().hex}.safetensors", save(tensors))
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Let a write fail, once and with a line; later ones are not tried."""
+        try:
+            yield
+        except AlignkitError as error:
+            self._writable = False
+            log.warning("model.reference_cache: %s; training goes on without keeping more", error)
 
     def _read(self, shard: Path) -> None:
         try:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignkit.errors import AlignkitError
-from alignkit.report.files import check_output, write_text
+from alignkit.files import check_output, write_atomically
 from alignkit.report.generate import REQUEST_FLAGS, add_request
 from alignkit.report.request import Request, as_json, printable
 
@@ -73,7 +73,8 @@ def compare(
 
     Args:
         models: NAME=PATH or PATH each, or a mapping of names to paths; a path is a checkpoint
-            (.ckpt), a PEFT adapter directory, a transformers directory, a Hub id or a GGUF file.
+            (.ckpt), a run's folder, a PEFT adapter directory, a transformers directory, a Hub id or
+            a GGUF file.
         markdown: A file for the table as Markdown.
         json: A file for the prompts, the answers and the settings that made them.
         **options: As in `alignkit.report.request.Request`; the same noise for every model.
@@ -96,10 +97,10 @@ def compare(
             with console.status(f"asking {name}"):
                 _ask(request, name, path, comparison)
             if markdown_file is not None:
-                write_text(markdown_file, comparison.to_markdown())
+                write_atomically(markdown_file, comparison.to_markdown())
             if json_file is not None:
                 found = {"models": named, "settings": request.to_dict(), **asdict(comparison)}
-                write_text(json_file, as_json(found))
+                write_atomically(json_file, as_json(found))
     finally:
         if comparison.answers:
             console.print(comparison.to_table())
@@ -117,7 +118,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         required=True,
         metavar="[NAME=]PATH",
-        help="Checkpoints (.ckpt), PEFT adapters, transformers directories, Hub ids, GGUF files.",
+        help="Checkpoints, runs' folders, PEFT adapters, transformers directories, Hub ids, GGUF.",
     )
     add_request(parser)
     parser.add_function_arguments(compare, skip={"models", *REQUEST_FLAGS})
@@ -164,8 +165,10 @@ def _split(model: str) -> tuple[str, str]:
     if match and not Path(model).exists():
         return match[1], match[2]
     path = Path(model)
-    # runs/dpo/last.ckpt is better known as dpo than as last.ckpt
-    return (path.parent.name if path.suffix == ".ckpt" else path.name) or model, model
+    # runs/dpo/version_1/last.ckpt is better known by its run than as last.ckpt
+    run = path.parent if path.suffix == ".ckpt" else path
+    name = f"{run.parent.name}/{run.name}" if run.name.startswith("version_") else run.name
+    return name or model, model
 
 
 def _cell(text: str) -> str:

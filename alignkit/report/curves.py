@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 from matplotlib.axes import Axes
 
 from alignkit.errors import AlignkitError
-from alignkit.report.files import check_output, write_file
+from alignkit.files import check_output
 from alignkit.report.plots import COLORS, new_figure, save
 
 _SMOOTH_FROM = 30  # fewer points are drawn as they are
@@ -90,7 +90,7 @@ def plot_curves(runs: Mapping[str, str | Path], tags: Sequence[str], out: str | 
         axis.set(title=quantity, xlabel="step")
         axis.legend()
     if target is not None:
-        write_file(target, lambda path: save(figure, path))
+        save(figure, target)
 
 
 def _draw(axis: Axes, points: list[tuple[int, float]], tag: str, run: str, color: str) -> None:

@@ -27,7 +27,7 @@ def export(
     """Write a checkpoint for use elsewhere.
 
     Args:
-        model: A checkpoint of any stage (.ckpt) or a PEFT adapter directory.
+        model: A checkpoint of any stage (.ckpt), a run's folder or a PEFT adapter directory.
         output: The directory to write; made if missing, never written into if it holds files.
         to: ``peft``, the adapter as PEFT writes it; ``merged``, a whole transformers model with the
             adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from alignkit.report.files import check_output, write_text
+from alignkit.files import check_output, write_atomically
 from alignkit.report.request import Request, as_json, printable
 
 
@@ -15,8 +15,8 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
     """Print a model's answers to prompts.
 
     Args:
-        model: What to ask: a checkpoint (.ckpt), a PEFT adapter directory, a transformers
-            directory, a Hub id or a GGUF file.
+        model: What to ask: a checkpoint (.ckpt), a run's folder, a PEFT adapter directory, a
+            transformers directory, a Hub id or a GGUF file.
         json: A file for the prompts, the answers and the settings that made them.
         **options: As in `alignkit.report.request.Request`.
 
@@ -42,7 +42,7 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
             for question, answer in zip(request.questions, answers, strict=True)
         ]
         found = {"model": model, "settings": request.to_dict(), "answers": rows}
-        write_text(output, as_json(found))
+        write_atomically(output, as_json(found))
     return answers
 
 

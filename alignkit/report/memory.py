@@ -1,12 +1,12 @@
-"""How much memory this process has used at most: on a GPU by torch's count, else by the kernel's.
+"""How much memory this process has used at most: on a GPU by torch's count, else by the system's.
 
-Linux gives a process its own high-water mark and lets it start again; where there is no
-``/proc`` (macOS) the mark is that of the whole life of the process.
+Linux gives a process its own high-water mark and lets it start again; elsewhere the mark is that
+of the whole life of the process.
 """
 
 from __future__ import annotations
 
-import resource
+import ctypes
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +34,34 @@ def peak_bytes(device: torch.device) -> int:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
+    return _peak_of_life()
+
+
+def _peak_of_life() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return _peak_on_windows()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+class _ProcessMemoryCounters(ctypes.Structure):
+    """PROCESS_MEMORY_COUNTERS of psapi.h."""
+
+    _fields_ = (
+        ("cb", ctypes.c_uint32),
+        ("page_fault_count", ctypes.c_uint32),
+        ("peak_working_set_size", ctypes.c_size_t),
+        ("others", ctypes.c_size_t * 7),
     )
+
+
+def _peak_on_windows() -> int:
+    counters = _ProcessMemoryCounters(cb=ctypes.sizeof(_ProcessMemoryCounters))
+    kernel = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined]
+    kernel.GetCurrentProcess.restype = ctypes.c_void_p
+    kernel.K32GetProcessMemoryInfo(
+        ctypes.c_void_p(kernel.GetCurrentProcess()), ctypes.byref(counters), counters.cb
+    )
+    return int(counters.peak_working_set_size)

@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from alignkit.files import write_atomically
+
 # Okabe and Ito's palette, told apart with any colour vision, in print and on screens.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _PANEL_INCHES = (4.8, 3.4)
@@ -27,5 +29,6 @@ def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of its suffix."""
-    figure.savefig(path, dpi=150)
+    """Write a figure in the format of its suffix, PNG without one."""
+    kind = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=150))

@@ -17,8 +17,8 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from alignkit.errors import AlignkitError
+from alignkit.files import check_output, write_atomically
 from alignkit.lora import LoRAConfig
-from alignkit.report.files import check_output, write_file, write_text
 from alignkit.report.plots import save
 from alignkit.report.profile_config import read_training_config
 from alignkit.report.profile_result import NAMES, PARTS, Profile, draw
@@ -122,12 +122,12 @@ def profile(
     )
     console.print(result.to_table(), result.caption(), sep="\n", markup=False)
     if files["markdown"] is not None:
-        write_text(files["markdown"], result.to_markdown())
+        write_atomically(files["markdown"], result.to_markdown())
     if files["json"] is not None:
-        write_text(files["json"], as_json(result.to_dict()))
+        write_atomically(files["json"], as_json(result.to_dict()))
     if files["plot"] is not None:
         figure = draw(result)
-        write_file(files["plot"], lambda path: save(figure, path))
+        save(figure, files["plot"])
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from alignkit.report.files import write_file, write_text
+from alignkit.files import write_atomically
 from alignkit.report.plots import COLORS, new_figure, save
 
 
@@ -87,7 +87,7 @@ def print_machine(console: Console, machine: Mapping[str, Any]) -> None:
 def write_json(path: Path | None, values: Mapping[str, Any]) -> None:
     """Write every number, if a file was asked for."""
     if path is not None:
-        write_text(path, json.dumps(values, indent=2) + "\n")
+        write_atomically(path, json.dumps(values, indent=2) + "\n")
 
 
 def draw_arms(path: Path | None, arms: Mapping[str, Any], unit: str) -> None:
@@ -111,7 +111,7 @@ def draw_arms(path: Path | None, arms: Mapping[str, Any], unit: str) -> None:
         axis.set_title(title)
         axis.invert_yaxis()
         axis.set_xlim(0, 1.2 * max(values))
-    write_file(path, lambda temporary: save(figure, temporary))
+    save(figure, path)
 
 
 class Line(NamedTuple):
@@ -132,7 +132,7 @@ def draw_lines(path: Path | None, lines: Sequence[Line]) -> None:
         axis.set(xlabel=line.size, ylabel=line.cost, ylim=(0, 1.2 * max(y for _, y in line.points)))
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")  # 256 rather than 2⁸
-    write_file(path, lambda temporary: save(figure, temporary))
+    save(figure, path)
 
 
 def command() -> list[str]:

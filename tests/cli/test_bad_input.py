@@ -99,7 +99,7 @@ def test_checkpoint_of_another_stage(
     fit: Callable, alignkit: Callable, model_dir: Callable, hh: Path, text: Path
 ) -> None:
     assert alignkit(*quick("demo/sft.yaml", model_dir, hh, text, 1))[0] == 0
-    line = fit("--ckpt_path", "runs/demo/sft/last.ckpt")
+    line = fit("--ckpt_path", "runs/demo/sft")
     assert "SFTModule cannot resume DPOModule" in line and "init_from" in line
 
 
@@ -114,7 +114,7 @@ def test_checkpoint_of_another_base(
     torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
     other.save_pretrained("other")
     AutoTokenizer.from_pretrained(model_dir("llama")).save_pretrained("other")
-    line = fit("--model.base", "other", "--model.init_from", "runs/demo/sft/last.ckpt")
+    line = fit("--model.base", "other", "--model.init_from", "runs/demo/sft")
     assert "another base model" in line
 
 

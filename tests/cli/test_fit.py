@@ -12,6 +12,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from alignkit.modules.checkpoint import read_checkpoint
 from alignkit.report.curves import read_scalars
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -57,12 +58,13 @@ def test_every_config_trains_logs_and_saves(
     status, _, err = alignkit(*quick(config, model_dir, hh, text))
     assert status == 0, err
     settings = yaml.safe_load((CONFIGS / config).read_text())
-    home = Path(settings["trainer"]["callbacks"][0]["init_args"]["dirpath"])
-    checkpoint = torch.load(home / "last.ckpt", weights_only=True)
+    logger = settings["trainer"]["logger"]["init_args"]
+    (run,) = Path(logger["save_dir"], logger["name"]).glob("version_*")
+    assert {"last.ckpt", "config.yaml"} <= {path.name for path in run.iterdir()}
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 3
     assert all("lora_" in name for name in checkpoint["state_dict"])
 
-    (run,) = home.glob("version_*")
     tags = read_scalars(run)
     wanted = ["train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "val/loss"]
     wanted.append("data/truncated_frac")
@@ -81,7 +83,7 @@ def test_every_config_trains_logs_and_saves(
 def resumes_exactly(alignkit: Callable, dpo: list[object]) -> None:
     """Run four steps in one go, and the last two of them from the second's checkpoint."""
     assert alignkit(*dpo)[0] == 0
-    whole = torch.load("runs/demo/dpo/last.ckpt", weights_only=True)["state_dict"]
+    whole = read_checkpoint("runs/demo/dpo")["state_dict"]
     keep = "trainer.callbacks.init_args"
     each = [f"--{keep}.every_n_train_steps", 1, f"--{keep}.save_top_k", -1]
     each += [f"--{keep}.filename", "{step}", f"--{keep}.monitor", "null"]
@@ -90,7 +92,7 @@ def resumes_exactly(alignkit: Callable, dpo: list[object]) -> None:
     resume = ["--ckpt_path", "runs/each/step=2.ckpt", f"--{keep}.dirpath", "runs/resumed"]
     status, _, err = alignkit(*dpo, *resume)
     assert status == 0, err
-    resumed = torch.load("runs/resumed/last.ckpt", weights_only=True)["state_dict"]
+    resumed = read_checkpoint("runs/resumed")["state_dict"]
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
@@ -100,15 +102,15 @@ def test_three_stages_chain_and_resume(
     """LoRA to SFT to DPO by --model.init_from; DPO interrupted at 2 of 4 steps resumes exactly."""
     runs = Path("runs/demo")
     for stage, before in (("lora", None), ("sft", "lora")):
-        chain = ["--model.init_from", runs / before / "last.ckpt"] if before else []
+        chain = ["--model.init_from", runs / before] if before else []
         status, _, err = alignkit(*quick(f"demo/{stage}.yaml", model_dir, hh, text), *chain)
         assert status == 0, err
     dpo = [*quick("demo/dpo.yaml", model_dir, hh, text, steps=4)]
-    dpo += ["--model.init_from", runs / "sft/last.ckpt", "--model.lora.dropout", 0.1]
+    dpo += ["--model.init_from", runs / "sft", "--model.lora.dropout", 0.1]
     dpo += ["--data.tokens_per_batch", 256]
     resumes_exactly(alignkit, dpo)
 
-    validate = ["validate", *dpo[1:], "--ckpt_path", runs / "dpo/last.ckpt"]
+    validate = ["validate", *dpo[1:], "--ckpt_path", runs / "dpo"]
     status, out, err = alignkit(*validate)
     assert status == 0, err
     assert "val/rewards/accuracies" in out
@@ -140,7 +142,7 @@ class Simple(PreferenceLoss):
     mine = ["--model.loss", "objectives_of_mine.Simple", "--model.loss.gamma", 1.5]
     status, _, err = alignkit(*arguments, *mine)
     assert status == 0, err
-    checkpoint = torch.load("runs/demo/dpo/last.ckpt", weights_only=True)
+    checkpoint = read_checkpoint("runs/demo/dpo")
     loss = {"class_path": "objectives_of_mine.Simple", "init_args": {"gamma": 1.5}}
     assert checkpoint["hyper_parameters"]["loss"] == loss
     (run,) = Path("runs/demo/dpo").glob("version_*")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,32 @@ def test_a_truncated_shard_is_skipped(
     _, logged = run()
     assert "unreadable" in caplog.text
     assert logged["forwards"][0] == collate(pairs(8)[:4]).num_tokens
+
+
+def test_training_goes_on_where_the_cache_cannot_be_written(
+    run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file lies in its folder's place: said once, and everything is scored live."""
+    (tmp_path / "cache").write_text("")
+    _, logged = run()
+    assert caplog.text.count("model.reference_cache: ") == 1
+    assert logged["forwards"][0] == collate(pairs(8)[:4]).num_tokens
+
+
+def test_a_disk_that_fills_up_costs_the_cache_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows read before stay in use, new ones live on in memory, and no write is tried again."""
+    batch = collate(pairs(4))
+    cache = ReferenceCache(tmp_path, "name")
+    shutil.rmtree(tmp_path / "name")
+    (tmp_path / "name").write_text("")  # nothing can be written below a file
+    for seed in (0, 1):
+        found = cache.look_up(collate(pairs(4, seed)))
+        cache.add(found, torch.arange(8.0))
+        cache.write()
+    assert caplog.text.count("model.reference_cache: ") == 1
+    assert cache.look_up(batch).known_R.tolist() == list(range(8))
 
 
 def test_wrong_values_stop_the_run(run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from alignkit.errors import AlignkitError
 from alignkit.report.curves import main, plot_curves, read_scalars, smooth
+from alignkit.report.plots import new_figure, save
 
 
 def log(directory: Path, tag: str, points: list[tuple[int, float]]) -> None:
@@ -89,3 +90,12 @@ def test_no_events(tmp_path: Path) -> None:
         read_scalars(tmp_path)
     with pytest.raises(AlignkitError, match="no TensorBoard event files"):
         plot_curves({"a": tmp_path / "none"}, ["train/loss"], tmp_path / "x.png")
+
+
+def test_a_picture_takes_the_format_of_its_name_and_none_is_left_half_drawn(tmp_path: Path) -> None:
+    figure, _ = new_figure(1)
+    save(figure, tmp_path / "a.svg")
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    with pytest.raises(ValueError, match="xyz"):
+        save(figure, tmp_path / "a.xyz")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.svg"]

@@ -1,0 +1,158 @@
+"""Where a run keeps its files, and what ``last``, ``best`` and ``hpc`` stand for in its folders."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from itertools import count
+from pathlib import Path
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from alignkit.errors import AlignkitError
+from alignkit.modules.archive import local_path, read_archive, verify_archive
+from alignkit.modules.find import first_intact, newest_first
+
+log = logging.getLogger(__name__)
+
+NAMES = ("last", "best", "hpc")
+"""What Lightning takes in a checkpoint path's place."""
+
+
+def claim_run_folder(trainer: Trainer) -> None:
+    """Make the folder that a logger has numbered for this run, so that no other run takes it.
+
+    A logger looks for a free number long before it writes: while data is being encoded a second
+    run would find the same one.
+    """
+    logger = trainer.logger
+    if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
+        return
+    taken = None
+    while trainer.is_global_zero and (folder := local_path(logger.log_dir)) not in (None, taken):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run was quicker
+            taken, logger._version = folder, None
+        except OSError:  # whoever writes there says why it cannot
+            return
+        else:
+            return
+
+
+def run_folder(trainer: Trainer) -> str:
+    """Return the folder of this run alone: its logger's, or else a numbered one that is new.
+
+    Where there is no logger the folder is made at once, so that no other run takes the number.
+    """
+    logger = trainer.logger
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        return logger.log_dir
+    root = runs_folder(trainer)
+    if logger is not None and logger.version is not None:
+        version = logger.version
+        return os.path.join(root, version if isinstance(version, str) else f"version_{version}")
+    place = local_path(root)
+    return os.path.join(root, "version_0") if place is None else str(_new_folder(place))
+
+
+def runs_folder(trainer: Trainer) -> str:
+    """Return the folder that holds those of this run and of its predecessors."""
+    logger = trainer.logger
+    if isinstance(logger, TensorBoardLogger | CSVLogger):
+        return logger.root_dir
+    if logger is None:
+        return os.path.join(trainer.default_root_dir, "checkpoints")
+    return os.path.join(logger.save_dir or trainer.default_root_dir, logger.name or "")
+
+
+def _new_folder(root: Path) -> Path:
+    numbers = [re.fullmatch(r"version_(\d+)", path.name) for path in root.glob("version_*")]
+    for number in count(max((int(match[1]) + 1 for match in numbers if match), default=0)):
+        folder = root / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:  # another run was quicker
+            continue
+        except OSError as error:
+            raise AlignkitError(
+                f"{folder}: cannot be made ({error.strerror}); set trainer.default_root_dir"
+            ) from error
+        return folder
+    raise AssertionError("there is always another number")
+
+
+def asked_checkpoint(trainer: Trainer, asked: str | None) -> str | None:
+    """Return the file that a command's ``ckpt_path`` stands for; a path is returned as it is.
+
+    Raises:
+        AlignkitError: It is a name, and stands for no file or for none that is intact.
+    """
+    requeued = SLURMEnvironment.detect() and _requeued(Path(trainer.default_root_dir))
+    if asked is None and requeued:  # Lightning goes on from there unasked
+        asked = "hpc"
+    return named_checkpoint(trainer, asked) if asked in NAMES else asked
+
+
+def named_checkpoint(trainer: Trainer, name: str) -> str:
+    """Return the file that ``last``, ``best`` or ``hpc`` stands for in a run's folders.
+
+    Args:
+        trainer: Its logger and checkpoint callbacks say where earlier runs lie.
+        name: One of `NAMES`.
+
+    Raises:
+        AlignkitError: There is none, or none that is intact.
+    """
+    asked = f"ckpt_path {name}"
+    if name == "hpc":
+        found = first_intact(_requeued(Path(trainer.default_root_dir)), asked)
+        where = f"{trainer.default_root_dir}/hpc_ckpt_*.ckpt"
+    else:
+        folders = _folders(trainer)
+        where = ", ".join(map(str, folders))
+        candidates = (file for folder in folders for file in newest_first(folder))
+        found = first_intact(candidates, asked)
+    if found is None:
+        raise AlignkitError(
+            f"{asked}: there is no checkpoint in {where}; give a file, or start without --ckpt_path"
+        )
+    return _best(found) if name == "best" else found
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """Return where to look: folders that callbacks were given, else where all runs lie."""
+    given = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    places = [folder or runs_folder(trainer) for folder in given or [None]]
+    return [path for place in dict.fromkeys(places) if (path := local_path(place)) is not None]
+
+
+def _requeued(folder: Path) -> list[Path]:
+    """Return what SLURM's signals made Lightning write, the newest first."""
+    numbered = {path: re.fullmatch(r"hpc_ckpt_(\d+)", path.stem) for path in folder.glob("*.ckpt")}
+    found = {path: int(match[1]) for path, match in numbered.items() if match}
+    return sorted(found, key=lambda path: found[path], reverse=True)
+
+
+def _best(newest: str) -> str:
+    """Return the best checkpoint that a run's newest one knows of, wherever the run lies now."""
+    states = read_archive(newest).get("callbacks", {}).values()
+    best = next((s["best_model_path"] for s in states if s.get("best_model_path")), None)
+    if best is None:
+        raise AlignkitError(
+            f"ckpt_path best: the run of {newest} has kept no best checkpoint; give a file, or a "
+            "callback that monitors a metric"
+        )
+    for candidate in (Path(best), Path(newest).with_name(Path(best).name)):
+        try:
+            verify_archive(candidate)
+        except AlignkitError as error:
+            damage = error
+        else:
+            return str(candidate)
+    log.warning("ckpt_path best: %s; taking the newest instead, %s", damage, newest)
+    return newest

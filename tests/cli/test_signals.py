@@ -1,0 +1,242 @@
+"""A signal ends a run in order: the step finished, a checkpoint named, a status that is not 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignkit.cli import main
+from tests.cli.test_fit import quick
+
+KILL = '''
+import os, signal
+from lightning.pytorch import Callback
+
+
+class Kill(Callback):
+    """Send this process signals, once: in a hook, when it is called for the n-th time."""
+
+    def __init__(self, hook: str, call: int = 1, signals: list[int] = [15], rank: int = 0):
+        self.hook, self.call, self.signals, self.rank = hook, call, signals, rank
+        setattr(self, hook, self.act)
+
+    def act(self, trainer, *args, **kwargs):
+        if not (trainer.sanity_checking and "validation" in self.hook):
+            self.call -= 1
+        if self.call == 0 and trainer.global_rank == self.rank:
+            self.call = -1
+            for number in self.signals:
+                os.kill(os.getpid(), number)
+'''
+WINDOWS = ["--trainer.accumulate_grad_batches", 2, "--model.lora.dropout", 0.1]
+WINDOWS += ["--data.tokens_per_batch", 256, "--trainer.val_check_interval", 4]
+UNSTOPPED: dict[str, torch.Tensor] = {}
+LAST = "runs/demo/sft/version_0/last.ckpt"
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """A run leaves a process's handlers as they were."""
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    yield
+    after = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert after == before
+
+
+@pytest.fixture
+def sft(
+    model_dir: Callable,
+    hh: Path,
+    text: Path,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> Callable[..., tuple[int, str]]:
+    """Run SFT in this process, with a signal from a hook: the status and standard error."""
+    Path("kills.py").write_text(KILL)
+    monkeypatch.syspath_prepend(str(workplace))
+
+    def run(*changes: object, command: str = "fit", **when: object) -> tuple[int, str]:
+        kill = [f"--trainer.callbacks.init_args.{name}={value}" for name, value in when.items()]
+        arguments = [command, *quick("demo/sft.yaml", model_dir, hh, text, 4)[1:], *WINDOWS]
+        arguments += [*changes, *(["--trainer.callbacks+=kills.Kill"] if kill else []), *kill]
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return status, capfd.readouterr().err
+
+    return run
+
+
+def weights(path: str | Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return state
+
+
+@pytest.fixture
+def whole(sft: Callable) -> Callable[[], dict[str, torch.Tensor]]:
+    """The weights of a run that nothing stopped, trained once for all tests."""
+
+    def run() -> dict[str, torch.Tensor]:
+        if not UNSTOPPED:
+            assert sft()[0] == 0
+            newest = max(Path("runs/demo/sft").glob("version_*"), key=lambda path: path.name)
+            UNSTOPPED.update(weights(newest / "last.ckpt"))
+        return UNSTOPPED
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "step", "number", "status"),
+    [
+        # In the middle of the second window of two batches.
+        ("on_train_batch_start", 3, 2, signal.SIGTERM, 143),
+        ("on_train_batch_end", 4, 2, signal.SIGINT, 130),
+        # The second step's validation, at batch 4.
+        ("on_validation_batch_start", 1, 2, signal.SIGTERM, 143),
+    ],
+)
+def test_the_step_is_finished_saved_and_resumed_exactly(
+    sft: Callable,
+    whole: Callable,
+    caplog: pytest.LogCaptureFixture,
+    hook: str,
+    call: int,
+    step: int,
+    number: signal.Signals,
+    status: int,
+) -> None:
+    assert sft(hook=hook, call=call, signals=[int(number)])[0] == status
+    assert f"{number.name}: stopped after step {step}; {LAST} holds it" in caplog.text
+    assert torch.load(LAST, weights_only=True)["global_step"] == step
+    assert sft("--ckpt_path", "runs/demo/sft")[0] == 0
+    resumed = weights("runs/demo/sft/version_1/last.ckpt")
+    assert all(torch.equal(resumed[name], value) for name, value in whole().items())
+
+
+def test_a_second_ctrl_c_stops_at_once(sft: Callable) -> None:
+    status, err = sft(hook="on_train_batch_start", call=3, signals=[int(signal.SIGINT)] * 2)
+    assert status == 130
+    assert "finishing this step, then saving; once more stops at once" in err
+    assert "SIGINT: stopped at once" in err
+    assert not Path(LAST).exists()
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_sanity_check_start"])
+def test_before_training_there_is_one_line(sft: Callable, hook: str) -> None:
+    status, err = sft(hook=hook)
+    assert status == 143
+    assert [line for line in err.splitlines() if "SIGTERM" in line] == [
+        "alignkit: SIGTERM: stopped at once; nothing was saved"
+    ]
+    assert "Traceback" not in err
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_an_evaluation_stops_at_once(sft: Callable) -> None:
+    assert sft(command="validate", hook="on_validation_batch_start")[0] == 143
+
+
+def test_without_checkpoints_it_says_that_nothing_is_saved(
+    sft: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    off = ["--trainer.callbacks", "[]", "--trainer.enable_checkpointing", "false"]
+    assert sft(*off, hook="on_train_batch_start", call=3)[0] == 143
+    assert "SIGTERM: stopped after step 2; nothing is saved, as checkpoints are off" in caplog.text
+
+
+def test_slurm_requeues_and_the_next_start_goes_on(
+    sft: Callable,
+    whole: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """``scontrol requeue`` with the job's id, and the same command resumes without a flag."""
+    job = {"NTASKS": 1, "JOB_ID": 4711, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0}
+    for name, value in {**job, "NODEID": 0, "NODELIST": "localhost", "NNODES": 1}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("PATH", str(Path("bin").absolute()), prepend=os.pathsep)
+    Path("bin").mkdir()
+    Path("bin/scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
+    Path("bin/scontrol").chmod(0o755)
+    usr1 = [int(signal.SIGUSR1)]
+    status, _ = sft(hook="on_train_batch_start", call=3, signals=usr1)
+    assert status == 128 + signal.SIGUSR1
+    assert Path("requeued").read_text() == "requeue 4711\n"
+    assert "SIGUSR1: stopped after step 2; " in caplog.text
+    assert torch.load("hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 2
+    assert sft()[0] == 0
+    assert "ckpt_path hpc: taking " in caplog.text
+    Path("hpc_ckpt_1.ckpt").unlink()
+    resumed = weights("runs/demo/sft/version_1/last.ckpt")
+    assert all(torch.equal(resumed[name], value) for name, value in whole().items())
+
+
+def start(model_dir: Callable, hh: Path, text: Path, *changes: object) -> subprocess.Popen[str]:
+    """Start the command as a process and the leader of its group, as a terminal does."""
+    arguments = quick("demo/sft.yaml", model_dir, hh, text, 10_000)
+    arguments += ["--trainer.val_check_interval", 10_000, "--data.tokens_per_batch", 256]
+    return subprocess.Popen(
+        [sys.executable, "-m", "alignkit", *map(str, [*arguments, *changes])],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_whole_group_is_told_workers_too(
+    model_dir: Callable, hh: Path, text: Path, workplace: Path, number: int, status: int
+) -> None:
+    process = start(model_dir, hh, text, "--data.num_workers", 2, "--trainer.log_every_n_steps", 1)
+    wait_for(process, "training")
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    assert ("stopped after step" in err) == Path(LAST).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_agree_whoever_is_told(
+    model_dir: Callable, hh: Path, text: Path, sft: Callable, workplace: Path, rank: int
+) -> None:
+    ranks = ["--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    kill = ["--trainer.callbacks+=kills.Kill", "--trainer.callbacks.init_args.hook"]
+    kill += ["on_train_batch_start", "--trainer.callbacks.init_args.call", 3]
+    kill += ["--trainer.callbacks.init_args.rank", rank]
+    process = start(model_dir, hh, text, *ranks, *WINDOWS, *kill)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert err.count("SIGTERM: stopped after step 2; ") == 1
+    assert torch.load(LAST, weights_only=True)["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_imports_is_one_line(workplace: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "alignkit", "audit", "x"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for(process, "torch._C")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "alignkit: SIGINT: stopped at once" in err and "Traceback" not in err
+
+
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"no {text!r}")
