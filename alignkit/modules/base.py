@@ -19,6 +19,7 @@ from alignkit.engine import PackedBatch, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig, lora_parameter_groups
 from alignkit.modules import checkpoint as ckpt
 from alignkit.modules.build import build_policy
+from alignkit.modules.dropout import prove_quiet
 from alignkit.modules.metrics import EpochMetrics
 from alignkit.modules.window import LossOutput, Window, scale_gradients
 
@@ -108,6 +109,9 @@ class AlignmentModule(LightningModule):
                 {"use_reentrant": False}
             )
         check_engine(self.model)
+        self.dropout = dropout
+        if not dropout:
+            prove_quiet(self.model)
         self.compiles = compile
         if compile:
             compile_blocks(self.model)

@@ -18,6 +18,7 @@ from alignkit.engine import PackedBatch, compile_blocks, response_lengths, respo
 from alignkit.errors import AlignkitError
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.checkpoint import tensors_fingerprint
+from alignkit.modules.dropout import adapters_quiet
 from alignkit.modules.reference import ReferenceCache, ReferencedBatch, refuse_error
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import PairScores, get_loss, rewards
@@ -201,10 +202,12 @@ class DPOModule(AlignmentModule):
     def _check_first_step(self, batch: PackedBatch) -> None:
         """Stop a run whose policy does not start as its reference.
 
-        Measured without dropout: with adapter dropout the training loss itself starts near ln 2.
+        Measured in training mode, where noise in the base would show, but without the dropout of
+        adapters, which is meant; with ``dropout`` the base's own is meant too.
         """
-        self.model.train(False)
-        policy = pair_scores(self.model, batch)
+        self.model.train(not self.dropout)
+        with adapters_quiet(self.model):
+            policy = pair_scores(self.model, batch)
         self.model.train()
         reference = pair_scores(self.reference, batch)  # cached rows were rounded in other rows
         gap = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
