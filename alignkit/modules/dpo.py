@@ -213,7 +213,8 @@ class DPOModule(AlignmentModule):
         gap = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
         worst = gap.abs().max().item()
         scale = policy.rejected.abs().max().item() + 1.0
-        if not worst <= STEP_0_TOLERANCE * scale:
+        # A policy that is not finite itself is stopped for that, with its rows.
+        if worst > STEP_0_TOLERANCE * scale:
             raise AlignkitError(
                 f"model: policy and reference differ by {worst:.3g} nats before the first step, so "
                 "rewards would not start at 0; the policy was changed after the reference was "
