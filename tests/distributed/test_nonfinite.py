@@ -78,12 +78,13 @@ def test_both_ranks_stop_with_the_rows_of_the_one(
 ) -> None:
     with pytest.raises(Exception, match="global step 1: the loss is nan"):
         run("stop")
-    # The first rank to end may take the other along.
-    (error,) = {file.read_text() for file in tmp_path.glob("error*")}
+    # The first rank to end may take the other along; the parent tells its error once more.
+    errors = [file.read_text() for file in tmp_path.glob("error*")]
     kept = tmp_path / "nonfinite-step1-rank1.pt"
     rows = torch.load(kept, weights_only=True)["rows"]
-    assert error.startswith(f"global step 1: the loss is nan; {', '.join(rows)}; the batch is kept")
-    assert str(kept) in error
+    told = f"global step 1: the loss is nan; {', '.join(rows)}; the batch is kept in {kept}; no "
+    assert errors
+    assert all(told in error for error in errors)
     assert not (tmp_path / "nonfinite-step1-rank0.pt").exists()
     assert not list(tmp_path.glob("end*"))
 
