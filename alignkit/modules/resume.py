@@ -44,8 +44,10 @@ def settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         "options": _options(optimizer.param_groups[0]),
         "parameters": [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups],
+        "run": {"total steps": total_steps(trainer)},
         "trainer": {
-            "steps": total_steps(trainer),
+            "max_steps": trainer.max_steps,
+            "max_epochs": trainer.max_epochs,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "gradient_clip_val": trainer.gradient_clip_val,
             "gradient_clip_algorithm": _plain(trainer.gradient_clip_algorithm),
@@ -83,6 +85,7 @@ def merge(
         *_changes("model.optimizer.", _saved_options(saved, before), now["options"]),
         *_changes("model.", checkpoint.get("hyper_parameters", {}), hparams, _ELSEWHERE),
         *_changes("trainer.", before.get("trainer", {}), now["trainer"]),
+        *_changes("", before.get("run", {}), now["run"]),
     ]
     checkpoint["optimizer_states"] = [_fitted(optimizer, saved, before, now)]
     _move_schedule(checkpoint, trainer)
