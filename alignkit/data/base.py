@@ -90,6 +90,7 @@ class AlignmentDataModule(LightningDataModule):
         self._sets: dict[str, ExampleSet] = {}
         self._quotas: list[tuple[int, int]] = []
         self._plan = ""
+        self._sampler: TokenBudgetBatchSampler | None = None
         self._position: dict[str, Any] = {}
 
     @abstractmethod
@@ -129,6 +130,7 @@ class AlignmentDataModule(LightningDataModule):
         if position := self.take_position():
             sampler.load_state_dict(position)
         self._plan = sampler.fingerprint
+        self._sampler = sampler
         return self.loader(self._set("train"), batch_sampler=sampler, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
@@ -143,8 +145,10 @@ class AlignmentDataModule(LightningDataModule):
         """The training position: epoch, micro-batches done in it, and the plan they belong to."""
         if self.trainer is None:
             return {}
+        begun: int = self.trainer.fit_loop.epoch_progress.current.started  # type: ignore[attr-defined]
         return {
-            "epoch": self.trainer.current_epoch,
+            # Of the last micro-batch: Lightning's own is one ahead once training has ended.
+            "epoch": max(begun - 1, 0),
             "batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.ready,
             "plan": self._plan,
         }
@@ -157,6 +161,16 @@ class AlignmentDataModule(LightningDataModule):
         """The position to resume at, once; empty in a fresh run."""
         position, self._position = self._position, {}
         return position
+
+    def rows_of_batch(self, number: int) -> list[tuple[str, int]]:
+        """The source and line of each example in a micro-batch of this rank's current epoch.
+
+        Args:
+            number: Which of the epoch's micro-batches, from 0.
+        """
+        assert self._sampler is not None, "no training loader was made yet"
+        examples = self._set("train")
+        return [examples.place(index) for index in self._sampler.batch(number)]
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """The sources of each split that are to be encoded."""

@@ -145,6 +145,7 @@ class OpenWebTextDataModule(AlignmentDataModule):
         self.streaming = streaming
         self.held_out = held_out
         self._stream: list[Source] = []
+        self._reading: ExampleStream | None = None
         self.block_size = block_size
         self.packing = packing
         self.policies = policies
@@ -185,5 +186,10 @@ class OpenWebTextDataModule(AlignmentDataModule):
             world_size=self._world,
             skip=self.take_position().get("batches", 0),
         )
+        self._reading = stream
         # More than one worker would each read the whole stream.
         return self.loader(stream, num_workers=min(self.num_workers, 1), batch_size=None)
+
+    def rows_of_batch(self, number: int) -> list[tuple[str, int]]:
+        """The source and line of each example in a micro-batch; a stream is read again for it."""
+        return self._reading.rows(number) if self._reading else super().rows_of_batch(number)

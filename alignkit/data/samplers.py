@@ -114,6 +114,10 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             f"shuffle={self._shuffle}"
         )
 
+    def batch(self, number: int) -> list[int]:
+        """Return the examples of the epoch's ``number``-th micro-batch of this rank, from 0."""
+        return next(self._batches_from(number))
+
     def set_epoch(self, epoch: int) -> None:
         """Plan another epoch; a start offset belongs to the epoch it was loaded for."""
         if epoch == self.epoch:

@@ -155,6 +155,7 @@ def _encoded(source: Source, encoder: RowEncoder, cache: Path, announce: bool) -
         return encoder.write(source, writer)
 
     store = cached_store(cache, identity, build, scored=encoder.masked)
+    store.source = source.name
     if announce and _log.isEnabledFor(logging.INFO):
         _log_counts(source.name, store.meta)
     return store

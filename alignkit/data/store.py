@@ -127,6 +127,7 @@ class Store:
 
     Attributes:
         meta: What was given to `StoreWriter.finish`.
+        source: What a person calls the source that was encoded; whoever opens the store says.
 
     Raises:
         StoreError: The manifest is missing, or an array is not what it says.
@@ -134,6 +135,7 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.source = str(directory)
         try:
             manifest = json.loads((directory / _MANIFEST).read_text())
             intact = manifest["xxh3"] == xxhash.xxh3_64_hexdigest(manifest["body"].encode())
@@ -158,7 +160,7 @@ class Store:
         return int(self._count)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("directory", "meta", "_names", "_count")
+        names = ("directory", "source", "meta", "_names", "_count")
         return {name: getattr(self, name) for name in names}
 
     @cached_property
@@ -236,9 +238,18 @@ class ExampleSet(Dataset[Example]):
         return np.concatenate(parts)
 
     def __getitem__(self, index: int) -> Example:
+        store, row = self._find(index)
+        return store[row]
+
+    def place(self, index: int) -> tuple[str, int]:
+        """Return the source an example came from, and its line there."""
+        store, row = self._find(index)
+        return store.source, int(store.lines[row])
+
+    def _find(self, index: int) -> tuple[Store, int]:
         part = bisect_right(self._ends, index)
         first = self._ends[part - 1] if part else 0
-        return self._stores[part][int(self._chosen[part][index - first])]
+        return self._stores[part], int(self._chosen[part][index - first])
 
 
 def _measure(path: Path, *, whole: bool = False) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from torch.utils.data import IterableDataset
 
@@ -13,6 +14,9 @@ from alignkit.engine import Example, PackedBatch, collate
 from alignkit.errors import AlignkitError
 
 _log = logging.getLogger("alignkit.data")
+
+_Placed = tuple[tuple[str, int], Example]
+"""An example with the source and line it came from."""
 
 Rows = Callable[[Source, Tally], Iterable[tuple[int, Example]]]
 
@@ -49,26 +53,29 @@ class ExampleStream(IterableDataset[PackedBatch]):
         self._skip = skip
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        for number, batch in enumerate(self._batches()):
-            if number >= self._skip:
-                yield collate(batch)
+        for batch in islice(self._batches(), self._skip, None):
+            yield collate([example for _, example in batch])
 
-    def _batches(self) -> Iterator[list[Example]]:
-        batch: list[Example] = []
+    def rows(self, number: int) -> list[tuple[str, int]]:
+        """The source and line of each example of a batch; reads the stream again up to it."""
+        return [place for place, _ in next(islice(self._batches(), number, None))]
+
+    def _batches(self) -> Iterator[list[_Placed]]:
+        batch: list[_Placed] = []
         tokens = 0
-        for example in self._examples():
+        for place, example in self._examples():
             if batch and tokens + example.num_tokens > self._budget:
                 yield batch
                 batch, tokens = [], 0
-            batch.append(example)
+            batch.append((place, example))
             tokens += example.num_tokens
 
-    def _examples(self) -> Iterator[Example]:
+    def _examples(self) -> Iterator[_Placed]:
         while True:
             tally = Tally()
             for source in self._sources:
-                for _, example in self._encode(source, tally):
-                    yield example
+                for line, example in self._encode(source, tally):
+                    yield (source.name, line), example
             if not tally.counts.get("examples"):
                 names = ", ".join(source.name for source in self._sources)
                 raise AlignkitError(f"{names}: the stream holds no example for every rank")

@@ -14,6 +14,7 @@ from alignkit.lora.files import CONFIG_FILE
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.io import save_adapter, save_adapter_file
 from alignkit.lora.merge import merged_plain
+from alignkit.models_dropout import own_dropout
 
 Format = Literal["peft", "merged", "safetensors"]
 
@@ -78,12 +79,13 @@ def export(
             "model; choose another directory"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    if adapter_configs(model):
-        with merged_plain(model):
-            # The class's own: a model with adapters refuses (see `inject_lora`).
-            type(model).save_pretrained(model, directory)
-    else:
-        model.save_pretrained(directory)
+    with own_dropout(model):
+        if adapter_configs(model):
+            with merged_plain(model):
+                # The class's own: a model with adapters refuses (see `inject_lora`).
+                type(model).save_pretrained(model, directory)
+        else:
+            model.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
     return directory

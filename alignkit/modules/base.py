@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.optim import AdamW, Optimizer
-from transformers import PreTrainedModel, get_scheduler
+from torch.optim import AdamW
+from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from alignkit.engine import PackedBatch, check_engine, compile_blocks
-from alignkit.lora import LoRAConfig, lora_parameter_groups
+from alignkit.engine import check_engine, compile_blocks
+from alignkit.lora import LoRAConfig
 from alignkit.modules import checkpoint as ckpt
 from alignkit.modules.build import build_policy
 from alignkit.modules.checkpoint_io import seal_checkpoints
+from alignkit.modules.dropout import prove_quiet
 from alignkit.modules.find import find_checkpoint, verified
-from alignkit.modules.metrics import EpochMetrics
+from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
+from alignkit.modules.optimize import make_optimizer, make_schedule, total_steps
+from alignkit.modules.resume import KEY as SETTINGS
+from alignkit.modules.resume import merge, settings
 from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
-from alignkit.modules.window import LossOutput, Window, scale_gradients
+from alignkit.modules.steps import ExactSteps
 
 log = logging.getLogger(__name__)
 
 
-class AlignmentModule(LightningModule):
+class AlignmentModule(ExactSteps):
     """A causal language model under training; a subclass says what its loss is.
 
     Overriding `compute_loss` makes a new objective. It returns sums, and the optimised loss is
@@ -58,13 +62,12 @@ class AlignmentModule(LightningModule):
             memory, about a third more time.
         compile: `torch.compile` every block, which makes the first steps slow. Rows are padded to
             multiples of 64 tokens.
+        on_nonfinite: What to do before a step whose loss or gradient is NaN or infinite: ``stop``
+            the run, or ``skip`` the step and count it. The schedule moves on over a skipped step.
 
     Raises:
         AlignkitError: The base cannot be loaded or scored, or ``init_from`` does not fit it.
     """
-
-    perplexity = False
-    """Whether the loss is a cross-entropy whose exponential is worth logging."""
 
     base: str
     base_fingerprint: str
@@ -74,7 +77,8 @@ class AlignmentModule(LightningModule):
     warmup_steps: float
     lora_plus_ratio: float
     model: PreTrainedModel
-    _random_states: Sequence[Mapping[str, Tensor]] | None = None
+    _settings: dict[str, Any] | None = None
+    _resumed: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -93,8 +97,9 @@ class AlignmentModule(LightningModule):
         dropout: bool = False,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        on_nonfinite: OnNonFinite = "stop",
     ) -> None:
-        super().__init__()
+        super().__init__(on_nonfinite)
         self._save_plain_hyperparameters()
         self.base = base
         # A checkpoint's hyper-parameters hold the config as plain values.
@@ -115,92 +120,32 @@ class AlignmentModule(LightningModule):
                 {"use_reentrant": False}
             )
         check_engine(self.model)
+        self.dropout = dropout
+        if not dropout:
+            prove_quiet(self.model)
         self.compiles = compile
         if compile:
             compile_blocks(self.model)
-        self.train_metrics = EpochMetrics(self.perplexity)
-        self.val_metrics = EpochMetrics(self.perplexity)
-        self.window = Window()
 
-    # What a subclass says -------------------------------------------------------------------
+    # Start ----------------------------------------------------------------------------------
 
-    def compute_loss(self, batch: PackedBatch) -> LossOutput:
-        """Return the batch's summed loss, its weight and its summed metrics.
+    def setup(self, stage: str) -> None:
+        """Begin a run: have checkpoints written whole, read none that is damaged.
 
-        Args:
-            batch: On the module's device; ``self.training`` tells training from validation.
+        Its optimizer is still to be made.
         """
-        raise TypeError(f"{type(self).__name__} must override compute_loss(batch) -> LossOutput")
-
-    # Steps ----------------------------------------------------------------------------------
-
-    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Return the *sum* loss; `on_before_optimizer_step` makes the mean exact."""
-        output = self.compute_loss(batch)
-        self.window.add(output, batch.num_tokens)
-        self.train_metrics.update(output)
-        return output.loss_sum
-
-    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add the batch to the epoch's means; no collective runs inside a step."""
-        self.val_metrics.update(self.compute_loss(batch))
-
-    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Measure a test batch as a validation batch is."""
-        self.validation_step(batch, batch_idx)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the accumulated, averaged sums into the gradient of the window's exact mean."""
-        strategy = self.trainer.strategy
-        totals = self.window.close(lambda t: strategy.reduce(t, reduce_op="sum"))
-        # Undo Lightning's division by the window and DDP's by the ranks.
-        constant = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        scale_gradients(parameters, constant / totals.weight)
-        for name, mean in totals.means.items():
-            self._log(f"train/{name}", mean, prog_bar=name == "loss")
-        self._log("train/lr", optimizer.param_groups[0]["lr"])
-        self._log("train/tokens_per_second", totals.tokens_per_second, prog_bar=True)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Log the gradient's norm and clip it.
-
-        Under mixed precision Lightning refuses to clip for a fused optimizer, which unscales
-        inside its step; only 16-mixed has a scaler, so everything else clips here.
-        """
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self._log("train/grad_norm", norm)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and scaler is None:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
-        else:
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
-
-    def on_train_epoch_end(self) -> None:
-        """Log the epoch's training means as ``train/…_epoch``."""
-        for name, metric in self.train_metrics.named().items():
-            attribute = f"train_metrics.means.{name}"
-            self.log(f"train/{name}_epoch", metric, metric_attribute=attribute)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the validation means as ``val/…``."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the test means as ``test/…``."""
-        self._log_evaluation("test")
+        seal_checkpoints(self.trainer)
+        self._settings = None
 
     def on_fit_start(self) -> None:
-        """Put the policy in training mode: transformers models load in eval, fit leaves them so."""
+        """Put the policy in training mode: transformers models load in eval, fit leaves them so.
+
+        Lightning restores optimizer and schedule next.
+        """
         self.model.train()
+        if self._resumed is not None and self._settings is not None:
+            merge(self._resumed, self.trainer, self._settings, self.hparams)
+        self._resumed = None
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
         if self.trainer.is_global_zero:
@@ -209,37 +154,15 @@ class AlignmentModule(LightningModule):
                 type(self).__name__, f"{trainable:,}", f"{total:,}", 100 * trainable / total,
             )  # fmt: skip
 
-    def on_train_epoch_start(self) -> None:
-        """Measure throughput from here: set-up is not training."""
-        self.window.restart_clock()
-
-    def on_validation_end(self) -> None:
-        """Take the time that validation took out of the throughput."""
-        self.window.restart_clock()
-
     # Optimizer ------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer over trainable parameters and its per-step schedule."""
-        optimizer = self.optimizer([p for p in self.model.parameters() if p.requires_grad])
-        if self.lora_plus_ratio != 1:
-            chosen = optimizer.defaults
-            groups = lora_parameter_groups(
-                self.model, chosen["lr"], self.lora_plus_ratio, chosen.get("weight_decay", 0.0)
-            )
-            optimizer = self.optimizer(groups)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = self.warmup_steps
-        scheduler = get_scheduler(
-            self.schedule,
-            optimizer,
-            num_warmup_steps=round(warmup * total if warmup < 1 else warmup),
-            num_training_steps=total,
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        optimizer = make_optimizer(self.model, self.optimizer, self.lora_plus_ratio)
+        total = total_steps(self.trainer)
+        schedule = make_schedule(optimizer, self.schedule, self.warmup_steps, total)
+        self._settings = settings(self, optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Checkpoints ----------------------------------------------------------------------------
 
@@ -248,10 +171,6 @@ class AlignmentModule(LightningModule):
         claim_run_folder(self.trainer)
         there = any(isinstance(c, Signals) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if there else [Signals()]
-
-    def setup(self, stage: str) -> None:
-        """Have the trainer write checkpoints whole, and read none that is damaged."""
-        seal_checkpoints(self.trainer)
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -272,27 +191,32 @@ class AlignmentModule(LightningModule):
         return _IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stamp the checkpoint with what it belongs to, and keep the random state."""
+        """Stamp the checkpoint with what it belongs to, and make it one of the last step.
+
+        Raises:
+            AlignkitError: Something in it is not finite.
+        """
+        refuse_nonfinite(checkpoint, self.global_step)
         checkpoint[ckpt.STAMP] = self.checkpoint_stamp()
-        checkpoint["rng"] = ckpt.random_states(self.device)
+        checkpoint[SETTINGS] = self._settings
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another class, base or shape before anything is changed."""
         ckpt.check_stamp(self.checkpoint_stamp(), checkpoint.get(ckpt.STAMP))
-        self._random_states = checkpoint.get("rng")
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        super().on_load_checkpoint(checkpoint)
+        # Tuners restore what they began with; only a run without an optimizer yet resumes.
+        self._resumed = checkpoint if self._settings is None else None
 
     def on_train_start(self) -> None:
-        """Log what the data lost, and continue a resumed run's random stream.
-
-        Restored here, after the sanity check has used some of it.
-        """
+        """Log what the data lost."""
+        super().on_train_start()
         truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
         if truncated is not None:  # a fact about the run: no mean over ranks or steps
             for logger in self.loggers:
                 logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
-        if self._random_states is not None:
-            ckpt.restore_random_state(self._random_states, self.device, self.global_rank)
-            self._random_states = None
 
     def checkpoint_stamp(self) -> dict[str, str]:
         """Return what a checkpoint must share with the module that resumes from it."""
@@ -312,12 +236,3 @@ class AlignmentModule(LightningModule):
             for name, value in kept.items():
                 if hasattr(value, "to_dict"):  # adapters, a loss
                     kept[name] = value.to_dict()
-
-    def _log(self, name: str, value: float | Tensor, prog_bar: bool = False) -> None:
-        # Totals are already summed over ranks; batch_size keeps Lightning from guessing one.
-        self.log(name, value, prog_bar=prog_bar, batch_size=1, rank_zero_only=True)
-
-    def _log_evaluation(self, stage: str) -> None:
-        for name, metric in self.val_metrics.named().items():
-            attribute = f"val_metrics.means.{name}"
-            self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", metric_attribute=attribute)

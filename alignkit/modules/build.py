@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora
 from alignkit.models import base_fingerprint, load_model
+from alignkit.models_dropout import zero_dropout
 
 
 def build_policy(
@@ -35,7 +35,7 @@ def build_policy(
     model = load_model(base, dtype=getattr(torch, dtype), random_init=random_init)
     fingerprint = base_fingerprint(model)
     if not dropout:
-        _disable_dropout(model)
+        zero_dropout(model)
     if lora is not None:
         return inject_lora(model, lora), fingerprint
     if dtype != "float32":
@@ -45,11 +45,3 @@ def build_policy(
             "bf16-mixed"
         )
     return model.requires_grad_(True), fingerprint
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]

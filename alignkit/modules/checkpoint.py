@@ -189,14 +189,16 @@ def tensors_fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def random_states(device: torch.device) -> list[dict[str, Tensor]]:
-    """Return torch's random states on the host and on the device, of every rank.
-
-    A collective: where there are several ranks, all of them call it.
-    """
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return torch's random states on the host and on the device."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def of_all_ranks(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return every rank's `random_state`; a collective that all of them call."""
     if not (dist.is_available() and dist.is_initialized()):
         return [state]
     states: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
@@ -207,7 +209,7 @@ def random_states(device: torch.device) -> list[dict[str, Tensor]]:
 def restore_random_state(
     states: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor], device: torch.device, rank: int
 ) -> None:
-    """Restore this rank's state of `random_states`.
+    """Restore this rank's state of `of_all_ranks`.
 
     A rank that the saving run did not have draws a stream of its own.
     """

@@ -19,6 +19,7 @@ from alignkit.engine import PackedBatch, compile_blocks, response_lengths, respo
 from alignkit.errors import AlignkitError
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.checkpoint import tensors_fingerprint
+from alignkit.modules.dropout import adapters_quiet
 from alignkit.modules.reference import ReferenceCache, ReferencedBatch, refuse_error
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
@@ -215,17 +216,20 @@ class DPOModule(AlignmentModule):
     def _check_first_step(self, batch: PackedBatch) -> None:
         """Stop a run whose policy does not start as its reference.
 
-        Measured without dropout: with adapter dropout the training loss itself starts near ln 2.
+        Measured in training mode, where noise in the base would show, but without the dropout of
+        adapters, which is meant; with ``dropout`` the base's own is meant too.
         """
-        self.model.train(False)
-        policy = pair_scores(self.model, batch)
+        self.model.train(not self.dropout)
+        with adapters_quiet(self.model):
+            policy = pair_scores(self.model, batch)
         self.model.train()
         # Cached rows were rounded in other rows.
         reference = PairScores.from_responses(self._live_sums(batch), response_lengths(batch))
         gap = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected])
         worst = gap.abs().max().item()
         scale = policy.rejected.abs().max().item() + 1.0
-        if not worst <= STEP_0_TOLERANCE * scale:
+        # A policy that is not finite itself is stopped for that, with its rows.
+        if worst > STEP_0_TOLERANCE * scale:
             raise AlignkitError(
                 f"model: policy and reference differ by {worst:.3g} nats before the first step, so "
                 "rewards would not start at 0; the policy was changed after the reference was "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,6 +47,50 @@ class Perplexity(WeightedMean):
         return super().compute().exp()
 
 
+class EpochSums:
+    """This rank's sums over the optimizer steps of an epoch so far.
+
+    A step counts when it was taken, so that a resumed run, which goes through an open window
+    again, counts every micro-batch once.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        self._sums = {}
+
+    def add(self, output: LossOutput) -> None:
+        """Add a step: sums in float64, its weight a tensor."""
+        sums: dict[str, Any] = {"loss": output.loss_sum, "weight": output.weight, **output.metrics}
+        for name, value in sums.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def total(self) -> LossOutput | None:
+        """Return the sums, ``None`` where no step was taken."""
+        if not self._sums:
+            return None
+        metrics = dict(self._sums)
+        return LossOutput(metrics.pop("loss"), metrics.pop("weight"), metrics)
+
+    def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Return the sums over all ranks, on the host; a collective.
+
+        Args:
+            reduce: Sums a [K] float64 tensor over all ranks.
+        """
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums_K = reduce(torch.stack([self._sums[name] for name in names])).cpu()
+        return dict(zip(names, sums_K.unbind(), strict=True))
+
+    def load(self, state: Mapping[str, Tensor], device: torch.device, rank: int) -> None:
+        """Continue from a `state`, which one rank takes over for all."""
+        self._sums = {name: value.to(device) * (rank == 0) for name, value in state.items()}
+
+
 class EpochMetrics(nn.Module):
     """The loss and every metric that a stage's `LossOutput`s name, aggregated over an epoch."""
 
@@ -65,6 +110,11 @@ class EpochMetrics(nn.Module):
             totals["perplexity"] = output.loss_sum
         for name, total in totals.items():
             self._mean(name).update(total, output.weight)
+
+    def reset(self) -> None:
+        """Forget what an epoch that was cut off has left."""
+        for mean in self.means.values():
+            mean.reset()  # type: ignore[operator]
 
     def named(self) -> dict[str, WeightedMean]:
         """Return the metrics by name, the same names on every rank.

@@ -10,9 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from alignkit.engine import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -30,10 +33,23 @@ class LossOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
+class MicroBatch(NamedTuple):
+    """One micro-batch of a window, kept until the window is closed.
+
+    Attributes:
+        batch: On the module's device.
+        number: Which of its epoch, from 0.
+    """
+
+    batch: PackedBatch
+    number: int
+
+
 class Window:
     """Sums over the micro-batches of one optimizer step on this rank."""
 
     def __init__(self) -> None:
+        self.micro_batches: list[MicroBatch] = []
         self._sums: dict[str, Tensor] = {}
         self._start = time.perf_counter()
 
@@ -41,16 +57,22 @@ class Window:
         """Forget the time that passed outside of training steps."""
         self._start = time.perf_counter()
 
-    def add(self, output: LossOutput, tokens: int) -> None:
+    def clear(self) -> None:
+        """Forget what was added, as the gradients of a step that is never taken are."""
+        self.micro_batches = []
+        self._sums = {}
+
+    def add(self, output: LossOutput, batch: PackedBatch, number: int = 0) -> None:
         """Add one micro-batch; nothing here waits for the device."""
         loss = output.loss_sum.detach().float()
-        entries = {"loss": loss, "weight": output.weight, "tokens": tokens, **output.metrics}
-        for name, value in entries.items():
+        own = {"loss": loss, "weight": output.weight, "tokens": batch.num_tokens}
+        for name, value in {**own, **output.metrics}.items():
             if isinstance(value, Tensor):
                 value = value.detach().to(torch.float64)
             else:
                 value = loss.new_full((), value, dtype=torch.float64)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self.micro_batches.append(MicroBatch(batch, number))
 
     def close(self, reduce: Callable[[Tensor], Tensor]) -> WindowTotals:
         """Sum over ranks in one collective, start over, and return the step's totals.
@@ -59,15 +81,25 @@ class Window:
             reduce: Sums a [K] float64 tensor over all ranks.
         """
         names = sorted(self._sums)
-        totals = reduce(torch.stack([self._sums[name] for name in names]))
-        sums = dict(zip(names, totals.unbind(), strict=True))
+        own_K = torch.stack([self._sums[name] for name in names])
+        own = dict(zip(names, own_K.unbind(), strict=True))
+        del own["tokens"]
+        # Gloo reduces in place.
+        sums = dict(zip(names, reduce(own_K.clone()).unbind(), strict=True))
         seconds = time.perf_counter() - self._start
+        micro_batches = self.micro_batches
         self.__init__()  # type: ignore[misc]
         weight, tokens = sums.pop("weight"), sums.pop("tokens")
         # A window without a single scored token has zero gradients; keep them finite.
         weight = weight.clamp(min=torch.finfo(torch.float32).tiny)
         means = {name: (value / weight).float() for name, value in sums.items()}
-        return WindowTotals(means, weight.float(), (tokens / seconds).float())
+        return WindowTotals(
+            means,
+            weight.float(),
+            (tokens / seconds).float(),
+            LossOutput(own.pop("loss"), own.pop("weight"), own),
+            micro_batches,
+        )
 
 
 @dataclass(frozen=True)
@@ -78,11 +110,15 @@ class WindowTotals:
         means: ``loss`` and every metric, divided by ``weight``.
         weight: What the step weighs in total.
         tokens_per_second: Row tokens of all ranks per second of wall time.
+        own: This rank's part of it, as sums in float64.
+        micro_batches: This rank's.
     """
 
     means: dict[str, Tensor]
     weight: Tensor
     tokens_per_second: Tensor
+    own: LossOutput
+    micro_batches: list[MicroBatch]
 
 
 def scale_gradients(parameters: list[Tensor], factor: Tensor) -> None:

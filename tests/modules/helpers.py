@@ -69,3 +69,15 @@ def plain_cross_entropy_steps(
                 parameter -= lr * gradient
         losses.append(loss.item())
     return losses
+
+
+def logged_steps(module: L.LightningModule) -> dict[str, list[float]]:
+    """Collect from here on what a module logs at its steps, by name, instead of logging it."""
+    logged: dict[str, list[float]] = {}
+
+    def log(name: str, value: Any, **_: Any) -> None:
+        if isinstance(value, (int, float, Tensor)):
+            logged.setdefault(name, []).append(float(value))
+
+    module.log = log  # type: ignore[method-assign]
+    return logged

@@ -1,0 +1,204 @@
+"""A step whose loss or gradient is not finite is never taken: it stops the run, or is left out.
+
+A batch that did it is named by its rows and kept for replay:
+
+    module = DPOModule.load_from_checkpoint("last.ckpt").train()
+    module.compute_loss(load_batch("nonfinite-step12-rank0.pt")).loss_sum
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from alignkit.engine import PackedBatch
+from alignkit.engine.batch import Span
+from alignkit.errors import AlignkitError
+from alignkit.modules.window import MicroBatch, WindowTotals
+
+if TYPE_CHECKING:
+    from alignkit.modules.steps import ExactSteps
+
+OnNonFinite = Literal["stop", "skip"]
+MOST_SKIPPED_IN_A_ROW = 25
+_ROWS_SHOWN = 20
+log = logging.getLogger(__name__)
+
+
+class StepGuard:
+    """Decides before every optimizer step whether it may be taken, on all ranks alike.
+
+    Args:
+        policy: ``stop`` or ``skip``.
+
+    Attributes:
+        skipped: Steps left out so far.
+
+    Raises:
+        AlignkitError: An unknown policy.
+    """
+
+    def __init__(self, policy: OnNonFinite) -> None:
+        if policy not in get_args(OnNonFinite):
+            raise AlignkitError(f"model.on_nonfinite={policy!r}: choose stop or skip")
+        self.policy = policy
+        self.skipped = 0
+        self._in_a_row = 0
+
+    def admits(self, module: ExactSteps, totals: WindowTotals, norm: Tensor | None) -> bool:
+        """Tell whether a step may be taken. Waits for the device, once.
+
+        Args:
+            module: In training, its gradients complete.
+            totals: The step's, the same on every rank.
+            norm: Of the gradients, the same on every rank; ``None`` where a gradient scaler deals
+                with those that overflowed.
+
+        Raises:
+            AlignkitError: The policy is to stop, or nothing but skipped steps came for long.
+        """
+        loss = totals.means["loss"]
+        seen = [loss, totals.weight, *([norm.to(loss)] if norm is not None else [])]
+        values = torch.stack(seen).tolist()
+        if all(map(_finite, values)):
+            self._in_a_row = 0
+            return True
+        named = zip(("loss", "weight", "gradient's norm"), values, strict=False)
+        what = next(f"the {name} is {value}" for name, value in named if not _finite(value))
+        if norm is not None:  # a scaler still has to see them
+            for parameter in module.parameters():
+                parameter.grad = None  # an optimizer leaves a parameter without gradient alone
+        told = f"global step {module.global_step}: {what}; {_blame(module, totals.micro_batches)}"
+        if self.policy == "stop":
+            raise AlignkitError(
+                f"{told}; no update was made and the last checkpoint is good: mend or drop the "
+                "rows, lower the learning rate, or pass model.on_nonfinite=skip"
+            )
+        self.skipped += 1
+        self._in_a_row += 1
+        if module.trainer.is_global_zero:
+            log.warning("%s; the step is skipped", told)
+        if self._in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise AlignkitError(
+                f"global step {module.global_step}: {self._in_a_row} steps in a row were not "
+                "finite; resume from the last checkpoint with a lower learning rate"
+            )
+        return False
+
+
+def refuse_nonfinite(checkpoint: Mapping[str, Any], step: int) -> None:
+    """Refuse to write a checkpoint with a parameter or an optimizer state that is not finite.
+
+    Raises:
+        AlignkitError: There is one; the line names it.
+    """
+    tensors = dict(_tensors(checkpoint.get("state_dict", {}), ""))
+    tensors |= dict(_tensors(checkpoint.get("optimizer_states", []), "optimizer"))
+    kept = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not kept:
+        return
+    device = next(iter(kept.values())).device
+    finite = torch.stack([t.isfinite().all().to(device) for t in kept.values()]).tolist()
+    wrong = [name for name, is_finite in zip(kept, finite, strict=True) if not is_finite]
+    if wrong:
+        raise AlignkitError(
+            f"global step {step}: {wrong[0]} is not finite, so no checkpoint was written and the "
+            "last one stays; resume from it with a lower learning rate"
+        )
+
+
+def save_batch(path: Path, batch: PackedBatch, **about: Any) -> None:
+    """Write a batch so that `load_batch` reads it; it holds tensors and plain values alone."""
+    tensors = {
+        field.name: getattr(batch, field.name).cpu()
+        for field in fields(PackedBatch)
+        if field.name != "spans"
+    }
+    spans = [[span.start, span.prompt, list(span.responses)] for span in batch.spans]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".partial")
+    torch.save({**about, "tensors": tensors, "spans": spans}, unfinished)
+    os.replace(unfinished, path)
+
+
+def load_batch(path: str | os.PathLike[str]) -> PackedBatch:
+    """Read a batch that was kept because its loss or gradient was not finite."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    spans = tuple(Span(start, prompt, tuple(rest)) for start, prompt, rest in saved["spans"])
+    return PackedBatch(**saved["tensors"], spans=spans)
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")  # false for NaN too
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (Mapping, list, tuple)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _tensors(item, f"{name} {key}".strip())
+
+
+def _blame(module: ExactSteps, micro_batches: list[MicroBatch]) -> str:
+    """Say which rows of all ranks' micro-batches did it, and where they are kept; a collective."""
+    found = [m for m in micro_batches if not _is_finite(module, m.batch)]
+    place = Path(module.trainer.log_dir or module.trainer.default_root_dir)  # a collective
+    told = [_report(module, micro, place) for micro in found[:1]]
+    everybody: list[list[str]] = [told]
+    if dist.is_available() and dist.is_initialized():
+        everybody = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everybody, told)
+    reports = [report for rank in everybody for report in rank]
+    return "; ".join(reports) or "no micro-batch of it is at fault alone"
+
+
+def _report(module: ExactSteps, micro: MicroBatch, place: Path) -> str:
+    count = micro.batch.num_examples
+    guilty = [i for i in range(count) if count > 1 and not _is_finite(module, _one(micro.batch, i))]
+    rows = _rows(module, micro.number, count)
+    shown = [rows[i] for i in guilty or range(count)]
+    more = f" and {len(shown) - _ROWS_SHOWN} more" if len(shown) > _ROWS_SHOWN else ""
+    step, rank = module.global_step, module.global_rank
+    path = place / f"nonfinite-step{step}-rank{rank}.pt"
+    try:
+        save_batch(path, micro.batch, step=step, number=micro.number, rows=rows)
+        kept = f"the batch is kept in {path}"
+    except OSError as error:
+        kept = f"the batch could not be kept in {path} ({error.strerror})"
+    return f"{', '.join(shown[:_ROWS_SHOWN])}{more}; {kept}"
+
+
+def _one(batch: PackedBatch, index: int) -> PackedBatch:
+    return batch.to("cpu").take([index]).to(batch.input_ids.device)
+
+
+def _rows(module: ExactSteps, number: int, count: int) -> list[str]:
+    """Return ``file:line`` of each example of a micro-batch, where the data module knows."""
+    data = module.trainer.datamodule  # type: ignore[attr-defined]
+    rows = getattr(data, "rows_of_batch", None)
+    if rows is None:
+        return [f"example {i} of micro-batch {number} of the epoch" for i in range(count)]
+    return [f"{name}:{line}" for name, line in rows(number)]
+
+
+def _is_finite(module: ExactSteps, batch: PackedBatch) -> bool:
+    """Compute loss and gradient of a batch again and tell whether they are finite."""
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), module.trainer.precision_plugin.train_step_context():
+        loss = module.compute_loss(batch).loss_sum
+    if not _finite(loss.item()) or not loss.requires_grad:
+        return _finite(loss.item())
+    # Not `backward`, whose hooks would synchronise ranks.
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return _finite(nn.utils.get_total_norm([g for g in gradients if g is not None]).item())

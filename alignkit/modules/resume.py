@@ -1,0 +1,223 @@
+"""Settings that changed since a checkpoint: what is asked for now holds, from the first step on.
+
+PyTorch restores an optimizer with the learning rate, weight decay and betas it was saved with, and
+a schedule one step late. Here what is restored are moments and counters; every setting comes from
+the run that resumes. One line says which are new, and what no longer fits is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from alignkit.errors import AlignkitError
+from alignkit.modules.optimize import total_steps
+
+KEY = "settings"
+# Where weights lie, and how they are computed: neither changes what is trained.
+_ELSEWHERE = frozenset(
+    {"base", "tokenizer", "init_from", "random_init", "reference_cache", "reference_checks",
+     "activation_checkpointing", "compile"}
+)  # fmt: skip
+# Kept by schedules and averagers in an optimizer's groups; no setting of the optimizer.
+_NOT_SETTINGS = frozenset({"params", "param_names", "initial_lr", "swa_lr"})
+log = logging.getLogger(__name__)
+
+
+def settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+    """Return what a checkpoint must know of its run to compare it with one that resumes it.
+
+    Returns:
+        Plain values: the optimizer's class, its options, the names of its parameters group by
+        group, and the trainer's settings that change what a step does.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    trainer = module.trainer
+    return {
+        "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        "options": _options(optimizer.param_groups[0]),
+        "parameters": [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups],
+        "run": {"total steps": total_steps(trainer)},
+        "trainer": {
+            "max_steps": trainer.max_steps,
+            "max_epochs": trainer.max_epochs,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": _plain(trainer.gradient_clip_algorithm),
+            "precision": str(trainer.precision),
+            "world_size": trainer.world_size,
+        },
+    }
+
+
+def merge(
+    checkpoint: MutableMapping[str, Any], trainer: Trainer, now: Mapping[str, Any], hparams: Any
+) -> None:
+    """Put this run's settings into a loaded checkpoint, before Lightning restores from it.
+
+    Args:
+        checkpoint: As loaded; changed in place.
+        trainer: With its optimizer and schedule made, neither restored yet.
+        now: `settings` of this run.
+        hparams: This run's hyper-parameters.
+
+    Raises:
+        AlignkitError: The checkpoint holds weights alone, another optimizer, or one whose state
+            does not fit these settings.
+    """
+    if not checkpoint.get("optimizer_states") or "lr_schedulers" not in checkpoint:
+        raise AlignkitError(
+            "ckpt_path: holds weights alone (save_weights_only), so there is no run to resume; "
+            "pass it as model.init_from"
+        )
+    optimizer = trainer.optimizers[0]
+    saved = checkpoint["optimizer_states"][0]
+    before = checkpoint.get(KEY) or {}
+    _refuse_another(optimizer, saved, before, now)
+    changes = [
+        *_changes("model.optimizer.", _saved_options(saved, before), now["options"]),
+        *_changes("model.", checkpoint.get("hyper_parameters", {}), hparams, _ELSEWHERE),
+        *_changes("trainer.", before.get("trainer", {}), now["trainer"]),
+        *_changes("", before.get("run", {}), now["run"]),
+    ]
+    checkpoint["optimizer_states"] = [_fitted(optimizer, saved, before, now)]
+    _move_schedule(checkpoint, trainer)
+    if changes and trainer.is_global_zero:
+        log.info("resuming with changed settings: %s", "; ".join(changes))
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer group's settings as plain values, its learning rate the unscheduled."""
+    options = {name: _plain(v) for name, v in group.items() if name not in _NOT_SETTINGS}
+    return {**options, "lr": _plain(group.get("initial_lr", group["lr"]))}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
+
+
+def _saved_options(saved: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options a checkpoint was written with, one of an earlier alignkit too."""
+    options: dict[str, Any] | None = before.get("options")
+    return options or _options(saved["param_groups"][0])
+
+
+def _changes(
+    prefix: str, old: Mapping[str, Any], new: Mapping[str, Any], but: frozenset[str] = frozenset()
+) -> list[str]:
+    """Say which settings that both know differ, those in records by their own names."""
+    told = []
+    for name in (name for name in new if name in old and name not in but):
+        was, value = old[name], new[name]
+        if isinstance(was, Mapping) and isinstance(value, Mapping):
+            told += _changes(f"{prefix}{name}.", was, value)
+        elif _plain(was) != _plain(value):
+            told.append(f"{prefix}{name} {_plain(was)} -> {_plain(value)}")
+    return told
+
+
+def _refuse_another(
+    optimizer: Optimizer,
+    saved: Mapping[str, Any],
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+) -> None:
+    """Refuse an optimizer of another class, or one whose moments were never kept."""
+    own = now["optimizer"]
+    theirs = before.get("optimizer")
+    if theirs is None and not set(_options(saved["param_groups"][0])) & set(now["options"]) - {
+        "lr", "weight_decay", "maximize", "foreach", "differentiable", "fused",
+    }:  # fmt: skip
+        theirs = "another optimizer"
+    if theirs not in (None, own):
+        short = [name.rpartition(".")[2] for name in (theirs, own)]
+        a, b = short if short[0] != short[1] else (theirs, own)
+        raise AlignkitError(
+            f"ckpt_path: holds the state of {a}, which {b} cannot go on with; resume with "
+            f"model.optimizer={a}, or start from its weights with model.init_from"
+        )
+    kept = {name for state in saved["state"].values() for name in state}
+    missing = _state_names(optimizer) - kept
+    if kept and missing:
+        changes = _changes("model.optimizer.", _saved_options(saved, before), now["options"])
+        raise AlignkitError(
+            f"ckpt_path: its {own.rpartition('.')[2]} has no {', '.join(sorted(missing))}, which "
+            f"these settings need ({'; '.join(changes)}); resume with those it was trained with"
+        )
+
+
+def _state_names(optimizer: Optimizer) -> set[str]:
+    """Return what an optimizer keeps for a parameter under its settings, by taking a tiny step."""
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k not in _NOT_SETTINGS}
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    try:
+        twin = type(optimizer)([{**options, "params": [parameter]}])  # type: ignore[call-arg]
+        twin.step()
+    except Exception:  # an optimizer that wants more than parameters speaks for itself later
+        return set()
+    return {name for name, value in twin.state[parameter].items() if value is not None}
+
+
+def _fitted(
+    optimizer: Optimizer,
+    saved: Mapping[str, Any],
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the saved moments under this run's groups and settings."""
+    fresh = optimizer.state_dict()
+    old_names: Sequence[Sequence[str]] | None = before.get("parameters")
+    old = [number for group in saved["param_groups"] for number in group["params"]]
+    new = [number for group in fresh["param_groups"] for number in group["params"]]
+    if old_names is None or old_names == now["parameters"]:
+        if [len(g["params"]) for g in saved["param_groups"]] != [
+            len(g["params"]) for g in fresh["param_groups"]
+        ]:
+            raise AlignkitError(
+                "ckpt_path: its optimizer has other groups of parameters, and its checkpoint does "
+                "not say which is which; resume with the model.lora_plus_ratio it was trained with"
+            )
+        number_of = dict(zip(new, old, strict=True))
+    else:
+        by_name = dict(zip((n for group in old_names for n in group), old, strict=True))
+        names = [name for group in now["parameters"] for name in group]
+        number_of = {
+            n: by_name[name] for n, name in zip(new, names, strict=True) if name in by_name
+        }
+    state = saved["state"]
+    return {
+        "state": {n: state[m] for n, m in number_of.items() if m in state},
+        "param_groups": fresh["param_groups"],
+    }
+
+
+def _move_schedule(checkpoint: MutableMapping[str, Any], trainer: Trainer) -> None:
+    """Put this run's schedule where the saved one was, and its value into the optimizer."""
+    configs, states = trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]
+    if len(configs) != 1 or len(states) != 1:
+        return
+    schedule, state = configs[0].scheduler, states[0]
+    if not isinstance(schedule, LambdaLR) or "lr_lambdas" not in state:
+        return
+    step = state["last_epoch"]
+    values = [
+        base * course(step)
+        for base, course in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, value in zip(checkpoint["optimizer_states"][0]["param_groups"], values, strict=True):
+        group["lr"] = value
+    own = schedule.state_dict()
+    counters = {name: state[name] for name in ("last_epoch", "_step_count") if name in state}
+    checkpoint["lr_schedulers"] = [{**own, **counters, "_last_lr": values}]

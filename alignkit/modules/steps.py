@@ -1,0 +1,209 @@
+"""Optimizer steps whose loss is an exact mean, whatever the objective.
+
+What is optimised is ``Σ loss_sum / Σ weight`` over every micro-batch of the accumulation window
+and every rank. A step is taken whole or not at all: one that is not finite is stopped or left out,
+and a checkpoint written between two steps is one of the former.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from alignkit.engine import PackedBatch
+from alignkit.modules.metrics import EpochMetrics, EpochSums
+from alignkit.modules.nonfinite import OnNonFinite, StepGuard
+from alignkit.modules.position import Position
+from alignkit.modules.window import LossOutput, Window, scale_gradients
+
+log = logging.getLogger(__name__)
+
+
+class ExactSteps(LightningModule):
+    """Training, validation and test steps over `compute_loss`, and the logging of their means.
+
+    Args:
+        on_nonfinite: See `StepGuard`.
+    """
+
+    perplexity = False
+    """Whether the loss is a cross-entropy whose exponential is worth logging."""
+
+    _norm: Tensor
+    _taken: LossOutput | None = None
+
+    def __init__(self, on_nonfinite: OnNonFinite = "stop") -> None:
+        super().__init__()
+        self.train_metrics = EpochMetrics(self.perplexity)
+        self.val_metrics = EpochMetrics(self.perplexity)
+        self.window = Window()
+        self.epoch_sums = EpochSums()
+        self.position = Position()
+        self.guard = StepGuard(on_nonfinite)
+        self._epoch_state: Mapping[str, Tensor] = {}
+
+    def compute_loss(self, batch: PackedBatch) -> LossOutput:
+        """Return the batch's summed loss, its weight and its summed metrics: for a subclass to say.
+
+        Args:
+            batch: On the module's device; ``self.training`` tells training from validation.
+        """
+        raise TypeError(f"{type(self).__name__} must override compute_loss(batch) -> LossOutput")
+
+    # Batches --------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Follow the run from window to window."""
+        if batch_idx == 0:  # a run resumed between epochs has no `on_train_epoch_start`
+            self.epoch_sums.clear()
+        if self.position.before_batch(batch_idx, self.trainer, self.device):
+            self.window.clear()
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        """Return the *sum* loss; `on_before_optimizer_step` makes the mean exact."""
+        output = self.compute_loss(batch)
+        self.window.add(output, batch, batch_idx)
+        return output.loss_sum
+
+    def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Add the batch to the epoch's means; no collective runs inside a step."""
+        self.val_metrics.update(self.compute_loss(batch))
+
+    def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
+        """Measure a test batch as a validation batch is."""
+        self.validation_step(batch, batch_idx)
+
+    # Optimizer steps ------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turn the accumulated, averaged sums into the gradient of the window's exact mean.
+
+        A step that is not finite is stopped or left out here: its gradients are gone.
+        """
+        totals = self.window.close(self._sum_over_ranks)
+        # Undo Lightning's division by the window and DDP's by the ranks.
+        constant = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        scale_gradients(parameters, constant / totals.weight)
+        self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        admitted = self.guard.admits(self, totals, None if scales else self._norm)
+        self._log("train/lr", optimizer.param_groups[0]["lr"])
+        if self.guard.skipped:
+            self._log("train/skipped_steps", float(self.guard.skipped))
+        self._taken = totals.own if admitted else None
+        if not admitted:
+            return
+        for name, mean in totals.means.items():
+            self._log(f"train/{name}", mean, prog_bar=name == "loss")
+        self._log("train/grad_norm", self._norm)
+        self._log("train/tokens_per_second", totals.tokens_per_second, prog_bar=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient.
+
+        Under mixed precision Lightning refuses to clip for a fused optimizer, which unscales
+        inside its step; only 16-mixed has a scaler, so everything else clips here.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and scaler is None:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._norm)
+        else:
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and only then count the window as done."""
+        super().optimizer_step(*args, **kwargs)
+        self.position.after_step()
+        if self._taken is not None:
+            self.epoch_sums.add(self._taken)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means over the epoch's optimizer steps as ``train/…_epoch``."""
+        total = self.epoch_sums.total()
+        if total is None:
+            return
+        self.train_metrics.update(total)
+        for name, metric in self.train_metrics.named().items():
+            attribute = f"train_metrics.means.{name}"
+            self.log(f"train/{name}_epoch", metric, metric_attribute=attribute)
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the validation means."""
+        self.val_metrics.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin the test means."""
+        self.val_metrics.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation means as ``val/…``."""
+        self._log_evaluation("val")
+        self.position.after_validation(self.trainer)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test means as ``test/…``."""
+        self._log_evaluation("test")
+
+    def on_train_epoch_start(self) -> None:
+        """Measure throughput from here: set-up is not training."""
+        self.window.restart_clock()
+
+    def on_validation_end(self) -> None:
+        """Take the time that validation took out of the throughput, and warn of its NaN."""
+        self.window.restart_clock()
+        loss = self.trainer.callback_metrics.get("val/loss")
+        if loss is not None and not loss.isfinite() and self.trainer.is_global_zero:
+            log.warning("global step %d: val/loss is %s", self.global_step, loss.item())
+
+    # Checkpoints ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make a checkpoint one of the last optimizer step."""
+        checkpoint["epoch_sums"] = self.epoch_sums.state(self._sum_over_ranks)
+        checkpoint["skipped_steps"] = self.guard.skipped
+        self.position.save(checkpoint, self.trainer, self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written."""
+        self.position.load(checkpoint)
+        self.guard.skipped = checkpoint.get("skipped_steps", 0)
+        self._epoch_state = checkpoint.get("epoch_sums", {})
+
+    def on_train_start(self) -> None:
+        """Begin outside of any window, with the sums and the random stream of a checkpoint.
+
+        Restored here, after the sanity check has used some of the stream.
+        """
+        self.window.clear()
+        self.epoch_sums.load(self._epoch_state, self.device, self.global_rank)
+        self._epoch_state = {}
+        self.position.start_run(self.device, self.global_rank)
+
+    # Inside ---------------------------------------------------------------------------------
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        summed: Tensor = self.trainer.strategy.reduce(values, reduce_op="sum")
+        return summed
+
+    def _log(self, name: str, value: float | Tensor, prog_bar: bool = False) -> None:
+        # Totals are already summed over ranks; batch_size keeps Lightning from guessing one.
+        self.log(name, value, prog_bar=prog_bar, batch_size=1, rank_zero_only=True)
+
+    def _log_evaluation(self, stage: str) -> None:
+        for name, metric in self.val_metrics.named().items():
+            attribute = f"val_metrics.means.{name}"
+            self.log(f"{stage}/{name}", metric, prog_bar=name == "loss", metric_attribute=attribute)
