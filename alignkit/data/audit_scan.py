@@ -23,10 +23,12 @@ from alignkit.data.defects import (
 from alignkit.data.dialogue import RowError
 from alignkit.data.encode import DialogueEncoder, Draft
 from alignkit.data.files import BadRow, Row, Source
-from alignkit.data.formats import PromptFormat
+from alignkit.data.raw import reader
 from alignkit.data.shapes import Side, preference_sides, sft_sides
 from alignkit.data.sources import find_splits
-from alignkit.data.tokens import TextEncoder
+from alignkit.data.templated import Templated
+from alignkit.data.text_format import PromptFormat
+from alignkit.data.tokens import SPECIALS, TextEncoder
 from alignkit.errors import AlignkitError
 from alignkit.models import load_tokenizer
 
@@ -40,6 +42,7 @@ _LENIENT = Policies(
     roles_inside_answer="keep",
     empty_answers="keep",
     identical_pairs="keep",
+    templated_text="keep",
     boundary="keep",
 )
 
@@ -122,11 +125,17 @@ class _Dialogues:
         self._sides: Callable[[Mapping[str, Any]], list[Side]] = (
             preference_sides if found.settings["kind"] == "preference" else sft_sides
         )
+        prompt_format = found.settings["prompt_format"]
+        self._templated: Templated | None = None
+        if prompt_format == "raw":
+            self._sides = reader(self._sides)
+        else:
+            self._templated = Templated(tokenizer, specials=prompt_format in SPECIALS)
         self._encoder = tokenizer and DialogueEncoder(
             tokenizer,
             self._sides,
             max_length=found.settings["max_length"],
-            prompt_format=found.settings["prompt_format"],
+            prompt_format=prompt_format,
         )
 
     def take(self, source: Source, rows: Sequence[Numbered]) -> None:
@@ -142,13 +151,14 @@ class _Dialogues:
                 self._found.add("bad_rows", number, str(error), self._limit)
                 continue
             self._judge(sides, number)
+            if self._templated is not None:
+                sides = list(self._templated.settle(sides, judge, number))
             try:
                 drafts.append(Draft(number, judge.settle(sides, number)))
             except Dropped:
                 continue
         if self._encoder:
             self._encoder.encode(drafts)
-            self._encoder.prove(drafts)
         for draft in drafts:
             self._measure(draft)
 
@@ -160,6 +170,9 @@ class _Dialogues:
         self._seen.add(key)
         for name in names:
             self._found.add(name, number, _snippet(name, sides), self._limit)
+        if self._templated is not None and (sign := self._templated.find(sides)):
+            text = f"{sign.told}: {_snippet('templated_text', sides)}"
+            self._found.add("templated_text", number, text, self._limit)
 
     def _measure(self, draft: Draft) -> None:
         dialogue = draft.dialogue
@@ -196,6 +209,7 @@ class _Text:
         self._limit = examples
         self._seen: set[bytes] = set()
         self._encode = tokenizer and TextEncoder(tokenizer)
+        self._templated = Templated(tokenizer)
 
     def take(self, source: Source, rows: Sequence[Numbered]) -> None:
         """Audit some rows of a source."""
@@ -210,7 +224,8 @@ class _Text:
             if self._judge(text, number):
                 texts.append((number, readable(text)))
         if self._encode:
-            lengths = [len(ids) + 1 for ids in self._encode([text for _, text in texts])]
+            encoded = self._encode.prompts([text for _, text in texts], "text")
+            lengths = [len(ids) + 1 for ids in encoded]
         else:
             lengths = [estimated_tokens(text) + 1 for _, text in texts]
         for (number, text), length in zip(texts, lengths, strict=True):
@@ -228,6 +243,9 @@ class _Text:
         self._seen.add(key)
         for name in names:
             self._found.add(name, number, text[:_SNIPPET], self._limit)
+        if sign := self._templated.find_in_document(text):
+            shown = f"{sign.told}: {text[:_SNIPPET]}"
+            self._found.add("templated_text", number, shown, self._limit)
         return bool(text.strip())
 
 

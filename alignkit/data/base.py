@@ -19,6 +19,8 @@ from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.data.sources import DataPath, find_splits
 from alignkit.data.splits import RowEncoder, open_splits
 from alignkit.data.store import ExampleSet
+from alignkit.data.text_format import TextFormat
+from alignkit.data.tokens import vocabulary_size
 from alignkit.engine import PackedBatch, collate
 from alignkit.errors import AlignkitError
 from alignkit.interrupts import ignore_signals
@@ -53,6 +55,8 @@ class AlignmentDataModule(LightningDataModule):
     Attributes:
         stats: After `setup`: numbers about the training split (rows, examples, tokens, a count
             for each defect, ``truncated_frac``), for logging.
+        text_format: After `setup`: how text became tokens, which checkpoints keep.
+        vocabulary: After `setup`: one above the largest id that the tokenizer may give.
     """
 
     # A rank may hold one evaluation batch less than another; evaluation does not synchronise.
@@ -85,6 +89,8 @@ class AlignmentDataModule(LightningDataModule):
         self.max_train_examples = max_train_examples
         self.max_val_examples = max_val_examples
         self.stats: dict[str, float] = {}
+        self.text_format: TextFormat | None = None
+        self.vocabulary = 0
         self._cache = cache_root(cache_dir)
         self._hashes = FileHashes(self._cache)
         self._sets: dict[str, ExampleSet] = {}
@@ -217,10 +223,12 @@ class AlignmentDataModule(LightningDataModule):
         return self._sets[split]
 
     def _load(self) -> None:
+        tokenizer = load_tokenizer(self.tokenizer)
+        self.vocabulary = vocabulary_size(tokenizer)
         opened = open_splits(
             self.path,
             self.find_splits,
-            self.row_encoder(load_tokenizer(self.tokenizer)),
+            self.row_encoder(tokenizer),
             cache=self._cache,
             val_fraction=self.val_fraction,
             seed=self.seed,
@@ -229,6 +237,7 @@ class AlignmentDataModule(LightningDataModule):
             announce=self._rank == 0,
         )
         self._sets, self._quotas, self.stats = opened.sets, opened.quotas, opened.stats
+        self.text_format = opened.text_format
 
 
 def _start_worker(worker: int) -> None:

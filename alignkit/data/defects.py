@@ -32,6 +32,7 @@ MEANING = {
     "roles_inside_answer": "an answer holds `Human:` or `Assistant:`",
     "empty_answers": "an answer is empty",
     "identical_pairs": "two answers to compare are the same",
+    "templated_text": "text that was rendered before: it holds a template's markers or EOS",
     "doubled_roles": "someone speaks twice in a row",
     "repeated_prompts": "the prompt has been seen in an earlier row",
     "too_long": "an answer alone exceeds max_length",
@@ -57,6 +58,12 @@ class Policies:
             later one; training on it teaches the model to speak for the user.
         empty_answers: Dropped: an empty answer teaches silence. An empty document always goes.
         identical_pairs: Dropped: there is nothing to prefer.
+        templated_text: Text that holds special tokens or a chat template's markers already, and
+            would get them a second time; ``prompt_format: raw`` takes such text as it is.
+            ``auto`` is ``error`` where a turn begins or ends with one, or would hold one that is
+            read as special; a mere mention is text, and kept. Repaired by taking the tokens that
+            end an answer off; where markers are left, the row goes. An EOS at an answer's or a
+            document's end always goes, since one is added.
         doubled_roles: Kept; usual in HH-RLHF's prompts.
         repeated_prompts: Kept; ``drop`` keeps the first. For text, repeated documents. The only
             policy whose memory grows with the file, and only where it is not ``keep``.
@@ -72,6 +79,7 @@ class Policies:
     roles_inside_answer: Literal["keep", "drop", "repair", "error"] = "repair"
     empty_answers: Literal["keep", "drop", "error"] = "drop"
     identical_pairs: Literal["keep", "drop", "error"] = "drop"
+    templated_text: Literal["auto", "keep", "drop", "repair", "error"] = "auto"
     doubled_roles: Literal["keep", "drop", "error"] = "keep"
     repeated_prompts: Literal["keep", "drop", "error"] = "keep"
     too_long: Literal["drop", "error"] = "drop"
@@ -134,15 +142,15 @@ class Judge:
         self.tally = tally
         self._seen: set[bytes] = set()
 
-    def count(self, name: str, line: int, detail: str = "") -> str:
-        """Count a defect and return its policy.
+    def count(self, name: str, line: int, detail: str = "", policy: str = "") -> str:
+        """Count a defect and return its policy; ``policy`` is what ``auto`` comes to.
 
         Raises:
             AlignkitError: The policy is ``error``.
             Dropped: The policy is ``drop``.
         """
         self.tally.add(name, line)
-        policy: str = getattr(self.policies, name)
+        policy = policy or getattr(self.policies, name)
         if policy == "error":
             others = "|".join(each for each in choices(name) if each not in ("error", "auto"))
             raise AlignkitError(

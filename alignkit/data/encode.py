@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +14,12 @@ from alignkit.data.chunks import chunks, one_ahead
 from alignkit.data.defects import Dropped, Judge, Policies, Tally
 from alignkit.data.dialogue import ASSISTANT, Dialogue, RowError
 from alignkit.data.files import BadRow, Row, Source
-from alignkit.data.formats import Format, PromptFormat, Rendered
+from alignkit.data.formats import Format, Rendered
+from alignkit.data.raw import reader
 from alignkit.data.shapes import Side
 from alignkit.data.store import StoreWriter
+from alignkit.data.templated import Templated
+from alignkit.data.text_format import PromptFormat, TextFormat
 from alignkit.data.tokens import TextEncoder
 from alignkit.engine import Example
 from alignkit.errors import AlignkitError
@@ -35,8 +39,10 @@ class Draft:
         prompt: Ids of the prompt, BOS first where there is one.
         responses: Ids of each response, EOS last.
         scored: Which of them carry loss.
-        truncated: Whether the prompt lost its left end.
-        proved: Whether the boundary proof is done with.
+        movable: The part of the prompt's ids that may be cut, from its left; what is before and
+            after (BOS, a template's markers) stays.
+        truncated: Whether the prompt was shortened.
+        proved: Whether the boundary proof was had at little cost.
         violation: The response's text whose ids change when prompt and response are encoded
             together; ``None`` where all is well.
     """
@@ -48,6 +54,7 @@ class Draft:
     prompt: list[int] = field(default_factory=list)
     responses: list[list[int]] = field(default_factory=list)
     scored: list[list[bool]] = field(default_factory=list)
+    movable: tuple[int, int] = (0, 0)
     truncated: bool = False
     proved: bool = False
     violation: str | None = None
@@ -95,7 +102,10 @@ class DialogueEncoder:
         self.masked = all_turns
         self._encode_texts = TextEncoder(tokenizer)
         self._format = Format(prompt_format, tokenizer, all_turns=all_turns)
-        self._sides = sides
+        self._templated = (
+            None if prompt_format == "raw" else Templated(tokenizer, specials=self._format.specials)
+        )
+        self._sides = reader(sides) if prompt_format == "raw" else sides
         self._simple = prompt_format == "boundary" and not all_turns
 
     @property
@@ -119,7 +129,9 @@ class DialogueEncoder:
         """Encode a source into a store.
 
         Returns:
-            The counts of its rows and their defects, as `Tally.to_dict`.
+            The counts of its rows and their defects, as `Tally.to_dict`, with ``systems``, the
+            system messages (an empty one for none; two at most), and ``ends``, the ids that end
+            its answers.
 
         Raises:
             AlignkitError: A defect whose policy is ``error``; for the boundary proof, after all
@@ -127,7 +139,11 @@ class DialogueEncoder:
         """
         tally = Tally()
         shown = ""
+        systems: set[str] = set()
+        ends: set[int] = set()
         for draft in self.drafts(source, tally):
+            systems.add(self._format.system(draft.dialogue))
+            ends.update(response[-1] for response in draft.responses)
             if draft.violation is not None:
                 shown = shown or f"{draft.text.prompt[-20:]!r} + {draft.violation[:20]!r}"
             writer.add(self.example(draft), draft.line)
@@ -138,7 +154,18 @@ class DialogueEncoder:
                 f"together than apart in {violations} of {writer.examples} examples ({shown}); "
                 "mend the rows, or set data.policies.boundary to drop or keep"
             )
-        return tally.to_dict()
+        return {**tally.to_dict(), "systems": sorted(systems)[:2], "ends": sorted(ends)}
+
+    def text_format(self, systems: Sequence[str], ends: Sequence[int]) -> TextFormat:
+        """What generation must know of the examples; see `TextFormat`."""
+        return TextFormat(
+            self._format.name,
+            self.max_length,
+            chat_template=self._format.chat_template,
+            system=(systems[0] or None) if len(systems) == 1 else None,
+            turns="all" if self.masked else "last",
+            ends=tuple(ends),
+        )
 
     def drafts(self, source: Source, tally: Tally) -> Iterator[Draft]:
         """The source's finished examples, in order; ``tally`` counts rows and defects."""
@@ -155,7 +182,6 @@ class DialogueEncoder:
         """All that needs the tokenizer, which two threads may not use at once."""
         self.encode(drafts)
         self._drop_turns(drafts)
-        self.prove(drafts)
 
     def example(self, draft: Draft) -> Example:
         """A finished draft as the engine takes it."""
@@ -165,13 +191,15 @@ class DialogueEncoder:
         for line, row in source.rows():
             judge.tally.add("rows", line)
             try:
-                sides = read_row(row, self._sides, judge, line)
+                sides: Sequence[Side] = read_row(row, self._sides, judge, line)
+                if self._templated is not None:
+                    sides = self._templated.settle(sides, judge, line)
                 yield Draft(line, judge.settle(sides, line))
             except Dropped:
                 continue
 
     def encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
-        """Fill in the ids: each prompt once, whatever the number of its responses.
+        """Fill in the ids, each prompt once, with the boundary proof.
 
         Args:
             drafts: What to encode, from their dialogues.
@@ -179,10 +207,13 @@ class DialogueEncoder:
         """
         for draft, start in zip(drafts, starts or [0] * len(drafts), strict=True):
             draft.text = self._format.render(draft.dialogue, start)
-            draft.proved = False
+            draft.proved, draft.violation = False, None
         if self._lead:
             self._encode_led([d for d in drafts if d.text.prompt.endswith(self._lead)])
-        self._encode_plain([draft for draft in drafts if not draft.proved])
+        self._encode_whole([draft for draft in drafts if not draft.proved])
+        for draft in drafts:
+            kept = len(self._encode_texts.bos)
+            draft.movable = (0, 0) if self._format.keeps_start else (kept, len(draft.prompt))
 
     def _encode_led(self, drafts: Sequence[Draft]) -> None:
         """Encode each answer behind its label, which proves the boundary at little cost.
@@ -201,22 +232,52 @@ class DialogueEncoder:
             prompt = next(ids)
             answers = [next(ids) for _ in draft.text.responses]
             draft.proved = all(part[:size] == lead for part in (prompt[-size:], *answers))
-            draft.prompt = [*self._encode_texts.bos, *prompt]
+            draft.prompt = self._encode_texts.led(prompt, self._format.name)
             draft.responses = [[*answer[size:], self._encode_texts.eos] for answer in answers]
 
-    def _encode_plain(self, drafts: Sequence[Draft]) -> None:
-        texts = [piece for draft in drafts for piece in draft.text.pieces()]
-        ids = iter(self._encode_texts(texts, specials=self._format.specials))
+    def _encode_whole(self, drafts: Sequence[Draft]) -> None:
+        """Encode each prompt alone and then with each piece that follows it.
+
+        A text is encoded as one, as a tokenizer that puts something before every text wants it.
+        Where the ids so far lead the longer text's, the rest of those are the piece's; where
+        they do not, the boundary is violated and the piece is encoded by itself.
+        """
+        grown = [text for draft in drafts for text in _growing(draft.text)]
+        ids = iter(self._encode_texts(grown, specials=self._format.specials))
+        apart: list[Draft] = []
         for draft in drafts:
-            draft.prompt = [*self._encode_texts.bos, *next(ids)]
-            draft.responses, draft.scored = [], []
+            bare = next(ids)
+            pieces = []
             for response in draft.text.responses:
-                pieces = [next(ids) for _ in response]
-                pieces[-1].append(self._encode_texts.eos)
-                draft.responses.append([token for piece in pieces for token in piece])
-                if self.masked:
-                    flags = [[i % 2 == 0] * len(piece) for i, piece in enumerate(pieces)]
-                    draft.scored.append([flag for piece in flags for flag in piece])
+                before, split = bare, []
+                for _ in response:
+                    whole = next(ids)
+                    if whole[: len(before)] != before:
+                        draft.violation = draft.violation or "".join(response)
+                    split.append(whole[len(before) :])
+                    before = whole
+                pieces.append(split)
+            draft.prompt = self._encode_texts.led(bare, self._format.name)
+            if draft.violation is None:
+                self._fill(draft, pieces)
+            else:
+                apart.append(draft)
+        texts = [piece for draft in apart for each in draft.text.responses for piece in each]
+        ids = iter(self._encode_texts(texts, specials=self._format.specials))
+        for draft in apart:
+            self._fill(draft, [[next(ids) for _ in each] for each in draft.text.responses])
+
+    def _fill(self, draft: Draft, pieces: Sequence[Sequence[list[int]]]) -> None:
+        """Put a draft's responses together from the ids of their pieces."""
+        draft.responses, draft.scored = [], []
+        for text, split in zip(draft.text.responses, pieces, strict=True):
+            *before, last = split
+            if not self._format.ended(text):
+                last = [*last, self._encode_texts.eos]
+            draft.responses.append([token for piece in (*before, last) for token in piece])
+            if self.masked:
+                flags = [[i % 2 == 0] * len(piece) for i, piece in enumerate((*before, last))]
+                draft.scored.append([flag for piece in flags for flag in piece])
 
     def _drop_turns(self, drafts: Sequence[Draft]) -> None:
         """Drop old turns, whole, from the dialogues that are too long.
@@ -228,31 +289,29 @@ class DialogueEncoder:
         for draft in pending:
             draft.truncated = True
             draft.restarts = self._format.restarts(draft.dialogue)
-        while pending := [each for each in pending if each.restarts and self._too_long(each)]:
-            self.encode(pending, [draft.restarts.pop(0) for draft in pending])
+        while restarting := [each for each in pending if each.restarts and self._too_long(each)]:
+            self.encode(restarting, [draft.restarts.pop(0) for draft in restarting])
+        for draft in pending:
+            if self._format.keeps_start and draft.text.content and self._too_long(draft):
+                draft.movable = self._tokens_of(draft.text.prompt, *draft.text.content)
 
     def _too_long(self, draft: Draft) -> bool:
         return draft.length > self.max_length
 
-    def prove(self, drafts: Sequence[Draft]) -> None:
-        """The boundary proof: encode prompt and response together and compare the ids."""
-        drafts = [draft for draft in drafts if not draft.proved]
-        whole = [
-            draft.text.prompt + "".join(response)
-            for draft in drafts
-            for response in draft.text.responses
-        ]
-        together = iter(self._encode_texts(whole, specials=self._format.specials))
-        bos = len(self._encode_texts.bos)
-        for draft in drafts:
-            for response, ids in zip(draft.text.responses, draft.responses, strict=True):
-                if next(together) != draft.prompt[bos:] + ids[:-1]:
-                    draft.violation = draft.violation or "".join(response)
+    def _tokens_of(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """Which ids stand for a part of a text and for nothing else."""
+        places = self._encode_texts.offsets(text, specials=self._format.specials)
+        inside = [i for i, (at, upto) in enumerate(places) if start <= at and upto <= end]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
     def _finish(self, draft: Draft, judge: Judge) -> None:
         """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
-        if draft.answer_length > self.max_length:
-            detail = f"an answer of {draft.answer_length} tokens exceeds max_length"
+        start, end = draft.movable
+        excess = draft.length - self.max_length
+        if excess > end - start:
+            around = len(draft.prompt) - (end - start)
+            what = f" and the {around} tokens of its prompt that must stay" if around else ""
+            detail = f"an answer of {draft.answer_length} tokens{what} exceeds max_length"
             judge.count("too_long", draft.line, f"{detail}={self.max_length}")
         if draft.violation is not None:
             if self.policies.boundary == "error":
@@ -261,12 +320,16 @@ class DialogueEncoder:
                 judge.count("boundary", draft.line)
         if draft.truncated:
             judge.tally.add("truncated", draft.line)
-        excess = draft.length - self.max_length
         if excess > 0:
-            bos = len(self._encode_texts.bos)
-            kept = draft.prompt[bos + excess :]
-            draft.prompt = ([*self._encode_texts.bos, *kept]) if kept else []
+            draft.prompt = draft.prompt[:start] + draft.prompt[start + excess :]
         judge.tally.add("examples", draft.line)
+
+
+def _growing(text: Rendered) -> Iterator[str]:
+    """The prompt, and for each response the prompt with ever more of its pieces."""
+    yield text.prompt
+    for response in text.responses:
+        yield from accumulate((text.prompt + response[0], *response[1:]))
 
 
 def read_row(

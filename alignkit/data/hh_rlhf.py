@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.base import AlignmentDataModule
 from alignkit.data.defects import Policies
 from alignkit.data.encode import DialogueEncoder
-from alignkit.data.formats import PromptFormat
 from alignkit.data.shapes import Side, preference_sides, sft_sides
 from alignkit.data.sources import DataPath
 from alignkit.data.splits import RowEncoder
+from alignkit.data.text_format import PromptFormat
 
 HH_RLHF = "Anthropic/hh-rlhf"
 
@@ -26,8 +26,8 @@ class DialogueDataModule(AlignmentDataModule):
         path: See `AlignmentDataModule`.
         max_length: Most tokens of a prompt with one answer, EOS included. Old turns go first,
             whole, then the left of the last one; an answer is never cut.
-        prompt_format: ``boundary`` (the published text), ``seed`` or ``chat``; see
-            `alignkit.data.formats`.
+        prompt_format: ``boundary`` (the published text), ``seed``, ``chat``, or ``raw`` for rows
+            that were rendered before; see `alignkit.data.formats`.
         policies: What to do with each defect; see `Policies`.
         **options: Passed to `AlignmentDataModule`.
     """

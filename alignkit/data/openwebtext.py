@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -16,6 +16,8 @@ from alignkit.data.packing import Document, Packing, rows
 from alignkit.data.sources import DataPath, find_splits
 from alignkit.data.store import StoreWriter
 from alignkit.data.stream import ExampleStream, head, tail
+from alignkit.data.templated import Templated
+from alignkit.data.text_format import TextFormat
 from alignkit.data.tokens import TextEncoder
 from alignkit.engine import Example, PackedBatch
 from alignkit.errors import AlignkitError
@@ -29,7 +31,8 @@ class DocumentEncoder:
     """Encodes ``{"text": …}`` rows as rows of ``block_size`` tokens.
 
     Args:
-        tokenizer: A fast tokenizer; its EOS ends every document.
+        tokenizer: A fast tokenizer; what it puts before a text begins every document, and its EOS
+            ends it.
         block_size: Tokens of a row.
         packing: See `alignkit.data.packing.rows`.
         policies: What to do about rows that are bad, empty or hold control characters.
@@ -47,6 +50,7 @@ class DocumentEncoder:
     ) -> None:
         self.policies = policies or Policies()
         self._encode = TextEncoder(tokenizer)
+        self._templated = Templated(tokenizer)
         self._block_size = block_size
         self._packing = packing
         rows([], block_size, packing)  # refuses what it does not know, before any work
@@ -66,7 +70,11 @@ class DocumentEncoder:
         tally = Tally()
         for line, example in self.examples(source, tally):
             writer.add(example, line)
-        return tally.to_dict()
+        return {**tally.to_dict(), "systems": [], "ends": [self._encode.eos]}
+
+    def text_format(self, systems: Sequence[str], ends: Sequence[int]) -> TextFormat:
+        """What generation must know of the rows; see `TextFormat`."""
+        return TextFormat("text", self._block_size, ends=(self._encode.eos,))
 
     def examples(self, source: Source, tally: Tally) -> Iterator[tuple[int, Example]]:
         """The source's rows of tokens, with the line of each one's first document."""
@@ -77,19 +85,21 @@ class DocumentEncoder:
 
     def _documents(self, source: Source, tally: Tally) -> Iterator[Document]:
         judge = Judge(source.name, self.policies, tally)
-        for texts in chunks(_texts(source, judge), _CHUNK):
-            encoded = self._encode([text for _, text in texts])
+        for texts in chunks(self._texts(source, judge), _CHUNK):
+            encoded = self._encode.prompts([text for _, text in texts], "text")
             for (line, _), ids in zip(texts, encoded, strict=True):
                 yield line, [*ids, self._encode.eos]
 
-
-def _texts(source: Source, judge: Judge) -> Iterator[tuple[int, str]]:
-    for line, row in source.rows():
-        judge.tally.add("rows", line)
-        try:
-            yield line, _text(row, judge, line)
-        except Dropped:
-            continue
+    def _texts(self, source: Source, judge: Judge) -> Iterator[tuple[int, str]]:
+        for line, row in source.rows():
+            judge.tally.add("rows", line)
+            try:
+                text = self._templated.settle_document(_text(row, judge, line), judge, line)
+                if not text.strip():
+                    judge.refuse("empty_answers", line, "an empty document")
+            except Dropped:
+                continue
+            yield line, text
 
 
 def _text(row: Row, judge: Judge, line: int) -> str:
@@ -106,9 +116,8 @@ def _text(row: Row, judge: Judge, line: int) -> str:
     for name in character_defects(text):
         judge.count(name, line)
     text = readable(text)
-    if not text.strip():
-        judge.refuse("empty_answers", line, "an empty document")
-    judge.repeated(text, line)
+    if text.strip():
+        judge.repeated(text, line)
     return text
 
 

@@ -15,6 +15,7 @@ from alignkit.data.cache import cached_store
 from alignkit.data.files import Source
 from alignkit.data.sources import DataPath, quotas, weights_of
 from alignkit.data.store import ExampleSet, Store, StoreWriter
+from alignkit.data.text_format import TextFormat
 from alignkit.errors import AlignkitError
 
 _log = logging.getLogger("alignkit.data")
@@ -28,12 +29,20 @@ class RowEncoder(Protocol):
 
     masked: bool
 
+    def text_format(self, systems: Sequence[str], ends: Sequence[int]) -> TextFormat:
+        """What generation must know of the examples.
+
+        Args:
+            systems: The system messages of the training examples, an empty one for none.
+            ends: The ids that end their answers.
+        """
+
     @property
     def identity(self) -> dict[str, Any]:
         """Everything beside the rows that decides the examples, as JSON values."""
 
     def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
-        """Encode a source; returns its counts as `Tally.to_dict`."""
+        """Encode a source; returns its counts as `Tally.to_dict`, ``systems`` and ``ends``."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,13 @@ class Splits:
         sets: The examples of ``train``, ``validation`` and ``test``.
         quotas: For each training source, as `alignkit.data.sources.quotas` gives them.
         stats: Numbers about the training split.
+        text_format: How its text became tokens.
     """
 
     sets: dict[str, ExampleSet]
     quotas: list[tuple[int, int]]
     stats: dict[str, float]
+    text_format: TextFormat
 
 
 def open_splits(
@@ -109,7 +120,9 @@ def open_splits(
     if "train" in sets:
         stats["train_examples"] = len(sets["train"])
         stats["train_tokens"] = int(sets["train"].lengths.sum())
-    return Splits(sets, quotas(sizes, list(weights.values())), stats)
+    systems, ends = ({each for meta in metas for each in meta[key]} for key in ("systems", "ends"))
+    text_format = encoder.text_format(sorted(systems), sorted(ends))
+    return Splits(sets, quotas(sizes, list(weights.values())), stats, text_format)
 
 
 def _fill_in(

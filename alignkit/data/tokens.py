@@ -15,7 +15,13 @@ from tokenizers import models, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.hashes import add_file
+from alignkit.data.text_format import PromptFormat, TextKind
 from alignkit.errors import AlignkitError
+
+SPECIALS = ("chat", "raw")
+"""The formats whose texts hold special tokens that are meant as such."""
+
+_PROBES = ("a", "1", ".", "\u4e00", " ")
 
 
 class TextEncoder:
@@ -29,10 +35,11 @@ class TextEncoder:
 
     Attributes:
         eos: Id that ends every response and document.
-        bos: What the tokenizer puts before a text of its own accord: one id, or none.
+        bos: Ids that the tokenizer puts before a text of its own accord; mostly one or none.
 
     Raises:
-        AlignkitError: The tokenizer is not a fast one or has no EOS.
+        AlignkitError: The tokenizer is not a fast one, has no EOS, or ends a text of its own
+            accord with something else.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -44,8 +51,23 @@ class TextEncoder:
         self.eos: int = tokenizer.eos_token_id
         self._backend: Any = tokenizer.backend_tokenizer
         self._take_text(specials=False)
-        probe = self._backend.encode("a", add_special_tokens=True)
-        self.bos: tuple[int, ...] = tuple(probe.ids[: probe.special_tokens_mask.index(0)])
+        self.bos, after = self._around()
+        if after not in ((), (self.eos,)):
+            raise AlignkitError(
+                f"tokenizer {self._name}: it ends a text with {tokenizer.decode(list(after))!r}, "
+                f"but its EOS is {tokenizer.eos_token!r}; set eos_token in tokenizer_config.json"
+            )
+
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the tokenizer puts before and after a text of its own accord."""
+        for probe in _PROBES:
+            encoding = self._backend.encode(probe, add_special_tokens=True)
+            text = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
+            if text:
+                return tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :])
+        raise AlignkitError(
+            f"tokenizer {self._name}: it has no token for any of {', '.join(_PROBES)}"
+        )
 
     def __call__(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
         """Ids of each text, without BOS or EOS.
@@ -57,6 +79,25 @@ class TextEncoder:
         self._take_text(specials)
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def prompts(self, texts: Sequence[str], kind: TextKind) -> list[list[int]]:
+        """Ids of rendered prompts, as training and generation alike feed them to a model."""
+        return [self.led(ids, kind) for ids in self(texts, specials=kind in SPECIALS)]
+
+    def led(self, ids: list[int], kind: TextKind) -> list[int]:
+        """A text's ids behind what is to precede them.
+
+        A chat template writes its own BOS, or means none: transformers encodes what it renders
+        without adding any. Raw text may have been rendered by one.
+        """
+        has_it = kind == "raw" and tuple(ids[: len(self.bos)]) == self.bos
+        return ids if kind == "chat" or has_it else [*self.bos, *ids]
+
+    def offsets(self, text: str, *, specials: bool = False) -> list[tuple[int, int]]:
+        """Where each token of a text begins and ends in it, in characters."""
+        self._take_text(specials)
+        found: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
+        return found
 
     def _take_text(self, specials: bool) -> None:
         """Undo what the tokenizer's last user left set; transformers sets it anew."""
@@ -114,11 +155,40 @@ class TextEncoder:
         )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokenizer's special tokens and their ids."""
+    added = {
+        str(token): index
+        for index, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return {**added, **{str(token): index for token, index in named}}
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The special tokens that may end an answer: EOS, and all without another role."""
+    others = ("bos_token", "unk_token", "pad_token", "mask_token", "cls_token")
+    roles = {str(getattr(tokenizer, name, None)) for name in others} - {str(tokenizer.eos_token)}
+    return tuple(token for token in special_tokens(tokenizer) if token not in roles)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, prompt_format: PromptFormat = "boundary"
+) -> list[int]:
     """The ids a prompt has in training, for generation to be fed the same.
 
+    Args:
+        tokenizer: A fast one.
+        text: The prompt as its format renders it.
+        prompt_format: Whether special tokens in the text are read as such, and who writes BOS.
+
     Returns:
-        BOS where the tokenizer adds one, then the text's ids.
+        BOS where the tokenizer adds one and no template does, then the text's ids.
     """
-    encoder = TextEncoder(tokenizer)
-    return [*encoder.bos, *encoder([text])[0]]
+    return TextEncoder(tokenizer).prompts([text], prompt_format)[0]
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One above the largest id that a tokenizer may give."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
