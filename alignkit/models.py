@@ -38,6 +38,7 @@ from alignkit.models_lean import lean_modules
 
 __all__ = [
     "base_fingerprint",
+    "embedding_size",
     "hub_reachable",
     "load_model",
     "load_tokenizer",
@@ -160,6 +161,12 @@ def _locate(name: str, argument: str) -> tuple[str, dict[str, Any]]:
         raise AlignkitError(f"{argument} '{name}': no such file or directory; {_ADVICE}")
     # Without this the Hub client retries for 23 s a file before it gives up.
     return name, {"local_files_only": not hub_reachable()}
+
+
+def embedding_size(model: PreTrainedModel) -> int:
+    """How many token ids a model has embeddings for, adapted or not."""
+    embedding: Any = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", None) or len(embedding.weight))
 
 
 def hub_reachable() -> bool:

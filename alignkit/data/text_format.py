@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from alignkit.errors import AlignkitError
+from alignkit.files import write_atomically
 
 PromptFormat = Literal["boundary", "seed", "chat", "raw"]
 """How a dialogue is put; see `alignkit.data.formats`."""
@@ -94,7 +95,7 @@ class TextFormat:
 def write_format(text_format: TextFormat, directory: Path) -> None:
     """Write the format beside exported weights."""
     text = json.dumps({"text_format": text_format.to_dict()}, indent=2, ensure_ascii=False)
-    (directory / FORMAT_FILE).write_text(text + "\n", encoding="utf-8")
+    write_atomically(directory / FORMAT_FILE, text + "\n")
 
 
 def read_format(directory: Path) -> TextFormat | None:

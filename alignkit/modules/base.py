@@ -16,9 +16,11 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from alignkit.data.text_format import TextFormat
 from alignkit.engine import check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
 from alignkit.modules import checkpoint as ckpt
+from alignkit.modules import text
 from alignkit.modules.build import build_policy
 from alignkit.modules.checkpoint_io import seal_checkpoints
 from alignkit.modules.dropout import prove_quiet
@@ -77,6 +79,8 @@ class AlignmentModule(ExactSteps):
     warmup_steps: float
     lora_plus_ratio: float
     model: PreTrainedModel
+    text_format: TextFormat | None = None
+    """How the model's text became tokens, as far as its data or its checkpoint tells."""
     _settings: dict[str, Any] | None = None
     _resumed: dict[str, Any] | None = None
 
@@ -114,7 +118,9 @@ class AlignmentModule(ExactSteps):
         if init_from is not None:
             init_from = self.hparams["init_from"] = find_checkpoint(init_from)
             untie = self.lora is not None and self.lora.untie
-            ckpt.load_weights(self.model, init_from, self.base_fingerprint, untie)
+            self.text_format = ckpt.load_weights(
+                self.model, init_from, self.base_fingerprint, untie
+            )
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
                 {"use_reentrant": False}
@@ -135,6 +141,7 @@ class AlignmentModule(ExactSteps):
         Its optimizer is still to be made.
         """
         seal_checkpoints(self.trainer)
+        text.take_over(self, stage)
         self._settings = None
 
     def on_fit_start(self) -> None:
@@ -198,12 +205,14 @@ class AlignmentModule(ExactSteps):
         """
         refuse_nonfinite(checkpoint, self.global_step)
         checkpoint[ckpt.STAMP] = self.checkpoint_stamp()
+        checkpoint[text.KEY] = self.text_format and self.text_format.to_dict()
         checkpoint[SETTINGS] = self._settings
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another class, base or shape before anything is changed."""
         ckpt.check_stamp(self.checkpoint_stamp(), checkpoint.get(ckpt.STAMP))
+        text.hold_against(self, checkpoint)
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         super().on_load_checkpoint(checkpoint)

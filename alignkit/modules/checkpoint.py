@@ -17,12 +17,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.data.text_format import TextFormat, read_format
+from alignkit.data.tokens import vocabulary_size
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, load_adapter
 from alignkit.lora.files import read_adapter
 from alignkit.lora.state import refuse_differences
 from alignkit.models import base_fingerprint, load_model, load_tokenizer
 from alignkit.modules.find import find_checkpoint, load_checkpoint
+from alignkit.modules.text import format_in, refuse_small_embedding
 
 STAMP = "alignkit"
 _PREFIX = "model."
@@ -87,7 +90,9 @@ def check_stamp(own: Mapping[str, str], given: Mapping[str, str] | None) -> None
         )
 
 
-def load_weights(model: PreTrainedModel, path: str, fingerprint: str, untie: bool = False) -> None:
+def load_weights(
+    model: PreTrainedModel, path: str, fingerprint: str, untie: bool = False
+) -> TextFormat | None:
     """Start from a checkpoint of any stage, from a run's newest, or from a PEFT adapter directory.
 
     Args:
@@ -96,6 +101,9 @@ def load_weights(model: PreTrainedModel, path: str, fingerprint: str, untie: boo
         fingerprint: The base's, to hold against the checkpoint's.
         untie: Let a PEFT adapter change one side of tied embeddings.
 
+    Returns:
+        How the text was put that the weights were trained on, where they say so.
+
     Raises:
         AlignkitError: Missing, damaged, of another base or of other LoRA settings; the model is
             unchanged.
@@ -103,10 +111,11 @@ def load_weights(model: PreTrainedModel, path: str, fingerprint: str, untie: boo
     path = find_checkpoint(path)
     if Path(path).is_dir():
         load_adapter(model, path, untie=untie)
-        return
+        return read_format(Path(path))
     checkpoint = read_checkpoint(path)
     _check_base(fingerprint, checkpoint[STAMP], f"init_from {path}")
     load_trainable(model, model_state(checkpoint), f"init_from {path}")
+    return format_in(checkpoint, f"init_from {path}")
 
 
 def load_policy(
@@ -148,7 +157,9 @@ def load_policy(
         model = load_adapter(load_model(base, dtype=dtype), path, untie=True)
     else:
         model = load_model(base, dtype=dtype)
-    return model.requires_grad_(False).train(False), load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer)
+    refuse_small_embedding(model, vocabulary_size(loaded), tokenizer, base)
+    return model.requires_grad_(False).train(False), loaded
 
 
 def policy_base(path: str) -> str:
@@ -166,6 +177,21 @@ def policy_base(path: str) -> str:
             raise AlignkitError(f"{path}: names no base model; pass it as base")
         return str(base)
     return path
+
+
+def policy_format(path: str) -> TextFormat | None:
+    """Return how the text was put that a checkpoint, adapter or export was trained on.
+
+    Returns:
+        ``None`` where it says nothing: a plain model, or a run with data of its own.
+
+    Raises:
+        AlignkitError: The file is unreadable.
+    """
+    path = find_checkpoint(path)
+    if path.endswith(".ckpt"):
+        return format_in(read_checkpoint(path), path)
+    return read_format(Path(path))
 
 
 def _is_adapter(path: str) -> bool:

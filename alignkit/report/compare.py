@@ -18,7 +18,7 @@ from rich.table import Table
 from alignkit.errors import AlignkitError
 from alignkit.files import check_output, write_atomically
 from alignkit.report.generate import REQUEST_FLAGS, add_request
-from alignkit.report.request import Request, as_json, printable
+from alignkit.report.request import Request, as_json, asking_of, printable
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
@@ -30,11 +30,13 @@ class Comparison:
     Attributes:
         prompts: As the user gave them.
         answers: Model name to one answer a prompt, in the order the models were asked.
+        asked: Model name to how it was asked: prompt format and system message.
         failures: Model name to the line that says why it gave no answers.
     """
 
     prompts: list[str]
     answers: dict[str, list[str]] = field(default_factory=dict)
+    asked: dict[str, dict[str, str | None]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     def to_markdown(self) -> str:
@@ -128,7 +130,9 @@ def _ask(request: Request, name: str, path: str, comparison: Comparison) -> None
     """Load one model, add its answers or its failure, and let it go again."""
     try:
         model, tokenizer = request.load(path)
-        comparison.answers[name] = list(request.answers(model, tokenizer))
+        asked = request.how(path, tokenizer)
+        comparison.answers[name] = list(request.answers(model, tokenizer, asked, name))
+        comparison.asked[name] = asking_of(asked)
         del model
     except AlignkitError as error:
         comparison.failures[name] = str(error)

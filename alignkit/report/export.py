@@ -8,11 +8,14 @@ from typing import Literal
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from alignkit.data.chat_templates import template_of
+from alignkit.data.text_format import TextFormat, write_format
 from alignkit.errors import AlignkitError
 from alignkit.lora.export import Format
 from alignkit.lora.export import export as write_model
-from alignkit.modules.checkpoint import load_policy, policy_base
+from alignkit.modules.checkpoint import load_policy, policy_base, policy_format
 
 
 def export(
@@ -25,6 +28,9 @@ def export(
     plain: bool = False,
 ) -> Path:
     """Write a checkpoint for use elsewhere.
+
+    How its text was put goes along, in ``alignkit.json``, and a merged model's tokenizer gets it
+    as its chat template, so that other readers ask the model as it was trained.
 
     Args:
         model: A checkpoint of any stage (.ckpt), a run's folder or a PEFT adapter directory.
@@ -49,9 +55,27 @@ def export(
     # Adapters stay fp32 whatever the base's dtype; only a merged model takes it.
     policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, dtype))
     name = base or policy_base(model)
+    trained = policy_format(model)
+    if trained is not None and to == "merged":
+        _teach(policy, tokenizer, trained)
     write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer)
+    if trained is not None:
+        write_format(trained, place)
     Console().print(f"wrote {place} ({to})", highlight=False)
     return place
+
+
+def _teach(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: TextFormat
+) -> None:
+    """Let transformers' own chat and generation do what training did."""
+    tokenizer.chat_template = template_of(trained, tokenizer) or tokenizer.chat_template
+    config = policy.generation_config
+    if config is not None and trained.ends:
+        known = config.eos_token_id
+        theirs = known if isinstance(known, list) else [known]
+        ends = sorted({end for end in (*theirs, *trained.ends) if end is not None})
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 
 def add_arguments(parser: ArgumentParser) -> None:

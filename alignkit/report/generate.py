@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from alignkit.files import check_output, write_atomically
-from alignkit.report.request import Request, as_json, printable
+from alignkit.report.request import Request, as_json, asking_of, printable
 
 
 def generate(model: str, *, json: str | None = None, **options: Any) -> list[str]:
@@ -31,8 +31,10 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
     console = Console()
     with console.status(f"loading {model}"):
         policy, tokenizer = request.load(model)
+    asked = request.how(model, tokenizer)
     answers = []
-    for question, answer in zip(request.questions, request.answers(policy, tokenizer), strict=True):
+    given = request.answers(policy, tokenizer, asked, model)
+    for question, answer in zip(request.questions, given, strict=True):
         answers.append(answer)
         console.rule(printable(question), align="left", style="dim")
         console.print(printable(answer))
@@ -41,7 +43,8 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
             {"prompt": question, "answer": answer}
             for question, answer in zip(request.questions, answers, strict=True)
         ]
-        found = {"model": model, "settings": request.to_dict(), "answers": rows}
+        settings = {**request.to_dict(), **asking_of(asked)}
+        found = {"model": model, "settings": settings, "answers": rows}
         write_atomically(output, as_json(found))
     return answers
 

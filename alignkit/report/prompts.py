@@ -3,34 +3,70 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.dialogue import ASSISTANT, HUMAN, Dialogue
-from alignkit.data.formats import Format, PromptFormat
+from alignkit.data.dialogue import HUMAN, Dialogue
+from alignkit.data.formats import Format
+from alignkit.data.shapes import Side, sft_sides
+from alignkit.data.templated import Templated
+from alignkit.data.text_format import TextKind
 from alignkit.errors import AlignkitError
 
 TURN = f"\n\n{HUMAN}"
 
+_log = logging.getLogger(__name__)
+
 
 def as_prompts(
-    questions: Sequence[str], prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase
+    questions: Sequence[str],
+    kind: TextKind,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None = None,
+    system: str | None = None,
 ) -> list[str]:
     """Ask questions as training asked them.
 
     Args:
-        questions: What the human says.
-        prompt_format: The one the model was trained with, see `alignkit.data.formats`.
+        questions: What the human says, or a whole dialogue that ends with ``Assistant:``.
+        kind: The format the model was trained with, see `alignkit.data.formats`; ``raw`` and
+            ``text`` take the questions as they are.
         tokenizer: The model's.
+        chat_template: For ``chat``, instead of the tokenizer's own.
+        system: A system message to put before each.
 
     Raises:
         AlignkitError: The tokenizer lacks what the format needs.
     """
-    asked = Format(prompt_format, tokenizer)
-    dialogues = [f"{TURN} {question.strip()}\n\n{ASSISTANT}" for question in questions]
-    return [asked.render(Dialogue(dialogue, ())).prompt for dialogue in dialogues]
+    if kind == "raw" or kind == "text":
+        return list(questions)
+    form = Format(kind, tokenizer, chat_template=chat_template)
+    templated = Templated(tokenizer, specials=form.specials)
+    prompts = []
+    for index, question in enumerate(questions, start=1):
+        side = _side(question.strip(), system)
+        if (sign := templated.find([side])) and sign.grave:
+            _log.warning(
+                "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
+                "rendered already", index, sign.told, kind,
+            )  # fmt: skip
+        prompts.append(form.render(Dialogue(side.prompt, (), side.starts)).prompt)
+    return prompts
+
+
+def _side(question: str, system: str | None) -> Side:
+    """A question as training reads the prompt of a row."""
+    side = sft_sides({"prompt": question, "completion": ""})[0]
+    if system is None:
+        return side
+    if side.starts is None:  # a dialogue already
+        return Side(f"{system}\n\n{side.prompt.lstrip()}", "")
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return sft_sides({"prompt": messages, "completion": ""})[0]
 
 
 def gather_prompts(prompts: str | Sequence[str] | None, prompts_file: str | None) -> list[str]:

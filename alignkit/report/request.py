@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignkit.data.formats import PromptFormat
+from alignkit.data.text_format import TextFormat, TextKind
+from alignkit.data.tokens import TextEncoder
 from alignkit.errors import AlignkitError
+from alignkit.report.asking import PLAIN, how_to_ask, warn_of_length
 from alignkit.report.prompts import TURN, as_prompts, gather_prompts
 from alignkit.report.sampling import Sampling, complete
 
@@ -26,9 +28,14 @@ class Request:
         prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, or one a line.
         base: The base model under a checkpoint or adapter, where it has moved since training.
         prompt_format: How a question is put: as the published dialogues (boundary), as the seed
-            report's (seed), or by the tokenizer's chat template (chat); as the model was trained.
-        raw: Give the prompts to the model as they are, special tokens included.
-        stop_at_turn: End an answer where the model starts to write the human's next turn.
+            report's (seed), by the tokenizer's chat template (chat), as it is (text), or as it is
+            with special tokens read as such (raw). By default as the model was trained; boundary
+            for a model that does not say.
+        system: A system message before each question; by default the one that all of the model's
+            training examples had, if they did; an empty text for none.
+        raw: Short for prompt_format raw.
+        stop_at_turn: End an answer where the model starts to write the human's next turn, in the
+            formats that write turns as plain text.
         temperature: Divides the logits; 0 always takes the likeliest token.
         top_p: Draw from the smallest set of tokens that holds this probability.
         repetition_penalty: Above 1 discourages tokens that were there before.
@@ -51,7 +58,8 @@ class Request:
     prompts: list[str] | str | None = None
     prompts_file: str | None = None
     base: str | None = None
-    prompt_format: PromptFormat = "boundary"
+    prompt_format: TextKind | None = None
+    system: str | None = None
     raw: bool = False
     stop_at_turn: bool = True
     temperature: float = Sampling.temperature
@@ -68,9 +76,11 @@ class Request:
     target: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.raw and self.prompt_format not in (None, "raw"):
+            raise AlignkitError(f"raw: contradicts prompt_format={self.prompt_format}; pass one")
         self.questions = gather_prompts(self.prompts, self.prompts_file)
         drawn = {f.name: getattr(self, f.name) for f in fields(Sampling) if f.name != "stop"}
-        self.sampling = Sampling(**drawn, stop=TURN if self.stop_at_turn else None)
+        self.sampling = Sampling(**drawn)
         self.target = resolve_device(self.device)
 
     def load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -82,22 +92,43 @@ class Request:
         torch.nn.Module.to(model, self.target)  # transformers types its own override away
         return model.train(False), tokenizer
 
-    def answers(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    def how(self, path: str, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+        """How the model that ``path`` names is asked: as it was trained, or as the user says."""
+        from alignkit.modules.checkpoint import policy_format
+
+        return how_to_ask(
+            policy_format(path),
+            tokenizer,
+            name=path,
+            prompt_format="raw" if self.raw else self.prompt_format,
+            system=self.system,
+        )
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: TextFormat,
+        name: str = "model",
+    ) -> Iterator[str]:
         """Answer the questions with a loaded model, one after the other."""
+        stops = self.stop_at_turn and asked.prompt_format in ("boundary", "seed", "raw")
+        sampling = replace(self.sampling, stop=TURN if stops else None)
         return ask(
             model,
             tokenizer,
             self.questions,
-            self.sampling,
-            prompt_format=None if self.raw else self.prompt_format,
+            sampling,
+            asked,
+            name=name,
             batch_size=self.batch_size,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What an answer depends on besides the model and the prompt."""
+        """What an answer depends on besides the model, how it was asked, and the prompt."""
         drawn = {f.name: getattr(self.sampling, f.name) for f in fields(Sampling)}
-        asked = "raw" if self.raw else self.prompt_format
-        return {**drawn, "prompt_format": asked, "dtype": self.dtype}
+        drawn["stop"] = TURN if self.stop_at_turn else None
+        return {**drawn, "dtype": self.dtype}
 
 
 def ask(
@@ -105,8 +136,9 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     sampling: Sampling,
+    asked: TextFormat = PLAIN,
     *,
-    prompt_format: PromptFormat | None = "boundary",
+    name: str = "model",
     batch_size: int = 8,
 ) -> Iterator[str]:
     """Answer questions; as `alignkit.report.sampling.complete` otherwise.
@@ -116,15 +148,24 @@ def ask(
         tokenizer: The model's.
         questions: What the human says.
         sampling: How to draw.
-        prompt_format: See `as_prompts`; ``None`` continues the texts as they are, special tokens
-            in them included.
+        asked: How the questions are put; see `how_to_ask`.
+        name: The model, for the log.
         batch_size: Questions computed side by side.
     """
-    texts = list(questions)
-    if prompt_format is not None:
-        texts = as_prompts(questions, prompt_format, tokenizer)
-    specials = prompt_format in (None, "chat")
-    return complete(model, tokenizer, texts, sampling, batch_size=batch_size, specials=specials)
+    kind = asked.prompt_format
+    texts = as_prompts(
+        questions, kind, tokenizer, chat_template=asked.chat_template, system=asked.system
+    )
+    lengths = [len(ids) for ids in TextEncoder(tokenizer).prompts(texts, kind)]
+    warn_of_length(lengths, asked, name)
+    return complete(
+        model, tokenizer, texts, sampling, batch_size=batch_size, kind=kind, ends=asked.ends
+    )
+
+
+def asking_of(asked: TextFormat) -> dict[str, str | None]:
+    """How a model was asked, for a file of its answers."""
+    return {"prompt_format": asked.prompt_format, "system": asked.system}
 
 
 def resolve_device(device: str) -> torch.device:

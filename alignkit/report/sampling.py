@@ -29,8 +29,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from alignkit.data.text_format import TextKind
 from alignkit.data.tokens import TextEncoder
 from alignkit.errors import AlignkitError
+from alignkit.models import embedding_size
 
 _GenerationConfig: Any = GenerationConfig  # upstream's signature is untyped
 
@@ -76,7 +78,8 @@ def complete(
     sampling: Sampling,
     *,
     batch_size: int = 8,
-    specials: bool = False,
+    kind: TextKind = "boundary",
+    ends: Sequence[int] = (),
 ) -> Iterator[str]:
     """Continue each prompt, in order, yielding every batch as it is done.
 
@@ -86,7 +89,8 @@ def complete(
         prompts: Exactly as the model is to read them; encoded as in training.
         sampling: How to draw.
         batch_size: Prompts computed side by side.
-        specials: Read special tokens written in the prompts as such, as chat templates need.
+        kind: How the prompts were rendered, which decides about BOS and special tokens in them.
+        ends: Ids that ended answers in training, beside EOS.
 
     Yields:
         One answer a prompt, without EOS, ``sampling.stop`` and surrounding white space.
@@ -98,11 +102,22 @@ def complete(
     if batch_size < 1:
         raise AlignkitError(f"batch_size: must be 1 or more, got {batch_size}")
     encoder = TextEncoder(tokenizer)
-    rows = [[*encoder.bos, *ids] for ids in encoder(prompts, specials=specials)]
+    rows = encoder.prompts(prompts, kind)
+    _check_ids(model, rows)
     _check_lengths(model, [len(row) for row in rows], sampling.max_new_tokens)
     for start in range(0, len(rows), batch_size):
         yield from _complete_batch(
-            model, tokenizer, rows[start : start + batch_size], sampling, start
+            model, tokenizer, rows[start : start + batch_size], sampling, start, ends
+        )
+
+
+def _check_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
+    size = embedding_size(model)
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= size:
+        raise AlignkitError(
+            f"prompts: the tokenizer gives the id {largest:,} and the model has {size:,} "
+            "embeddings; pass the tokenizer that belongs to the model"
         )
 
 
@@ -125,13 +140,14 @@ def _complete_batch(
     rows: Sequence[Sequence[int]],
     sampling: Sampling,
     first: int,
+    ends: Sequence[int],
 ) -> list[str]:
     width = max(len(row) for row in rows)
     pad: int = tokenizer.pad_token_id
     ids_BL = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
     mask_BL = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     ids_BL, mask_BL = ids_BL.to(model.device), mask_BL.to(model.device)
-    eos = _eos_ids(model, tokenizer)
+    eos = _eos_ids(model, tokenizer) | set(ends)
     config = _GenerationConfig(
         do_sample=False,  # the last processor adds the noise that makes the argmax a draw
         max_new_tokens=sampling.max_new_tokens,

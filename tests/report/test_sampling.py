@@ -202,8 +202,8 @@ def test_special_tokens_in_a_prompt_are_text_unless_asked_for(
     model, fed = tiny_model(), []
     generate = model.generate
     model.generate = lambda ids, **options: fed.append(ids[0].tolist()) or generate(ids, **options)
-    for specials in (False, True):
-        list(complete(model, tokenizer, ["a<|endoftext|>"], GREEDY, specials=specials))
+    for kind in ("boundary", "raw"):
+        list(complete(model, tokenizer, ["a<|endoftext|>"], GREEDY, kind=kind))
     assert tokenizer.eos_token_id not in fed[0]
     assert fed[1] == [*tokenizer("a")["input_ids"], tokenizer.eos_token_id]
 
