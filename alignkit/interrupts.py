@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from alignkit.ranks import is_first_rank
+
 
 class Stopped(SystemExit):
     """A signal has ended the process in order; its exit status is 128 and the signal's number.
@@ -49,10 +51,12 @@ def stop_at_once(signum: int, frame: FrameType | None = None) -> None:
     them when it exits.
     """
     multiprocessing = sys.modules.get("multiprocessing")  # without it there are no children
-    for child in multiprocessing.active_children() if multiprocessing else []:
-        if not child.daemon and child.pid is not None:
-            os.kill(child.pid, signal.SIGTERM)
-    say(f"{signal.Signals(signum).name}: stopped at once; nothing was saved")
+    children = multiprocessing.active_children() if multiprocessing else []
+    training = [child.pid for child in children if not child.daemon and child.pid is not None]
+    for process in training:
+        os.kill(process, signal.SIGTERM)
+    done = "told the training processes" if training else "stopped at once; nothing was saved"
+    say(f"{signal.Signals(signum).name}: {done}")
     raise Stopped(signum)
 
 
@@ -78,6 +82,5 @@ def say(line: str) -> None:
 
     Neither `print` nor logging may be entered a second time in the middle of a call.
     """
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    if all(rank == "0" for rank in ranks):
+    if is_first_rank():
         os.write(2, f"alignkit: {line}\n".encode())

@@ -16,6 +16,7 @@ from typing import Any
 
 from alignkit.errors import AlignkitError
 from alignkit.modules.archive import local_path, read_archive, verify_archive
+from alignkit.ranks import is_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -175,21 +176,17 @@ def _progress(file: Path) -> tuple[int, int]:
         return -1, _written(file)
 
 
-def _is_launched() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") != "0"
-
-
 def _handed_on(place: str | Path) -> str | None:
     """Return what the launching process found, once: later it has looked again, too."""
     found: dict[str, str] = json.loads(os.environ.get(_HANDED_ON, "{}"))
-    file = found.pop(str(Path(place).absolute()), None) if _is_launched() else None
+    file = None if is_first_rank() else found.pop(str(Path(place).absolute()), None)
     if file is not None:
         os.environ[_HANDED_ON] = json.dumps(found)
     return file
 
 
 def _hand_on(place: str | Path, file: Path, damaged: list[AlignkitError]) -> None:
-    if _is_launched():
+    if not is_first_rank():
         return
     if damaged:
         log.warning("%s: taking %s, for %s", place, file, "; ".join(map(str, damaged)))

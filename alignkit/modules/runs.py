@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from alignkit.errors import AlignkitError
 from alignkit.modules.archive import local_path, read_archive, verify_archive
 from alignkit.modules.find import first_intact, newest_first
+from alignkit.ranks import is_first_rank
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def claim_run_folder(trainer: Trainer) -> None:
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
         return
     taken = None
-    while trainer.is_global_zero and (folder := local_path(logger.log_dir)) not in (None, taken):
+    while is_first_rank() and (folder := local_path(logger.log_dir)) not in (None, taken):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:  # another run was quicker

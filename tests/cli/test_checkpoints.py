@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,7 +95,7 @@ def test_last_is_found_in_earlier_runs_and_refused_where_there_is_none(sft: Call
     assert f"taking {RUNS}/version_" in sft("--ckpt_path", "last", command="validate")
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+@pytest.mark.parametrize("command", ["fit", "validate"])
 def test_a_damaged_last_is_passed_over_by_name_and_refused_by_path(
     sft: Callable, command: str
 ) -> None:
@@ -161,3 +162,18 @@ def test_resuming_from_a_url(sft: Callable) -> None:
     err = sft("--ckpt_path", f"{place}/last.ckpt", "--trainer.max_steps", 3)
     assert f"Restored all states from the checkpoint at {place}/last.ckpt" in err
     assert read_checkpoint(RUNS)["global_step"] == 3
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(sft: Callable) -> None:
+    """A limit on the size of files stands for the disk; the checkpoints alone reach it."""
+    sft()
+    size = (RUNS / "version_0/last.ckpt").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        line = refusal(sft("--ckpt_path", "last", "--trainer.max_steps", 3, expected=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{RUNS}/version_1/last.ckpt: cannot be written (File too large); make room" in line
+    assert read_checkpoint(RUNS / "version_0")["global_step"] == 2
+    assert not list(RUNS.rglob("*.partial"))
