@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.chunks import chunks, one_ahead
+from alignkit.data.code import code_identity
 from alignkit.data.defects import Dropped, Judge, Policies, Tally
 from alignkit.data.dialogue import ASSISTANT, Dialogue, RowError
 from alignkit.data.files import BadRow, Row, Source
@@ -104,7 +105,7 @@ class DialogueEncoder:
         return {
             "tokens": self._encode_texts.fingerprint,
             "format": self._format.identity,
-            "sides": self._sides.__name__,
+            "sides": code_identity(self._sides),
             "max_length": self.max_length,
             "policies": vars(self.policies),
         }

@@ -13,6 +13,7 @@ from alignkit.data.chunks import chunks
 from alignkit.data.defects import Dropped, Judge, Policies, Tally, character_defects, readable
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.packing import Document, Packing, rows
+from alignkit.data.position import SOURCES, check_plan
 from alignkit.data.sources import DataPath, find_splits
 from alignkit.data.store import StoreWriter
 from alignkit.data.stream import ExampleStream, head, tail
@@ -144,7 +145,7 @@ class OpenWebTextDataModule(AlignmentDataModule):
         super().__init__(tokenizer, path, **options)
         self.streaming = streaming
         self.held_out = held_out
-        self._stream: list[Source] = []
+        self._stream: dict[str, list[Source]] = {}
         self._reading: ExampleStream | None = None
         self.block_size = block_size
         self.packing = packing
@@ -164,7 +165,7 @@ class OpenWebTextDataModule(AlignmentDataModule):
             if not splits:
                 splits["validation"] = [head(source, self.held_out) for source in train]
                 train = [tail(source, self.held_out) for source in train]
-            self._stream += train
+            self._stream[place] = train
         return splits
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
@@ -178,13 +179,27 @@ class OpenWebTextDataModule(AlignmentDataModule):
                 "data.streaming=true: a stream is one endless epoch; "
                 "set trainer.max_steps and leave trainer.limit_train_batches alone"
             )
+        encoder = self.row_encoder(load_tokenizer(self.tokenizer))
+        sources = [source for place in self._stream.values() for source in place]
+        self._plan = {
+            SOURCES: [{"name": each.name, "rows": each.digest} for each in sources],
+            "streaming": True,
+            "tokens_per_batch": self.tokens_per_batch,
+            "world_size": self._world,
+            "held_out": self.held_out,
+            **encoder.identity,
+        }
+        position = self.take_position()
+        skip = position.get("batches", 0)
+        if skip:
+            check_plan(position.get("plan"), self._plan)
         stream = ExampleStream(
-            self._stream,
-            self.row_encoder(load_tokenizer(self.tokenizer)).examples,
+            sources,
+            encoder.examples,
             tokens_per_batch=self.tokens_per_batch,
             rank=self._rank,
             world_size=self._world,
-            skip=self.take_position().get("batches", 0),
+            skip=skip,
         )
         self._reading = stream
         # More than one worker would each read the whole stream.
