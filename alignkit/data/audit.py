@@ -11,8 +11,8 @@ from rich.table import Table
 
 from alignkit.data.audit_page import page, sentences
 from alignkit.data.audit_scan import Kind, scan
-from alignkit.data.defects import MEANING
 from alignkit.data.formats import PromptFormat
+from alignkit.data.policies import MEANING
 from alignkit.files import check_output, write_atomically
 
 _ROWS_SHOWN = 8

@@ -21,7 +21,7 @@ from typing import Any
 import xxhash
 
 import alignkit
-from alignkit.data.hashes import add_file, file_hash
+from alignkit.data.hashes import file_hash
 
 _HOME = Path(alignkit.__file__).parent
 # What makes and reads token ids; the rest of the package has no part in them.
@@ -42,10 +42,11 @@ class UnknownContentError(Exception):
 def package_digest() -> str:
     """Hash of the sources that make token ids; the version where they are not files."""
     digest = xxhash.xxh3_128()
-    paths = [path for name in _SOURCES for path in _python_files(_HOME / name)]
-    for path in paths:
-        digest.update(path.relative_to(_HOME).as_posix().encode())
-        add_file(digest, path)
+    paths = [path for name in _SOURCES for path in _python_files(os.path.join(_HOME, name))]
+    for path in paths:  # of every start's time this is a third of a millisecond, without pathlib
+        digest.update(os.path.basename(path).encode())
+        with open(path, "rb", buffering=0) as file:
+            digest.update(file.readall())
     return digest.hexdigest() if paths else f"version {alignkit.__version__}"
 
 
@@ -76,10 +77,13 @@ def _own_name(module: object) -> bool:
     return str(module or "").partition(".")[0] == alignkit.__name__
 
 
-def _python_files(path: Path) -> list[Path]:
-    if path.is_dir():
-        return sorted(path.rglob("*.py"))
-    return [path] if path.is_file() else []
+def _python_files(path: str) -> list[str]:
+    if path.endswith(".py"):
+        return [path] if os.path.isfile(path) else []
+    if path.endswith("__pycache__") or not os.path.isdir(path):
+        return []
+    inside = sorted(os.listdir(path))
+    return [file for name in inside for file in _python_files(os.path.join(path, name))]
 
 
 class _Content:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,57 +11,19 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.chunks import chunks, one_ahead
 from alignkit.data.code import code_identity
-from alignkit.data.defects import Dropped, Judge, Policies, Tally
-from alignkit.data.dialogue import ASSISTANT, Dialogue, RowError
+from alignkit.data.defects import Dropped, Judge
+from alignkit.data.dialogue import ASSISTANT, RowError
+from alignkit.data.draft import Draft, rendered_defects
 from alignkit.data.files import BadRow, Row, Source
-from alignkit.data.formats import Format, PromptFormat, Rendered
-from alignkit.data.shapes import Side
+from alignkit.data.formats import Format, PromptFormat
+from alignkit.data.policies import Policies, Tally
+from alignkit.data.shapes import Side, Sides, columns_read, last_trained
 from alignkit.data.store import StoreWriter
 from alignkit.data.tokens import TextEncoder
 from alignkit.engine import Example
 from alignkit.errors import AlignkitError
 
 _CHUNK = 256
-
-
-@dataclass
-class Draft:
-    """An example on its way from text to ids.
-
-    Attributes:
-        line: Its line in the source.
-        dialogue: Its text.
-        restarts: Where the prompt may start instead, once old turns are dropped.
-        text: What was encoded.
-        prompt: Ids of the prompt, BOS first where there is one.
-        responses: Ids of each response, EOS last.
-        scored: Which of them carry loss.
-        truncated: Whether the prompt lost its left end.
-        proved: Whether the boundary proof is done with.
-        violation: The response's text whose ids change when prompt and response are encoded
-            together; ``None`` where all is well.
-    """
-
-    line: int
-    dialogue: Dialogue
-    restarts: list[int] = field(default_factory=list)
-    text: Rendered = field(default_factory=lambda: Rendered("", ()))
-    prompt: list[int] = field(default_factory=list)
-    responses: list[list[int]] = field(default_factory=list)
-    scored: list[list[bool]] = field(default_factory=list)
-    truncated: bool = False
-    proved: bool = False
-    violation: str | None = None
-
-    @property
-    def answer_length(self) -> int:
-        """Tokens of the longest response."""
-        return max(len(response) for response in self.responses)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt with the longest response."""
-        return len(self.prompt) + self.answer_length
 
 
 class DialogueEncoder:
@@ -79,7 +41,7 @@ class DialogueEncoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        sides: Callable[[Mapping[str, Any]], list[Side]],
+        sides: Sides,
         *,
         max_length: int,
         prompt_format: PromptFormat = "boundary",
@@ -97,6 +59,7 @@ class DialogueEncoder:
         self._encode_texts = TextEncoder(tokenizer)
         self._format = Format(prompt_format, tokenizer, all_turns=all_turns)
         self._sides = sides
+        self._columns = columns_read(sides)
         self._simple = prompt_format == "boundary" and not all_turns
 
     @property
@@ -167,6 +130,10 @@ class DialogueEncoder:
             judge.tally.add("rows", line)
             try:
                 sides = read_row(row, self._sides, judge, line)
+                if self._columns is not None and not isinstance(row, BadRow):
+                    judge.tally.columns |= row.keys() - self._columns
+                if self.masked:
+                    sides = [last_trained(side) for side in sides]
                 yield Draft(line, judge.settle(sides, line))
             except Dropped:
                 continue
@@ -204,15 +171,17 @@ class DialogueEncoder:
             draft.proved = all(part[:size] == lead for part in (prompt[-size:], *answers))
             draft.prompt = [*self._encode_texts.bos, *prompt]
             draft.responses = [[*answer[size:], self._encode_texts.eos] for answer in answers]
+            draft.blank = any(len(answer) == size for answer in answers)
 
     def _encode_plain(self, drafts: Sequence[Draft]) -> None:
         texts = [piece for draft in drafts for piece in draft.text.pieces()]
         ids = iter(self._encode_texts(texts, specials=self._format.specials))
         for draft in drafts:
             draft.prompt = [*self._encode_texts.bos, *next(ids)]
-            draft.responses, draft.scored = [], []
+            draft.responses, draft.scored, draft.blank = [], [], draft.text.blank
             for response in draft.text.responses:
                 pieces = [next(ids) for _ in response]
+                draft.blank |= not pieces[-1]
                 pieces[-1].append(self._encode_texts.eos)
                 draft.responses.append([token for piece in pieces for token in piece])
                 if self.masked:
@@ -252,6 +221,8 @@ class DialogueEncoder:
 
     def _finish(self, draft: Draft, judge: Judge) -> None:
         """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
+        for name in rendered_defects(draft):
+            judge.count(name, draft.line)
         if draft.answer_length > self.max_length:
             detail = f"an answer of {draft.answer_length} tokens exceeds max_length"
             judge.count("too_long", draft.line, f"{detail}={self.max_length}")
@@ -272,7 +243,7 @@ class DialogueEncoder:
 
 def read_row(
     row: Row,
-    sides: Callable[[Mapping[str, Any]], list[Side]],
+    sides: Sides,
     judge: Judge,
     line: int,
 ) -> list[Side]:

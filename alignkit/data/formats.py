@@ -15,14 +15,14 @@ r"""How a dialogue becomes text for the tokenizer: three formats, one interface.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.dialogue import ASSISTANT, HUMAN, Dialogue
+from alignkit.data.dialogue import ASSISTANT, HUMAN, Dialogue, Message
 from alignkit.errors import AlignkitError
 
 PromptFormat = Literal["boundary", "seed", "chat"]
@@ -36,10 +36,12 @@ class Rendered:
         prompt: What generation is fed.
         responses: What follows it, without EOS, each in pieces that carry loss and do not, by
             turns; the first and the last one do. Mostly there is one piece, the answer.
+        blank: Whether a template renders nothing of an answer.
     """
 
     prompt: str
     responses: tuple[tuple[str, ...], ...]
+    blank: bool = False
 
     def pieces(self) -> Iterator[str]:
         """Every text, the prompt first."""
@@ -110,30 +112,32 @@ class Format:
         return Rendered(dialogue.since(start), tuple((answer,) for answer in dialogue.answers))
 
     def _chat(self, dialogue: Dialogue, start: int) -> Rendered:
-        messages = chat_messages(dialogue, start)
+        messages = dialogue.history(start)
         first = next(
             (
                 i
                 for i, message in enumerate(messages)
-                if self._all_turns and message["role"] == "assistant"
+                if self._all_turns and message.role == "assistant" and message.trained
             ),
             len(messages),
         )
         prompt = self._apply(messages[:first], add_generation_prompt=True)
         responses = []
-        for answer in dialogue.answers:
-            reply = {"role": "assistant", "content": answer.strip()}
-            responses.append(self._chat_pieces([*messages, reply], first, prompt))
-        return Rendered(prompt, tuple(responses))
+        blank = False
+        for content in dialogue.replies():
+            pieces = self._chat_pieces([*messages, Message("assistant", content)], first, prompt)
+            if content.strip() not in pieces[-1]:  # the template makes something else of it
+                nothing = [*messages, Message("assistant", "")]
+                blank |= pieces == self._chat_pieces(nothing, first, prompt)
+            responses.append(pieces)
+        return Rendered(prompt, tuple(responses), blank)
 
-    def _chat_pieces(
-        self, messages: list[dict[str, str]], first: int, prompt: str
-    ) -> tuple[str, ...]:
-        """What follows the prompt: the assistant's messages and what lies between them."""
+    def _chat_pieces(self, messages: list[Message], first: int, prompt: str) -> tuple[str, ...]:
+        """What follows the prompt: the messages to be trained on and what lies between them."""
         pieces = []
         so_far = prompt
         for i in range(first, len(messages)):
-            if messages[i]["role"] != "assistant":
+            if messages[i].role != "assistant" or not messages[i].trained:
                 continue
             for upto, asks in ((i, True), (i + 1, False)):
                 whole = self._apply(messages[:upto], add_generation_prompt=asks)
@@ -149,10 +153,11 @@ class Format:
         last = pieces[-1].rstrip().removesuffix(str(self._tokenizer.eos_token))  # comes as an id
         return (*pieces[1:-1], last)
 
-    def _apply(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        said = [{"role": each.role, "content": each.content} for each in messages]
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                said, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except Exception as error:  # a template is a program: it raises what it likes
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -161,42 +166,11 @@ class Format:
 
 
 def _all_turns(dialogue: Dialogue, start: int) -> Rendered:
-    """The published text, cut after each label of the assistant and where its turn ends."""
+    """The dialogue's text, cut after each label of the assistant and where its turn ends."""
     text = dialogue.prompt
-    starts = dialogue.turn_starts()
-    cuts = []
-    for begin, end in zip(starts, [*starts[1:], len(text)], strict=False):
-        if begin >= start and text[begin:].lstrip().startswith(ASSISTANT):
-            cuts += [text.index(ASSISTANT, begin) + len(ASSISTANT), end]
-    if cuts and cuts[-1] == len(text):
-        cuts.pop()  # the turn that the answer continues
-    if len(cuts) % 2 == 0:
-        cuts.append(len(text))  # the prompt's last label stands in a human turn
+    cuts = [at for turn in dialogue.answered(start) for at in turn]
+    cuts.append(len(text))  # the turn that the answer continues
     between = [text[i:j] for i, j in pairwise(cuts)]
     prompt = dialogue.since(start)
     prompt = prompt[: len(prompt) - (len(text) - cuts[0])]
-    return Rendered(
-        prompt, tuple((*between, text[cuts[-1] :] + answer) for answer in dialogue.answers)
-    )
-
-
-def chat_messages(dialogue: Dialogue, start: int = 0) -> list[dict[str, str]]:
-    """A dialogue's prompt as chat messages, from the character ``start`` on.
-
-    Text before the first turn becomes the system message, and stays with a shortened dialogue.
-    """
-    prompt = dialogue.prompt
-    starts = dialogue.turn_starts()
-    system = prompt[: starts[0]].strip() if starts else ""
-    messages = [{"role": "system", "content": system}] if system else []
-    for begin, end in zip(starts, [*starts[1:], len(prompt)], strict=False):
-        if begin < start:
-            continue
-        turn = prompt[begin:end].strip()
-        role = "user" if turn.startswith(HUMAN) else "assistant"
-        content = turn.removeprefix(HUMAN).removeprefix(ASSISTANT)
-        if end == len(prompt):
-            content = content.removesuffix(ASSISTANT)  # it asks for the answer
-        if end < len(prompt) or content.strip():
-            messages.append({"role": role, "content": content.strip()})
-    return messages
+    return Rendered(prompt, tuple((*between, answer) for answer in dialogue.answers))

@@ -10,9 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
 from alignkit.data.chunks import chunks
-from alignkit.data.defects import Dropped, Judge, Policies, Tally, character_defects, readable
+from alignkit.data.defects import Dropped, Judge, character_defects, readable
+from alignkit.data.fields import unread_columns
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.packing import Document, Packing, rows
+from alignkit.data.policies import Policies, Tally
 from alignkit.data.position import SOURCES, check_plan
 from alignkit.data.sources import DataPath, find_splits
 from alignkit.data.store import StoreWriter
@@ -23,6 +25,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models import load_tokenizer
 
 OPENWEBTEXT = "stas/openwebtext-10k"
+TEXT_COLUMNS = frozenset(("text",))
 _CHUNK = 64
 
 
@@ -102,8 +105,10 @@ def _text(row: Row, judge: Judge, line: int) -> str:
     """
     reason = row.reason if isinstance(row, BadRow) else "the row has no `text`"
     text = None if isinstance(row, BadRow) else row.get("text")
-    if not isinstance(text, str):
+    if isinstance(row, BadRow) or not isinstance(text, str):
         judge.refuse("bad_rows", line, reason)
+    judge.tally.columns |= row.keys() - TEXT_COLUMNS
+    judge.unread(unread_columns(row, TEXT_COLUMNS, None), line)
     for name in character_defects(text):
         judge.count(name, line)
     text = readable(text)

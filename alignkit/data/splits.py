@@ -248,4 +248,6 @@ def _log_counts(name: str, meta: dict[str, Any]) -> None:
         f"{', …' if count > len(lines[defect]) else ''})"
         for defect, count in sorted(counts.items())
     )
+    if columns := ", ".join(meta.get("columns", ())):
+        details = f"{details or 'no defects'}; columns not read: {columns}"
     _log.info("%s: %d rows, %d examples; %s", name, rows, examples, details or "no defects")

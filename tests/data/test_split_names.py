@@ -37,7 +37,8 @@ def test_one_file_or_whole_sets_of_shards(names: list[str], splits: dict[str, in
     found, unread = split_files([*reversed(names), "README.md", "other.jsonl", "train.py"])
     assert {split: len(files) for split, files in found.items()} == splits
     assert list(found) == [split for split in ("train", "validation", "test") if split in splits]
-    assert sorted(sum(found.values(), [])) == sorted(names) and unread == []
+    assert sorted(name for files in found.values() for name in files) == sorted(names)
+    assert unread == []
 
 
 def test_shards_come_in_the_order_of_their_numbers() -> None:
