@@ -7,7 +7,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
@@ -161,8 +161,21 @@ class AlignmentDataModule(LightningDataModule):
         self._position = state_dict
 
     def take_position(self) -> dict[str, Any]:
-        """The position to resume at, once; empty in a fresh run."""
+        """The position to resume at, once; empty in a fresh run.
+
+        Raises:
+            AlignkitError: The run goes on in the middle of an epoch of other data.
+        """
         position, self._position = self._position, {}
+        if not position and not self._plan and isinstance(self.trainer, Trainer):
+            # Lightning hands a position to the data module whose class wrote it, or to nobody.
+            done = self.trainer.fit_loop.epoch_loop.batch_progress
+            if done.current.ready and not done.is_last_batch:
+                raise AlignkitError(
+                    f"resuming mid-epoch: the checkpoint has no position in the data of a "
+                    f"{type(self).__qualname__}; resume with the data it was trained on, or start "
+                    "anew from its weights with model.init_from"
+                )
         return position
 
     def rows_of_batch(self, number: int) -> list[tuple[str, int]]:

@@ -82,11 +82,17 @@ def unread_columns(
     known = _WEIGHTS if said is None else {**_WEIGHTS, **_CONTEXT}
     unread = []
     for name, value in row.items():
-        if name in known and name not in read and is_set(value) and value not in known[name]:
+        if name in known and name not in read and is_set(value):
+            if any(_same(value, usual) for usual in known[name]):
+                continue
             held = isinstance(value, str) and any(value.strip() in text for text in said or ())
             if not held:
                 unread.append(_shown(name, value))
     return unread
+
+
+def _same(value: Any, usual: Any) -> bool:
+    return isinstance(value, bool) == isinstance(usual, bool) and bool(value == usual)
 
 
 def _shown(name: str, value: Any) -> str:

@@ -62,8 +62,8 @@ class TestWeights:
         row = {"messages": [USER, says("a", **off)]}
         _, tally = encode(tokenizer, row, sides=sft_sides, prompt_format=form)
         assert tally.counts == {"rows": 1, "unwanted_answers": 1, "dropped": 1}
+        policies = Policies(unwanted_answers="error")
         with pytest.raises(AlignkitError, match=r"rows.jsonl:1: marked as not to be trained on"):
-            policies = Policies(unwanted_answers="error")
             encode(tokenizer, row, sides=sft_sides, prompt_format=form, policies=policies)
         pair = {"chosen": [USER, says("a", **off)], "rejected": [USER, says("b")]}
         assert encode(tokenizer, pair, prompt_format=form)[1].counts["unwanted_answers"] == 1
@@ -171,7 +171,7 @@ TALK = {"messages": [USER, says("Apple.")]}
             {"history": [["a", "b"]]},
         )
     ]
-    + [(PAIR, {"label": False}), (PAIR, {"margin": 0.7})],
+    + [(PAIR, {"label": False}), (PAIR, {"label": 1}), (PAIR, {"margin": 0.7})],
 )
 def test_a_column_that_changes_what_is_trained_is_refused(
     tokenizer: Any, row: dict[str, Any], columns: dict[str, Any]

@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
-from alignkit.data import HHPreferenceDataModule, OpenWebTextDataModule, TokenBudgetBatchSampler
+from alignkit.data import (
+    HHPreferenceDataModule,
+    HHSFTDataModule,
+    OpenWebTextDataModule,
+    TokenBudgetBatchSampler,
+)
 from alignkit.data.position import differences
 from alignkit.errors import AlignkitError
 from tests.data.conftest import pair, sentence, write_jsonl
@@ -149,6 +154,16 @@ class TestPairs:
         assert seen and {epoch for epoch, _ in seen} == {1}
         (told,) = [r.message for r in caplog.records if "the epoch begins with other" in r.message]
         assert "train.jsonl's content changed" in told and "\n" not in told
+
+    def test_another_kind_of_data_is_refused(
+        self, data: Callable[..., Any], hh_dir: Path, tmp_path: Path, make: Callable[..., Any]
+    ) -> None:
+        path = stopped(data(), tmp_path / "a.ckpt", after=3)
+        other = make(HHSFTDataModule, hh_dir, tokens_per_batch=900)
+        with pytest.raises(AlignkitError, match="no position in the data of a HHSFTDataModule"):
+            train(other, resume=path)
+        path = stopped(data(), tmp_path / "b.ckpt", after=3, hook="on_train_epoch_end")
+        assert {epoch for epoch, _ in train(other, resume=path)} == {1}
 
     def test_fewer_rows_do_not_end_the_epoch(
         self, data: Callable[..., Any], hh_dir: Path, tmp_path: Path
