@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from alignkit.data import HHPreferenceDataModule, HHSFTDataModule
-from alignkit.data.code import UnknownContentError, code_identity, package_digest
+from alignkit.data.code import UnknownContentError, code_identity
 from alignkit.data.encode import DialogueEncoder
 from alignkit.data.files import Source
 from alignkit.data.shapes import Side, sft_sides
@@ -236,13 +236,3 @@ def test_the_package_is_known_by_its_source(tmp_path: Path, tokenizer_dir: Path)
         "[Side('\\n\\nHuman: q\\n\\nAssistant:', ' ' + 'yes ' * 20)]\n"
     )
     assert run() > before
-
-
-def test_the_digest_is_fast() -> None:
-    """It is part of every start; the measured figure is 1 ms."""
-    import time
-
-    package_digest.cache_clear()
-    begin = time.perf_counter()
-    package_digest()
-    assert time.perf_counter() - begin < 0.1

@@ -56,7 +56,7 @@ def permute(path: Path) -> None:
 
 
 def edit(path: Path) -> None:
-    """One word for another of one token fewer or more elsewhere: every count stays."""
+    """Other words in one row."""
     lines = path.read_text().splitlines(keepends=True)
     lines[3] = lines[3].replace("bread", "BREAD").replace("water", "WATER").replace("oven", "OVEN")
     assert "".join(lines) != path.read_text()
