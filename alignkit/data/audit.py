@@ -11,7 +11,7 @@ from rich.table import Table
 
 from alignkit.data.audit_page import page, sentences
 from alignkit.data.audit_scan import Kind, scan
-from alignkit.data.defects import MEANING
+from alignkit.data.policies import MEANING
 from alignkit.data.text_format import PromptFormat
 from alignkit.files import check_output, write_atomically
 

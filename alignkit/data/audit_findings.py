@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from alignkit.data.defects import MEANING, Tally, readable
+from alignkit.data.defects import readable
+from alignkit.data.policies import MEANING, Tally
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -21,6 +22,7 @@ class Findings:
         settings: What was asked: path, kind, tokenizer, unit, max_length, prompt_format.
         tally: Rows by defect, and their numbers; a second source's go on from the first one's.
         sources: Name, first row number and rows of each source.
+        files: What is said of files beside them that are not read.
         examples: A few examples of each defect: row number and text.
         lengths: Lengths of every prompt, of every chosen and rejected answer with its EOS, and
             of the longest prompt + answer of each row; of every document, for text.
@@ -31,6 +33,7 @@ class Findings:
     settings: dict[str, Any]
     tally: Tally = field(default_factory=lambda: Tally(lines_kept=None))
     sources: list[dict[str, Any]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     lengths: dict[str, array[int]] = field(default_factory=dict)
     apart: int = 0
@@ -59,6 +62,8 @@ class Findings:
             "row_numbers": {
                 name: sorted(self.tally.lines.get(name, [])) for name in counts if name != "rows"
             },
+            "columns_not_read": sorted(self.tally.columns),
+            "files_not_read": self.files,
             "sources": self.sources,
             "examples": self.examples,
             "lengths": {name: _summary(values) for name, values in self.lengths.items()},

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from alignkit.data.audit_findings import Findings
-from alignkit.data.defects import MEANING
+from alignkit.data.policies import MEANING
 from alignkit.report.plots import COLORS, new_figure
 
 _STYLE = """
@@ -71,6 +71,10 @@ def sentences(report: dict[str, Any]) -> list[str]:
             f"{bias['chosen_longer_share']:.1%} of rows."
         )
     lines.append(f"{report['repeated_prompt_share']:.1%} of rows repeat an earlier prompt.")
+    if columns := ", ".join(report["columns_not_read"]):
+        lines.append(f"Nothing is read from the columns {columns}.")
+    if files := "; ".join(report["files_not_read"]):
+        lines.append(files)
     return lines
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,19 +13,28 @@ from alignkit.data.chunks import chunks
 from alignkit.data.defects import (
     Dropped,
     Judge,
-    Policies,
-    Tally,
     character_defects,
     defects,
     prompt_key,
     readable,
 )
 from alignkit.data.dialogue import RowError
-from alignkit.data.encode import DialogueEncoder, Draft
+from alignkit.data.draft import Draft, rendered_defects
+from alignkit.data.encode import DialogueEncoder
+from alignkit.data.fields import unread_columns
 from alignkit.data.files import BadRow, Row, Source
+from alignkit.data.openwebtext import TEXT_COLUMNS
+from alignkit.data.policies import Policies, Tally
 from alignkit.data.raw import reader
-from alignkit.data.shapes import Side, preference_sides, sft_sides
-from alignkit.data.sources import find_splits
+from alignkit.data.shapes import (
+    PREFERENCE_COLUMNS,
+    SFT_COLUMNS,
+    Side,
+    Sides,
+    preference_sides,
+    sft_sides,
+)
+from alignkit.data.sources import find_splits, not_read
 from alignkit.data.templated import Templated
 from alignkit.data.text_format import PromptFormat
 from alignkit.data.tokens import SPECIALS, TextEncoder
@@ -38,6 +47,7 @@ _CHUNK = 256
 _SNIPPET = 200
 # Rows are settled only to measure them, so nothing goes that need not.
 _LENIENT = Policies(
+    unread_fields="keep",
     differing_prompts="keep",
     roles_inside_answer="keep",
     empty_answers="keep",
@@ -76,6 +86,8 @@ def scan(
             "prompt_format": prompt_format,
         }
     )
+    if told := not_read(path):
+        found.files.append(told)
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     scanner = (_Text if found.settings["kind"] == "text" else _Dialogues)(found, loaded, examples)
     first = 1
@@ -122,9 +134,9 @@ class _Dialogues:
         self._found = found
         self._limit = examples
         self._seen: set[bytes] = set()
-        self._sides: Callable[[Mapping[str, Any]], list[Side]] = (
-            preference_sides if found.settings["kind"] == "preference" else sft_sides
-        )
+        preference = found.settings["kind"] == "preference"
+        self._sides: Sides = preference_sides if preference else sft_sides
+        self._columns = PREFERENCE_COLUMNS if preference else SFT_COLUMNS
         prompt_format = found.settings["prompt_format"]
         self._templated: Templated | None = None
         if prompt_format == "raw":
@@ -145,6 +157,7 @@ class _Dialogues:
         for number, row in rows:
             if isinstance(row, BadRow):
                 continue
+            self._found.tally.columns |= row.keys() - self._columns
             try:
                 sides = self._sides(row)
             except RowError as error:
@@ -190,6 +203,9 @@ class _Dialogues:
         self._found.shared += prompt + sum(answers)
         limit = self._found.settings["max_length"]
         end = dialogue.prompt[-_SNIPPET:]
+        for name in rendered_defects(draft) if self._encoder else ():
+            shown = "\n— and —\n".join(answer[:_SNIPPET] for answer in dialogue.answers)
+            self._found.add(name, draft.line, shown, self._limit)
         if longest > limit:
             self._found.add("truncated", draft.line, f"{longest}: …{end}", self._limit)
         if max(answers) > limit:
@@ -221,6 +237,9 @@ class _Text:
             if not isinstance(text, str):
                 self._found.add("bad_rows", number, "the row has no `text`", self._limit)
                 continue
+            self._found.tally.columns |= row.keys() - TEXT_COLUMNS
+            if unread := unread_columns(row, TEXT_COLUMNS, None):
+                self._found.add("unread_fields", number, ", ".join(unread), self._limit)
             if self._judge(text, number):
                 texts.append((number, readable(text)))
         if self._encode:
@@ -256,6 +275,8 @@ def estimated_tokens(text: str) -> int:
 
 def _snippet(name: str, sides: Sequence[Side]) -> str:
     """The part of a row that shows a defect."""
+    if name == "unread_fields":
+        return ", ".join(dict.fromkeys(field for side in sides for field in side.unread))
     if name in ("differing_prompts", "doubled_roles", "repeated_prompts"):
         prompts = dict.fromkeys(f"…{side.prompt[-_SNIPPET:]}" for side in sides)
         return "\n— and —\n".join(prompts)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.cache import cache_root
 from alignkit.data.files import Source
 from alignkit.data.hashes import FileHashes
+from alignkit.data.position import Plan
 from alignkit.data.samplers import TokenBudgetBatchSampler
-from alignkit.data.sources import DataPath, find_splits
+from alignkit.data.sources import DataPath, find_splits, not_read, weights_of
 from alignkit.data.splits import RowEncoder, open_splits
 from alignkit.data.store import ExampleSet
 from alignkit.data.text_format import TextFormat
@@ -37,9 +38,9 @@ class AlignmentDataModule(LightningDataModule):
     Args:
         tokenizer: A Hub id or a local directory.
         path: A Hub id (``name`` or ``name:configuration``), a local directory with ``train.*``
-            and ``validation.*`` or ``test.*`` files, or one ``.jsonl``, ``.jsonl.gz`` or
-            ``.parquet`` file. A list mixes several as they are; a mapping to weights makes
-            each epoch draw from them in these shares.
+            and ``validation.*`` or ``test.*`` files (or whole sets of numbered shards), or one
+            ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file. A list mixes several as they are; a
+            mapping to weights makes each epoch draw from them in these shares.
         tokens_per_batch: Most tokens in one micro-batch of one rank.
         examples_per_batch: Examples of one optimizer step, over all ranks and micro-batches,
             instead of a token budget.
@@ -95,7 +96,8 @@ class AlignmentDataModule(LightningDataModule):
         self._hashes = FileHashes(self._cache)
         self._sets: dict[str, ExampleSet] = {}
         self._quotas: list[tuple[int, int]] = []
-        self._plan = ""
+        self._content: dict[str, Any] = {}
+        self._plan: Plan = {}
         self._sampler: TokenBudgetBatchSampler | None = None
         self._position: dict[str, Any] = {}
 
@@ -127,6 +129,7 @@ class AlignmentDataModule(LightningDataModule):
             seed=self.seed,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer else 1,
             quotas=self._quotas,
+            content=self._content,
             rank=self._rank,
             world_size=self._world,
         )
@@ -164,8 +167,21 @@ class AlignmentDataModule(LightningDataModule):
         self._position = state_dict
 
     def take_position(self) -> dict[str, Any]:
-        """The position to resume at, once; empty in a fresh run."""
+        """The position to resume at, once; empty in a fresh run.
+
+        Raises:
+            AlignkitError: The run goes on in the middle of an epoch of other data.
+        """
         position, self._position = self._position, {}
+        if not position and not self._plan and isinstance(self.trainer, Trainer):
+            # Lightning hands a position to the data module whose class wrote it, or to nobody.
+            done = self.trainer.fit_loop.epoch_loop.batch_progress
+            if done.current.ready and not done.is_last_batch:
+                raise AlignkitError(
+                    f"resuming mid-epoch: the checkpoint has no position in the data of a "
+                    f"{type(self).__qualname__}; resume with the data it was trained on, or start "
+                    "anew from its weights with model.init_from"
+                )
         return position
 
     def rows_of_batch(self, number: int) -> list[tuple[str, int]]:
@@ -219,7 +235,9 @@ class AlignmentDataModule(LightningDataModule):
     def _set(self, split: str) -> ExampleSet:
         self.setup()
         if split not in self._sets:
-            raise AlignkitError(f"data.path {self.path}: it has no {split} split")
+            others = [told for place in weights_of(self.path) if (told := not_read(place))]
+            told = "; ".join([f"data.path {self.path}: it has no {split} split", *others])
+            raise AlignkitError(told)
         return self._sets[split]
 
     def _load(self) -> None:
@@ -238,6 +256,7 @@ class AlignmentDataModule(LightningDataModule):
         )
         self._sets, self._quotas, self.stats = opened.sets, opened.quotas, opened.stats
         self.text_format = opened.text_format
+        self._content = opened.content
 
 
 def _start_worker(worker: int) -> None:

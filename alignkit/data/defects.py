@@ -1,126 +1,28 @@
-"""What is wrong with a row, and what to do about it: a policy per defect, and counts.
+"""Finding a row's defects and applying the policies to them."""
 
-Nothing is dropped or changed without being counted, and the counts are logged once at the start
-of a run.
-"""
+from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NoReturn, get_args
+from itertools import takewhile
+from typing import NoReturn
 
 from alignkit.data.dialogue import (
-    LABEL,
     Dialogue,
+    Message,
     common_prompt,
     doubled_roles,
+    holds_label,
     without_labels,
 )
-from alignkit.data.shapes import Side
+from alignkit.data.policies import MEANING, Policies, Tally, choices
+from alignkit.data.shapes import Side, side_of
 from alignkit.errors import AlignkitError
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ODD = re.compile("[\ufffd\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069\ue000-\uf8ff]")
-
-MEANING = {
-    "bad_rows": "unreadable, or of the wrong shape",
-    "control_characters": "NUL and other control characters, or half of a surrogate pair",
-    "unicode_oddities": "U+FFFD, invisible, direction-changing or private-use characters",
-    "differing_prompts": "the answers' prompts differ at the last `Assistant:`",
-    "roles_inside_answer": "an answer holds `Human:` or `Assistant:`",
-    "empty_answers": "an answer is empty",
-    "identical_pairs": "two answers to compare are the same",
-    "templated_text": "text that was rendered before: it holds a template's markers or EOS",
-    "doubled_roles": "someone speaks twice in a row",
-    "repeated_prompts": "the prompt has been seen in an earlier row",
-    "too_long": "an answer alone exceeds max_length",
-    "boundary": "prompt and answer encode differently together than apart",
-    "truncated": "longer than max_length: the prompt loses its left end",
-}
-"""Every defect, in a few words; the report and the log use the same names."""
-
-
-@dataclass(frozen=True)
-class Policies:
-    """What happens to a row with a defect: ``keep``, ``drop``, ``repair`` it, or ``error``.
-
-    Attributes:
-        bad_rows: A row that is not JSON, is not UTF-8, lacks a key or has no ``Assistant:``.
-        control_characters: Repaired by a space for a control character, U+FFFD for half a
-            surrogate pair (which no tokenizer can encode, so there is no keeping it).
-        unicode_oddities: Kept: nobody knows what was meant instead.
-        differing_prompts: In HH-RLHF one side holds a stray label, so the split falls in the
-            wrong place. Both sides are split where they still agree; repaired, the answer then
-            ends at its first stray label, kept, it runs on. Dropped where they never agree.
-        roles_inside_answer: Repaired by taking a leading label off and ending the answer at a
-            later one; training on it teaches the model to speak for the user.
-        empty_answers: Dropped: an empty answer teaches silence. An empty document always goes.
-        identical_pairs: Dropped: there is nothing to prefer.
-        templated_text: Text that holds special tokens or a chat template's markers already, and
-            would get them a second time; ``prompt_format: raw`` takes such text as it is.
-            ``auto`` is ``error`` where a turn begins or ends with one, or would hold one that is
-            read as special; a mere mention is text, and kept. Repaired by taking the tokens that
-            end an answer off; where markers are left, the row goes. An EOS at an answer's or a
-            document's end always goes, since one is added.
-        doubled_roles: Kept; usual in HH-RLHF's prompts.
-        repeated_prompts: Kept; ``drop`` keeps the first. For text, repeated documents. The only
-            policy whose memory grows with the file, and only where it is not ``keep``.
-        too_long: An answer longer than max_length is never cut, so its row can only go.
-        boundary: A prompt whose ids change when the answer follows. ``auto`` is ``error``,
-            except for the prompt format ``seed``, which cannot be had otherwise.
-    """
-
-    bad_rows: Literal["drop", "error"] = "error"
-    control_characters: Literal["drop", "repair", "error"] = "repair"
-    unicode_oddities: Literal["keep", "drop", "error"] = "keep"
-    differing_prompts: Literal["keep", "drop", "repair", "error"] = "repair"
-    roles_inside_answer: Literal["keep", "drop", "repair", "error"] = "repair"
-    empty_answers: Literal["keep", "drop", "error"] = "drop"
-    identical_pairs: Literal["keep", "drop", "error"] = "drop"
-    templated_text: Literal["auto", "keep", "drop", "repair", "error"] = "auto"
-    doubled_roles: Literal["keep", "drop", "error"] = "keep"
-    repeated_prompts: Literal["keep", "drop", "error"] = "keep"
-    too_long: Literal["drop", "error"] = "drop"
-    boundary: Literal["auto", "keep", "drop", "error"] = "auto"
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) not in choices(field.name):
-                raise AlignkitError(
-                    f"policies.{field.name}={getattr(self, field.name)!r}: "
-                    f"choose one of {', '.join(choices(field.name))}"
-                )
-
-
-def choices(defect: str) -> tuple[str, ...]:
-    """The policies a defect allows."""
-    return get_args(Policies.__dataclass_fields__[defect].type)
-
-
-class Tally:
-    """Counts of rows by defect, and the lines where they stand.
-
-    Args:
-        lines_kept: How many line numbers to remember for each defect; ``None`` for all.
-    """
-
-    def __init__(self, lines_kept: int | None = 5) -> None:
-        self._kept = lines_kept
-        self.counts: dict[str, int] = {}
-        self.lines: dict[str, list[int]] = {}
-
-    def add(self, name: str, line: int) -> None:
-        """Count one row."""
-        self.counts[name] = self.counts.get(name, 0) + 1
-        lines = self.lines.setdefault(name, [])
-        if self._kept is None or len(lines) < self._kept:
-            lines.append(line)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Both, as JSON can hold them."""
-        return {"counts": self.counts, "lines": self.lines}
 
 
 class Dropped(Exception):
@@ -171,6 +73,17 @@ class Judge:
         self.count(name, line, detail)
         self.drop(line)
 
+    def unread(self, names: Sequence[str], line: int) -> None:
+        """Count a row with fields that would change what is trained and are not read.
+
+        Raises:
+            AlignkitError, Dropped: As `count`.
+        """
+        if names:
+            told = ", ".join(dict.fromkeys(names))
+            detail = f"{told}: not read, and would change what is trained"
+            self.count("unread_fields", line, detail)
+
     def repeated(self, text: str, line: int) -> None:
         """Count a prompt, or a document, that an earlier row had, unless these are all kept.
 
@@ -200,12 +113,12 @@ class Judge:
             Dropped: A defect whose policy is ``drop``, or one that cannot be repaired.
         """
         found = defects(sides)
+        self.unread([name for side in sides for name in side.unread], line)
+        if "unwanted_answers" in found:
+            self.count("unwanted_answers", line)
         if "control_characters" in found:
             self.count("control_characters", line)
-            sides = [
-                side._replace(prompt=readable(side.prompt), answer=readable(side.answer))
-                for side in sides
-            ]
+            sides = [_readable_side(side) for side in sides]
         for name in ("unicode_oddities", "doubled_roles"):
             if name in found:
                 self.count(name, line)
@@ -219,36 +132,83 @@ class Judge:
         return dialogue
 
     def _one_prompt(self, sides: Sequence[Side], found: list[str], line: int) -> Dialogue:
-        prompt, _, starts = sides[0]
-        answers = [side.answer for side in sides]
         repair = False
         if "roles_inside_answer" in found:
             repair = self.count("roles_inside_answer", line) == "repair"
         if "differing_prompts" in found:
             repair |= self.count("differing_prompts", line) == "repair"
-            shared = common_prompt(tuple(side.prompt + side.answer for side in sides))
-            if shared is None:
+            sides = shared_prompt(sides)
+            if not sides:
                 self.drop(line)
-            prompt, starts = shared, None
-            answers = [(side.prompt + side.answer)[len(shared) :] for side in sides]
-        if repair:
-            answers = [without_labels(answer) for answer in answers]
-        return Dialogue(prompt, tuple(answers), starts)
+            if not all(side.trained for side in sides):
+                self.count("unwanted_answers", line)
+        # What came apart is as its author meant it: only HH-RLHF's text has stray labels.
+        answers = [
+            without_labels(side.answer) if repair and side.whole else side.answer for side in sides
+        ]
+        contents = [
+            answer.strip() if side.content is None else side.content
+            for side, answer in zip(sides, answers, strict=True)
+        ]
+        prompt, _, starts, messages, *_ = sides[0]
+        return Dialogue(prompt, tuple(answers), starts, messages, tuple(contents))
 
 
 def defects(sides: Sequence[Side]) -> list[str]:
     """The defects of a row as it was published, by the names in `MEANING`."""
     answers = [side.answer for side in sides]
-    prompts = {side.prompt for side in sides}
-    text = "\n".join([*prompts, *answers])
+    prompts = {(side.prompt, _spoken(side.messages or ())) for side in sides}
+    text = "\n".join([*(prompt for prompt, _ in prompts), *answers])
     found = {
+        "unread_fields": any(side.unread for side in sides),
+        "unwanted_answers": not all(side.trained for side in sides),
         "differing_prompts": len(prompts) > 1,
-        "roles_inside_answer": any(LABEL.search(answer) for answer in answers),
+        "roles_inside_answer": any(holds_label(answer) for answer in answers),
         "empty_answers": any(not answer.strip() for answer in answers),
         "identical_pairs": len(prompts) == 1 and len(set(answers)) < len(answers),
-        "doubled_roles": any(doubled_roles(prompt) for prompt in prompts),
+        "doubled_roles": any(doubled_roles(side.prompt, side.messages) for side in sides),
     }
     return [*character_defects(text), *(name for name, present in found.items() if present)]
+
+
+def shared_prompt(sides: Sequence[Side]) -> list[Side]:
+    """The sides split where their dialogues part, at a turn of the assistant; none without one."""
+    if all(side.whole for side in sides):
+        texts = tuple(side.prompt + side.answer for side in sides)
+        shared = common_prompt(texts)
+        if shared is None:
+            return []
+        return [Side(shared, text[len(shared) :], whole=True) for text in texts]
+    whole = [
+        (*side.messages, Message("assistant", side.content, side.trained))
+        for side in sides
+        if side.messages is not None and side.content is not None
+    ]
+    if len(whole) < len(sides):
+        return []
+    columns = zip(*map(_spoken, whole), strict=False)
+    same = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    answers = [dialogue[same : same + 1] for dialogue in whole]
+    if not same or any(not answer or answer[0].role != "assistant" for answer in answers):
+        return []
+    return [side_of(dialogue[: same + 1]) for dialogue in whole]
+
+
+def _spoken(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
+    return tuple((message.role, message.content) for message in messages)
+
+
+def _readable_side(side: Side) -> Side:
+    messages = side.messages and tuple(
+        message._replace(content=readable(message.content)) for message in side.messages
+    )
+    content = None if side.content is None else readable(side.content)
+    return side._replace(
+        prompt=readable(side.prompt),
+        answer=readable(side.answer),
+        messages=messages,
+        content=content,
+    )
 
 
 def readable(text: str) -> str:

@@ -9,6 +9,7 @@ the same whether the two are encoded together or apart.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import NamedTuple
@@ -16,12 +17,15 @@ from typing import NamedTuple
 HUMAN = "Human:"
 ASSISTANT = "Assistant:"
 
-LABEL = re.compile(r"(?:Human|Assistant):")
-"""A role's label, wherever it stands; inside an answer it is a defect."""
+_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 _FIRST_TURN = re.compile(r"\s*(Human|Assistant):")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TURN = re.compile(r"\n\r?\n(Human|Assistant):")
 """A label that opens a turn, after an empty line; the first may open the text."""
+
+_LEADING = re.compile(r"\s*(?:Human|Assistant):")
+_STRAY = re.compile(r"\n[ \t]*(Human|Assistant):")
+"""A label that opens an answer, or a later line of it: where none belongs."""
 
 
 class RowError(ValueError):
@@ -36,6 +40,20 @@ class Turn(NamedTuple):
     start: int
 
 
+class Message(NamedTuple):
+    """One message of a chat.
+
+    Attributes:
+        role: ``system``, ``user`` or ``assistant``.
+        content: What the row gave, as it is.
+        trained: Whether it may carry loss, where all turns do.
+    """
+
+    role: str
+    content: str
+    trained: bool = True
+
+
 @dataclass(frozen=True)
 class Dialogue:
     """A prompt and the answers to it.
@@ -45,11 +63,16 @@ class Dialogue:
         answers: One text an answer, each beginning with the space that follows the label.
         starts: Where the prompt's turns begin, where the row said so itself (``messages``);
             ``None`` means wherever `turns` finds a label.
+        messages: The prompt as the row gave it, where it gave messages: one for each of
+            ``starts`` but the last, which is the answer's own label, and a system message.
+        contents: Each answer as the content of a message; ``None`` means its text, stripped.
     """
 
     prompt: str
     answers: tuple[str, ...]
     starts: tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    contents: tuple[str, ...] | None = None
 
     def turn_starts(self) -> tuple[int, ...]:
         """Offsets into the prompt at which a turn begins, the answer's own label last."""
@@ -62,21 +85,66 @@ class Dialogue:
         first = (self.turn_starts() or (0,))[0] if start else 0
         return self.prompt[:first] + self.prompt[start:]
 
+    def history(self, start: int = 0) -> list[Message]:
+        """The prompt as messages, from the turn at ``start`` on.
+
+        The system's message, which is the text before the first turn, stays with a shortened
+        dialogue.
+        """
+        starts = self.turn_starts()
+        messages = self.messages
+        if messages is None:
+            system = self.prompt[: starts[0]].strip() if starts else ""
+            spoken = [Message(_ROLES[turn.role], turn.text.strip()) for turn in turns(self.prompt)]
+            if spoken and not spoken[-1].content:
+                spoken.pop()  # it asks for the answer
+            messages = (*([Message("system", system)] if system else []), *spoken)
+        led = int(bool(messages) and messages[0].role == "system")
+        dropped = sum(at < start for at in starts)
+        return [*messages[:led], *messages[led + dropped :]]
+
+    def answered(self, start: int = 0) -> list[tuple[int, int]]:
+        """The parts of the prompt, from ``start`` on, that the assistant said to be trained on.
+
+        Returns:
+            Where each begins, right after its label, and where it ends.
+        """
+        spoken = [message for message in self.history() if message.role != "system"]
+        return [
+            (self.prompt.index(ASSISTANT, begin) + len(ASSISTANT), end)
+            for (begin, end), message in zip(pairwise(self.turn_starts()), spoken, strict=False)
+            if message.role == "assistant" and message.trained and begin >= start
+        ]
+
+    def replies(self) -> tuple[str, ...]:
+        """Each answer as the content of a message."""
+        return self.contents or tuple(answer.strip() for answer in self.answers)
+
 
 def split_last(text: str) -> tuple[str, str]:
-    """Split a dialogue right after its last ``Assistant:``.
+    """Split a dialogue right after the label that opens the assistant's last turn.
 
     Returns:
         The prompt, label included, and the answer, which may be empty.
 
     Raises:
-        RowError: There is no ``Assistant:``.
+        RowError: The assistant has no turn.
     """
-    at = text.rfind(ASSISTANT)
-    if at < 0:
-        raise RowError("the dialogue has no `Assistant:`")
-    at += len(ASSISTANT)
+    at = last_label(text)
+    if at is None:
+        where = " that opens a turn, after an empty line" if ASSISTANT in text else ""
+        raise RowError(f"the dialogue has no `{ASSISTANT}`{where}")
     return text[:at], text[at:]
+
+
+def last_label(text: str) -> int | None:
+    """Where the label that opens the assistant's last turn ends; ``None`` without one."""
+    at = len(text)
+    # From the end: a split needs one label, and the text before it may be long.
+    while (at := text.rfind(ASSISTANT, 0, at)) >= 0:
+        if text.endswith(("\n\n", "\n\r\n"), 0, at) or not text[:at].strip():
+            return at + len(ASSISTANT)
+    return None
 
 
 def turns(text: str) -> list[Turn]:
@@ -93,9 +161,12 @@ def turns(text: str) -> list[Turn]:
     ]
 
 
-def doubled_roles(text: str) -> bool:
-    """Whether someone speaks twice in a row."""
-    roles = [mark[1] for mark in _turn_marks(text)]
+def doubled_roles(prompt: str, messages: Sequence[Message] | None = None) -> bool:
+    """Whether someone speaks twice in a row, the answer to the prompt included."""
+    if messages is None:
+        roles = [mark[1] for mark in _turn_marks(prompt)]
+    else:
+        roles = [each.role for each in messages if each.role != "system"] + ["assistant"]
     return any(first == second for first, second in pairwise(roles))
 
 
@@ -109,27 +180,35 @@ def _turn_marks(text: str) -> list[re.Match[str]]:
 def common_prompt(texts: tuple[str, ...]) -> str | None:
     """The longest prompt that all dialogues share: their common start up to an ``Assistant:``.
 
-    Where prompts differ at the last label, one side usually holds a stray label in the middle
+    Where prompts differ at the last label, one side usually holds a stray turn in the middle
     of its answer; this finds the prompt the two sides were really written for.
 
     Returns:
-        The prompt, or ``None`` where the texts part before any ``Assistant:``.
+        The prompt, or ``None`` where the texts part before any turn of the assistant.
     """
     same = takewhile(lambda column: len(set(column)) == 1, zip(*texts, strict=False))
     shared = texts[0][: sum(1 for _ in same)]
-    at = shared.rfind(ASSISTANT)
-    return shared[: at + len(ASSISTANT)] if at >= 0 else None
+    at = last_label(shared)
+    return None if at is None else shared[:at]
+
+
+def holds_label(answer: str) -> bool:
+    """Whether a role's label opens the answer or a line of it."""
+    return bool(_LEADING.match(answer) or _STRAY.search(answer))
 
 
 def without_labels(answer: str) -> str:
-    """An answer without stray role labels.
+    """An answer of HH-RLHF without stray role labels.
 
     A label that opens the answer is taken off (``Assistant: Human: I think …`` is an answer
-    mislabelled); at a later one the answer ends, since what follows is someone else's turn.
+    mislabelled); at one that opens a later line the answer ends, since what follows is someone
+    else's turn. Where that turn is the assistant's own, the human's before it has lost its
+    empty line: a ``Human:`` in the middle of a line is then where the answer ends.
     """
-    stray = LABEL.match(answer.lstrip())
-    while stray:
-        answer = " " + answer.lstrip()[stray.end() :].lstrip()
-        stray = LABEL.match(answer.lstrip())
-    mark = LABEL.search(answer)
-    return answer[: mark.start()].rstrip() if mark else answer
+    while stray := _LEADING.match(answer):
+        answer = " " + answer[stray.end() :].lstrip()
+    mark = _STRAY.search(answer)
+    if mark is None:
+        return answer
+    asked = answer.find(HUMAN, 0, mark.start()) if mark[1] == "Assistant" else -1
+    return answer[: asked if asked >= 0 else mark.start()].rstrip()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.chunks import chunks, one_ahead
-from alignkit.data.defects import Dropped, Judge, Policies, Tally
-from alignkit.data.dialogue import ASSISTANT, Dialogue, RowError
+from alignkit.data.code import code_identity
+from alignkit.data.defects import Dropped, Judge
+from alignkit.data.dialogue import ASSISTANT, RowError
+from alignkit.data.draft import Draft, rendered_defects
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.formats import Format, Rendered
+from alignkit.data.policies import Policies, Tally
 from alignkit.data.raw import reader
-from alignkit.data.shapes import Side
+from alignkit.data.shapes import Side, Sides, columns_read, last_trained
 from alignkit.data.store import StoreWriter
 from alignkit.data.templated import Templated
 from alignkit.data.text_format import PromptFormat, TextFormat
@@ -25,49 +28,6 @@ from alignkit.engine import Example
 from alignkit.errors import AlignkitError
 
 _CHUNK = 256
-
-
-@dataclass
-class Draft:
-    """An example on its way from text to ids.
-
-    Attributes:
-        line: Its line in the source.
-        dialogue: Its text.
-        restarts: Where the prompt may start instead, once old turns are dropped.
-        text: What was encoded.
-        prompt: Ids of the prompt, BOS first where there is one.
-        responses: Ids of each response, EOS last.
-        scored: Which of them carry loss.
-        movable: The part of the prompt's ids that may be cut, from its left; what is before and
-            after (BOS, a template's markers) stays.
-        truncated: Whether the prompt was shortened.
-        proved: Whether the boundary proof was had at little cost.
-        violation: The response's text whose ids change when prompt and response are encoded
-            together; ``None`` where all is well.
-    """
-
-    line: int
-    dialogue: Dialogue
-    restarts: list[int] = field(default_factory=list)
-    text: Rendered = field(default_factory=lambda: Rendered("", ()))
-    prompt: list[int] = field(default_factory=list)
-    responses: list[list[int]] = field(default_factory=list)
-    scored: list[list[bool]] = field(default_factory=list)
-    movable: tuple[int, int] = (0, 0)
-    truncated: bool = False
-    proved: bool = False
-    violation: str | None = None
-
-    @property
-    def answer_length(self) -> int:
-        """Tokens of the longest response."""
-        return max(len(response) for response in self.responses)
-
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt with the longest response."""
-        return len(self.prompt) + self.answer_length
 
 
 class DialogueEncoder:
@@ -85,7 +45,7 @@ class DialogueEncoder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        sides: Callable[[Mapping[str, Any]], list[Side]],
+        sides: Sides,
         *,
         max_length: int,
         prompt_format: PromptFormat = "boundary",
@@ -105,6 +65,7 @@ class DialogueEncoder:
         self._templated = (
             None if prompt_format == "raw" else Templated(tokenizer, specials=self._format.specials)
         )
+        self._columns = columns_read(sides)
         self._sides = reader(sides) if prompt_format == "raw" else sides
         self._simple = prompt_format == "boundary" and not all_turns
 
@@ -114,7 +75,7 @@ class DialogueEncoder:
         return {
             "tokens": self._encode_texts.fingerprint,
             "format": self._format.identity,
-            "sides": self._sides.__name__,
+            "sides": code_identity(self._sides),
             "max_length": self.max_length,
             "policies": vars(self.policies),
         }
@@ -192,6 +153,10 @@ class DialogueEncoder:
             judge.tally.add("rows", line)
             try:
                 sides: Sequence[Side] = read_row(row, self._sides, judge, line)
+                if self._columns is not None and not isinstance(row, BadRow):
+                    judge.tally.columns |= row.keys() - self._columns
+                if self.masked:
+                    sides = [last_trained(side) for side in sides]
                 if self._templated is not None:
                     sides = self._templated.settle(sides, judge, line)
                 yield Draft(line, judge.settle(sides, line))
@@ -234,6 +199,7 @@ class DialogueEncoder:
             draft.proved = all(part[:size] == lead for part in (prompt[-size:], *answers))
             draft.prompt = self._encode_texts.led(prompt, self._format.name)
             draft.responses = [[*answer[size:], self._encode_texts.eos] for answer in answers]
+            draft.blank = any(len(answer) == size for answer in answers)
 
     def _encode_whole(self, drafts: Sequence[Draft]) -> None:
         """Encode each prompt alone and then with each piece that follows it.
@@ -269,9 +235,10 @@ class DialogueEncoder:
 
     def _fill(self, draft: Draft, pieces: Sequence[Sequence[list[int]]]) -> None:
         """Put a draft's responses together from the ids of their pieces."""
-        draft.responses, draft.scored = [], []
+        draft.responses, draft.scored, draft.blank = [], [], draft.text.blank
         for text, split in zip(draft.text.responses, pieces, strict=True):
             *before, last = split
+            draft.blank |= not last
             if not self._format.ended(text):
                 last = [*last, self._encode_texts.eos]
             draft.responses.append([token for piece in (*before, last) for token in piece])
@@ -306,6 +273,8 @@ class DialogueEncoder:
 
     def _finish(self, draft: Draft, judge: Judge) -> None:
         """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
+        for name in rendered_defects(draft):
+            judge.count(name, draft.line)
         start, end = draft.movable
         excess = draft.length - self.max_length
         if excess > end - start:
@@ -334,7 +303,7 @@ def _growing(text: Rendered) -> Iterator[str]:
 
 def read_row(
     row: Row,
-    sides: Callable[[Mapping[str, Any]], list[Side]],
+    sides: Sides,
     judge: Judge,
     line: int,
 ) -> list[Side]:

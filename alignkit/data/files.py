@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,22 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alignkit.data.hashes import file_hash
+from alignkit.data.split_names import SUFFIXES, split_files
 from alignkit.errors import AlignkitError
 
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is a bad row: no text worth training on in one piece is that long."""
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-
-_SPLIT_NAMES = {
-    "train": "train",
-    "test": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-}
-_SPLIT_FILE = re.compile(r"^(train|test|validation|valid|val|dev)(?:[-_.].*)?$")
 
 
 class BadRow(NamedTuple):
@@ -84,23 +72,35 @@ def directory_splits(
 ) -> dict[str, list[Source]]:
     """The splits of a directory, from its files' names.
 
-    ``train.jsonl``, ``train-00000-of-00002.parquet`` and ``test.jsonl.gz`` name their split;
-    ``valid``, ``val`` and ``dev`` mean ``validation``. Other files are left alone.
+    ``train.jsonl``, ``test.jsonl.gz`` and the shards ``train-00000-of-00002.parquet`` name their
+    split; ``valid``, ``val`` and ``dev`` mean ``validation``. Other files are left alone.
 
     Raises:
-        AlignkitError: No file names a split.
+        AlignkitError: No file names a split, several claim one, or shards are missing.
     """
-    splits: dict[str, list[Source]] = {}
-    for path in sorted(directory.iterdir()):
-        match = _SPLIT_FILE.match(path.name)
-        if path.is_file() and match and path.name.endswith(SUFFIXES):
-            splits.setdefault(_SPLIT_NAMES[match[1]], []).append(file_source(path, hashes))
+    splits, unread = _files_of(directory)
     if not splits:
+        others = f"; {', '.join(unread)}: not read" if unread else ""
         raise AlignkitError(
-            f"{directory}: no train.*, validation.* or test.* file ({', '.join(SUFFIXES)}); "
-            "name one of its files instead"
+            f"{directory}: no train.*, validation.* or test.* file ({', '.join(SUFFIXES)}, or "
+            f"shards such as train-00000-of-00004.parquet){others}; name one of its files instead"
         )
-    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    return {
+        split: [file_source(directory / name, hashes) for name in names]
+        for split, names in splits.items()
+    }
+
+
+def files_not_read(directory: Path) -> list[str]:
+    """The names of a directory's files that begin like a split and are left alone."""
+    return _files_of(directory)[1]
+
+
+def _files_of(directory: Path) -> tuple[dict[str, list[str]], list[str]]:
+    try:
+        return split_files(path.name for path in directory.iterdir() if path.is_file())
+    except AlignkitError as error:
+        raise AlignkitError(f"{directory}: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:

@@ -19,7 +19,7 @@ r"""How a dialogue becomes text for the tokenizer: four formats, one interface.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, get_args
@@ -27,7 +27,7 @@ from typing import Any, get_args
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.chat_templates import own_template
-from alignkit.data.dialogue import ASSISTANT, HUMAN, Dialogue
+from alignkit.data.dialogue import ASSISTANT, HUMAN, Dialogue, Message
 from alignkit.data.text_format import PromptFormat
 from alignkit.data.tokens import SPECIALS, end_tokens
 from alignkit.errors import AlignkitError
@@ -44,11 +44,13 @@ class Rendered:
             but where the text itself ends with a special token (`Format.specials`).
         content: Where the prompt's last question stands in it, for formats that write something
             around it which must stay; ``None`` where there is nothing, or no telling.
+        blank: Whether a template renders nothing of an answer.
     """
 
     prompt: str
     responses: tuple[tuple[str, ...], ...]
     content: tuple[int, int] | None = None
+    blank: bool = False
 
     def pieces(self) -> Iterator[str]:
         """Every text, the prompt first."""
@@ -142,32 +144,35 @@ class Format:
         return Rendered(dialogue.since(start), tuple((answer,) for answer in dialogue.answers))
 
     def _chat(self, dialogue: Dialogue, start: int) -> Rendered:
-        messages = chat_messages(dialogue, start)
+        messages = dialogue.history(start)
         first = next(
             (
                 i
                 for i, message in enumerate(messages)
-                if self._all_turns and message["role"] == "assistant"
+                if self._all_turns and message.role == "assistant" and message.trained
             ),
             len(messages),
         )
         prompt = self.apply(messages[:first], add_generation_prompt=True)
         responses = []
-        for answer in dialogue.answers:
-            reply = {"role": "assistant", "content": answer.strip()}
-            responses.append(self._chat_pieces([*messages, reply], first, prompt))
-        question = messages[first - 1]["content"] if first else ""
+        blank = False
+        for content in dialogue.replies():
+            pieces = self._chat_pieces([*messages, Message("assistant", content)], first, prompt)
+            if content.strip() not in pieces[-1]:  # the template makes something else of it
+                nothing = [*messages, Message("assistant", "")]
+                blank |= pieces == self._chat_pieces(nothing, first, prompt)
+            responses.append(pieces)
+        question = messages[first - 1].content if first else ""
         at = prompt.rfind(question) if question else -1
-        return Rendered(prompt, tuple(responses), (at, at + len(question)) if at >= 0 else None)
+        place = (at, at + len(question)) if at >= 0 else None
+        return Rendered(prompt, tuple(responses), place, blank)
 
-    def _chat_pieces(
-        self, messages: list[dict[str, str]], first: int, prompt: str
-    ) -> tuple[str, ...]:
-        """What follows the prompt: the assistant's messages and what lies between them."""
+    def _chat_pieces(self, messages: list[Message], first: int, prompt: str) -> tuple[str, ...]:
+        """What follows the prompt: the messages to be trained on and what lies between them."""
         pieces: list[str] = []
         so_far = prompt
         for i in range(first, len(messages)):
-            if messages[i]["role"] != "assistant":
+            if messages[i].role != "assistant" or not messages[i].trained:
                 continue
             for upto, asks in ((i, True), (i + 1, False)):
                 whole = self.apply(messages[:upto], add_generation_prompt=asks)
@@ -191,15 +196,16 @@ class Format:
         stem = text.rstrip()
         return stem if stem.endswith(self._ends) else text
 
-    def apply(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """What the chat template makes of messages.
 
         Raises:
             AlignkitError: The template refuses them.
         """
+        said = [{"role": each.role, "content": each.content} for each in messages]
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
+                said,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -211,42 +217,11 @@ class Format:
 
 
 def _all_turns(dialogue: Dialogue, start: int) -> Rendered:
-    """The published text, cut after each label of the assistant and where its turn ends."""
+    """The dialogue's text, cut after each label of the assistant and where its turn ends."""
     text = dialogue.prompt
-    starts = dialogue.turn_starts()
-    cuts = []
-    for begin, end in zip(starts, [*starts[1:], len(text)], strict=False):
-        if begin >= start and text[begin:].lstrip().startswith(ASSISTANT):
-            cuts += [text.index(ASSISTANT, begin) + len(ASSISTANT), end]
-    if cuts and cuts[-1] == len(text):
-        cuts.pop()  # the turn that the answer continues
-    if len(cuts) % 2 == 0:
-        cuts.append(len(text))  # the prompt's last label stands in a human turn
+    cuts = [at for turn in dialogue.answered(start) for at in turn]
+    cuts.append(len(text))  # the turn that the answer continues
     between = [text[i:j] for i, j in pairwise(cuts)]
     prompt = dialogue.since(start)
     prompt = prompt[: len(prompt) - (len(text) - cuts[0])]
-    return Rendered(
-        prompt, tuple((*between, text[cuts[-1] :] + answer) for answer in dialogue.answers)
-    )
-
-
-def chat_messages(dialogue: Dialogue, start: int = 0) -> list[dict[str, str]]:
-    """A dialogue's prompt as chat messages, from the character ``start`` on.
-
-    Text before the first turn becomes the system message, and stays with a shortened dialogue.
-    """
-    prompt = dialogue.prompt
-    starts = dialogue.turn_starts()
-    system = prompt[: starts[0]].strip() if starts else ""
-    messages = [{"role": "system", "content": system}] if system else []
-    for begin, end in zip(starts, [*starts[1:], len(prompt)], strict=False):
-        if begin < start:
-            continue
-        turn = prompt[begin:end].strip()
-        role = "user" if turn.startswith(HUMAN) else "assistant"
-        content = turn.removeprefix(HUMAN).removeprefix(ASSISTANT)
-        if end == len(prompt):
-            content = content.removesuffix(ASSISTANT)  # it asks for the answer
-        if end < len(prompt) or content.strip():
-            messages.append({"role": role, "content": content.strip()})
-    return messages
+    return Rendered(prompt, tuple((*between, answer) for answer in dialogue.answers))

@@ -59,6 +59,11 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(content: bytes) -> str:
+    """Return the XXH3 hash of some bytes, 16 hex digits."""
+    return xxhash.xxh3_64_hexdigest(content)
+
+
 def add_file(digest: xxhash.xxh3_128 | xxhash.xxh3_64, path: Path) -> None:
     """Add a file's content to a digest, through one buffer that stays in a core's cache."""
     buffer = memoryview(bytearray(2**16))

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
-from alignkit.data.defects import Policies
 from alignkit.data.encode import DialogueEncoder
+from alignkit.data.policies import Policies
 from alignkit.data.shapes import Side, preference_sides, sft_sides
 from alignkit.data.sources import DataPath
 from alignkit.data.splits import RowEncoder

@@ -10,9 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
 from alignkit.data.chunks import chunks
-from alignkit.data.defects import Dropped, Judge, Policies, Tally, character_defects, readable
+from alignkit.data.defects import Dropped, Judge, character_defects, readable
+from alignkit.data.fields import unread_columns
 from alignkit.data.files import BadRow, Row, Source
 from alignkit.data.packing import Document, Packing, rows
+from alignkit.data.policies import Policies, Tally
+from alignkit.data.position import SOURCES, check_plan
 from alignkit.data.sources import DataPath, find_splits
 from alignkit.data.store import StoreWriter
 from alignkit.data.stream import ExampleStream, head, tail
@@ -24,6 +27,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models import load_tokenizer
 
 OPENWEBTEXT = "stas/openwebtext-10k"
+TEXT_COLUMNS = frozenset(("text",))
 _CHUNK = 64
 
 
@@ -111,8 +115,10 @@ def _text(row: Row, judge: Judge, line: int) -> str:
     """
     reason = row.reason if isinstance(row, BadRow) else "the row has no `text`"
     text = None if isinstance(row, BadRow) else row.get("text")
-    if not isinstance(text, str):
+    if isinstance(row, BadRow) or not isinstance(text, str):
         judge.refuse("bad_rows", line, reason)
+    judge.tally.columns |= row.keys() - TEXT_COLUMNS
+    judge.unread(unread_columns(row, TEXT_COLUMNS, None), line)
     for name in character_defects(text):
         judge.count(name, line)
     text = readable(text)
@@ -153,7 +159,7 @@ class OpenWebTextDataModule(AlignmentDataModule):
         super().__init__(tokenizer, path, **options)
         self.streaming = streaming
         self.held_out = held_out
-        self._stream: list[Source] = []
+        self._stream: dict[str, list[Source]] = {}
         self._reading: ExampleStream | None = None
         self.block_size = block_size
         self.packing = packing
@@ -173,7 +179,7 @@ class OpenWebTextDataModule(AlignmentDataModule):
             if not splits:
                 splits["validation"] = [head(source, self.held_out) for source in train]
                 train = [tail(source, self.held_out) for source in train]
-            self._stream += train
+            self._stream[place] = train
         return splits
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
@@ -187,13 +193,27 @@ class OpenWebTextDataModule(AlignmentDataModule):
                 "data.streaming=true: a stream is one endless epoch; "
                 "set trainer.max_steps and leave trainer.limit_train_batches alone"
             )
+        encoder = self.row_encoder(load_tokenizer(self.tokenizer))
+        sources = [source for place in self._stream.values() for source in place]
+        self._plan = {
+            SOURCES: [{"name": each.name, "rows": each.digest} for each in sources],
+            "streaming": True,
+            "tokens_per_batch": self.tokens_per_batch,
+            "world_size": self._world,
+            "held_out": self.held_out,
+            **encoder.identity,
+        }
+        position = self.take_position()
+        skip = position.get("batches", 0)
+        if skip:
+            check_plan(position.get("plan"), self._plan)
         stream = ExampleStream(
-            self._stream,
-            self.row_encoder(load_tokenizer(self.tokenizer)).examples,
+            sources,
+            encoder.examples,
             tokens_per_batch=self.tokens_per_batch,
             rank=self._rank,
             world_size=self._world,
-            skip=self.take_position().get("batches", 0),
+            skip=skip,
         )
         self._reading = stream
         # More than one worker would each read the whole stream.

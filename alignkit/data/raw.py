@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from alignkit.data.dialogue import RowError
-from alignkit.data.shapes import Side, preference_sides, sft_sides
-
-Sides = Callable[[Mapping[str, Any]], list[Side]]
+from alignkit.data.fields import unread_columns
+from alignkit.data.shapes import (
+    PREFERENCE_COLUMNS,
+    SFT_COLUMNS,
+    Side,
+    Sides,
+    preference_sides,
+    sft_sides,
+)
 
 
 def reader(sides: Sides) -> Sides:
@@ -25,13 +31,14 @@ def raw_preference_sides(row: Mapping[str, Any]) -> list[Side]:
     """
     prompt = _text(row, "prompt")
     if row.get("responses") is None:
-        return [_side(prompt, _text(row, key)) for key in ("chosen", "rejected")]
+        answers = [_text(row, key) for key in ("chosen", "rejected")]
+        return [_side(row, prompt, answer, PREFERENCE_COLUMNS) for answer in answers]
     responses = row["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
         raise RowError("`responses` must be a list of two or more, best first")
     if not all(isinstance(response, str) for response in responses):
         raise RowError("`responses` must hold text, for prompt_format=raw")
-    return [_side(prompt, response) for response in responses]
+    return [_side(row, prompt, response, PREFERENCE_COLUMNS) for response in responses]
 
 
 def raw_sft_sides(row: Mapping[str, Any]) -> list[Side]:
@@ -43,11 +50,13 @@ def raw_sft_sides(row: Mapping[str, Any]) -> list[Side]:
     if row.get("responses") is not None:
         return raw_preference_sides(row)[:1]
     key = "completion" if row.get("completion") is not None else "chosen"
-    return [_side(_text(row, "prompt"), _text(row, key))]
+    side = _side(row, _text(row, "prompt"), _text(row, key), SFT_COLUMNS)
+    return [side._replace(trained=row.get("label") is not False)]
 
 
-def _side(prompt: str, answer: str) -> Side:
-    return Side(prompt, answer, ())  # no turns that anyone could tell apart
+def _side(row: Mapping[str, Any], prompt: str, answer: str, columns: frozenset[str]) -> Side:
+    unread = tuple(unread_columns(row, columns, [prompt]))
+    return Side(prompt, answer, (), unread=unread)  # no turns that anyone could tell apart
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from alignkit.data.hashes import digest_of
+from alignkit.data.position import Plan, check_plan, differences
 from alignkit.errors import AlignkitError
 
+_log = logging.getLogger("alignkit.data")
 _ATTEMPTS = 64
 
 
@@ -45,6 +50,8 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         equal: Whether all ranks must get equally many micro-batches (training).
         quotas: ``(size, drawn)`` for each source that the examples come from, in order: how many
             examples each has and how many of them an epoch draws. Default: all.
+        content: What the examples are, for the plan that a position belongs to; see
+            `alignkit.data.position`.
 
     Raises:
         AlignkitError: Fewer examples than ranks, or a budget or size that makes no sense.
@@ -63,6 +70,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         accumulate: int = 1,
         equal: bool = True,
         quotas: Sequence[tuple[int, int]] | None = None,
+        content: Mapping[str, Any] | None = None,
     ) -> None:
         self._lengths = np.asarray(lengths, np.int64)
         self._quotas = list(quotas or [(len(self._lengths), len(self._lengths))])
@@ -74,6 +82,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self._world = world_size
         self._accumulate = accumulate
         self._equal = equal
+        self._content = dict(content or {})
         self.epoch = 0
         self._start = 0
         self._yielded = 0
@@ -104,15 +113,23 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         """Itself: where Lightning looks for ``set_epoch``."""
         return self
 
-    @property
-    def fingerprint(self) -> str:
-        """What a position in an epoch is worth nothing without."""
-        return (
-            f"{len(self._lengths)} examples, {int(self._lengths.sum())} tokens, "
-            f"tokens_per_batch={self._budget}, examples_per_batch={self._examples}, "
-            f"world={self._world}, accumulate={self._accumulate}, seed={self._seed}, "
-            f"shuffle={self._shuffle}"
-        )
+    @cached_property
+    def fingerprint(self) -> Plan:
+        """What a position in an epoch is worth nothing without, name to value."""
+        return {
+            **self._content,
+            "tokens_per_batch": self._budget,
+            "examples_per_batch": self._examples,
+            "world_size": self._world,
+            "accumulate_grad_batches": self._accumulate,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "examples": len(self._lengths),
+            "tokens": int(self._lengths.sum()),
+            "lengths": digest_of(self._lengths.tobytes()),
+            "quotas": [list(quota) for quota in self._quotas],
+            "batches": len(self),
+        }
 
     def batch(self, number: int) -> list[int]:
         """Return the examples of the epoch's ``number``-th micro-batch of this rank, from 0."""
@@ -137,19 +154,22 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position; the next iteration starts there.
 
+        Between two epochs anything may change, which is logged.
+
         Raises:
             AlignkitError: The position is mid-epoch and of another plan.
         """
-        middle = 0 < state["batches"] < len(self)
-        if middle and state.get("plan", self.fingerprint) != self.fingerprint:
-            raise AlignkitError(
-                f"resuming mid-epoch needs the same data and batches: the checkpoint had "
-                f"{state['plan']}; this run has {self.fingerprint}"
-            )
+        batches, plan = state["batches"], state.get("plan")
+        # Of the epoch that it was a position in, which may have had more batches or fewer.
+        length = plan.get("batches", len(self)) if isinstance(plan, Mapping) else len(self)
+        finished = batches >= length
+        if 0 < batches < length:
+            check_plan(plan, self.fingerprint)
+        elif self._rank == 0 and plan and (told := differences(plan, self.fingerprint)):
+            _log.info("the epoch begins with other data or batches than the checkpoint's: %s", told)
         # A finished epoch is the next one's beginning: a loader with workers draws at once.
-        finished = state["batches"] >= len(self)
         self.set_epoch(state["epoch"] + int(finished))
-        self._start = self._yielded = 0 if finished else state["batches"]
+        self._start = self._yielded = 0 if finished else batches
 
     def __len__(self) -> int:
         """Micro-batches of one whole epoch of this rank, whatever the start offset."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from alignkit.data.files import SUFFIXES, Row, Source, directory_splits, file_source
-from alignkit.data.hashes import file_hash
+from alignkit.data.files import Row, Source, directory_splits, file_source, files_not_read
+from alignkit.data.hashes import digest_of, file_hash
+from alignkit.data.split_names import SPLITS, SUFFIXES
 from alignkit.errors import AlignkitError
 from alignkit.models import hub_reachable
 
 DataPath = str | list[str] | dict[str, float]
 """One place, several, or several with the share of examples an epoch draws from each."""
 
+_log = logging.getLogger("alignkit.data")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
@@ -26,9 +29,10 @@ def find_splits(
     """The splits a path offers, each as one source or more.
 
     Args:
-        path: A local directory (``train.*`` and ``test.*`` or ``validation.*`` files), one file
-            (its rows are all in ``train``), or a Hub id, ``name`` or ``name:configuration``
-            (for HH-RLHF, whose configurations are folders, ``Anthropic/hh-rlhf:helpful-base``).
+        path: A local directory (``train.*`` and ``test.*`` or ``validation.*`` files, or whole
+            sets of shards, ``train-00000-of-00004.parquet``), one file (its rows are all in
+            ``train``), or a Hub id, ``name`` or ``name:configuration`` (for HH-RLHF, whose
+            configurations are folders, ``Anthropic/hh-rlhf:helpful-base``).
         streaming: Read a Hub dataset over the network instead of downloading it.
         hashes: Gives the hash of a file's content.
 
@@ -44,6 +48,15 @@ def find_splits(
     except OSError as error:
         raise AlignkitError(f"{path}: cannot be read ({error.strerror or error})") from error
     return _hub_splits(path, streaming)
+
+
+def not_read(path: str) -> str:
+    """What a path holds besides the splits that are read, in a sentence; empty for nothing."""
+    local = Path(path).expanduser()
+    names = files_not_read(local) if local.is_dir() else []
+    if not names:
+        return ""
+    return f"{path}: {', '.join(names)}: not read; to use one, name it as data.path"
 
 
 def weights_of(path: DataPath) -> dict[str, float | None]:
@@ -100,12 +113,16 @@ def _hub_splits(path: str, streaming: bool) -> dict[str, list[Source]]:
             "pass data.path a local directory or file instead"
         ) from error
     splits = {
-        split: [_hub_source(path, split, loaded[split])]
-        for split in ("train", "validation", "test")
-        if split in loaded
+        split: [_hub_source(path, split, loaded[split])] for split in SPLITS if split in loaded
     }
+    others = ", ".join(str(split) for split in loaded if split not in splits)
     if not splits:
-        raise AlignkitError(f"data.path {path}: it has no split named train, validation or test")
+        raise AlignkitError(
+            f"data.path {path}: it has no split named train, validation or test, only {others}; "
+            "save the one to use as a file and give data.path that"
+        )
+    if others:
+        _log.info("data.path %s: its splits %s are not read", path, others)
     return splits
 
 
@@ -144,4 +161,14 @@ def _hub_source(path: str, split: str, rows: Any) -> Source:
     def read() -> Iterator[tuple[int, Row]]:
         yield from enumerate(rows, start=1)
 
-    return Source(f"{path}[{split}]", str(getattr(rows, "_fingerprint", path)), read)
+    return Source(f"{path}[{split}]", _hub_digest(path, rows), read)
+
+
+def _hub_digest(path: str, rows: Any) -> str:
+    """What a Hub split's content is known by."""
+    if fingerprint := getattr(rows, "_fingerprint", None):
+        return str(fingerprint)
+    # A set read over the network has none, but its files' addresses hold their revision.
+    reading = getattr(getattr(rows, "_ex_iterable", None), "kwargs", None) or {}
+    files = [str(file) for file in reading.get("base_files", ())]
+    return digest_of("\n".join([path, *files]).encode())

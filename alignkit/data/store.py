@@ -30,7 +30,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from alignkit.data.hashes import add_file
+from alignkit.data.hashes import add_file, digest_of
 from alignkit.engine import Example
 
 _DTYPES = {
@@ -128,6 +128,7 @@ class Store:
     Attributes:
         meta: What was given to `StoreWriter.finish`.
         source: What a person calls the source that was encoded; whoever opens the store says.
+        digest: Hash of the examples: tokens, where they part, and which of them are scored.
 
     Raises:
         StoreError: The manifest is missing, or an array is not what it says.
@@ -143,6 +144,8 @@ class Store:
             arrays, self.meta = body["arrays"], body["meta"]
             self._names = list(arrays)
             self._count = arrays["lines"]["bytes"] // np.dtype(_DTYPES["lines"]).itemsize
+            checksums = [arrays[name]["xxh3"] for name in self._names if name != "lines"]
+            self.digest = digest_of("".join(checksums).encode())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"no readable manifest ({error})") from error
         if not intact:
@@ -160,7 +163,7 @@ class Store:
         return int(self._count)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("directory", "source", "meta", "_names", "_count")
+        names = ("directory", "source", "meta", "digest", "_names", "_count")
         return {name: getattr(self, name) for name in names}
 
     @cached_property

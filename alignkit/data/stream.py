@@ -8,8 +8,8 @@ from itertools import islice
 
 from torch.utils.data import IterableDataset
 
-from alignkit.data.defects import Tally
 from alignkit.data.files import Row, Source
+from alignkit.data.policies import Tally
 from alignkit.engine import Example, PackedBatch, collate
 from alignkit.errors import AlignkitError
 

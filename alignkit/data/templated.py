@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.chat_templates import own_template
 from alignkit.data.defects import Judge
-from alignkit.data.dialogue import ASSISTANT, HUMAN
+from alignkit.data.dialogue import ASSISTANT, HUMAN, Message
 from alignkit.data.formats import Format
 from alignkit.data.shapes import Side
 from alignkit.data.tokens import special_tokens
@@ -112,11 +112,11 @@ class Templated:
         detail = f"{sign.told}, as if rendered already; data.prompt_format=raw takes it as it is"
         judge.count("templated_text", line, detail, policy)
         if policy == "repair":
-            sides = [side._replace(answer=_without(self._last, side.answer)) for side in sides]
+            sides = [_stripped(self._last, side) for side in sides]
             left = self.find(sides)
             if left is not None and left.grave:
                 judge.drop(line)
-        return [side._replace(answer=_without(self._eos, side.answer)) for side in sides]
+        return [_stripped(self._eos, side) for side in sides]
 
     def find_in_document(self, text: str) -> Sign | None:
         """The same of a document, in which special tokens are never read as such."""
@@ -181,7 +181,7 @@ def _own_headers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
         return None
     asked = Format("chat", tokenizer)
     try:
-        text = asked.apply([{"role": "user", "content": _QUESTION}], add_generation_prompt=True)
+        text = asked.apply([Message("user", _QUESTION)], add_generation_prompt=True)
     except AlignkitError:
         return None
     before, _, after = text.partition(_QUESTION)
@@ -199,6 +199,12 @@ def _telling(tokens: Iterable[str]) -> list[str]:
         if len(token.strip()) > 2 and not token.strip().isalnum() and token not in labels
     )
     return sorted(telling, key=len, reverse=True)
+
+
+def _stripped(end: re.Pattern[str], side: Side) -> Side:
+    """A side whose answer does not end with a token, as text and as a message's content."""
+    content = side.content if side.content is None else _without(end, side.content)
+    return side._replace(answer=_without(end, side.answer), content=content)
 
 
 def _without(end: re.Pattern[str], text: str) -> str:

@@ -110,7 +110,8 @@ class TextEncoder:
         """Hash of everything that decides the ids.
 
         Of the tokenizer's files where it came from a directory, since writing a tokenizer out
-        takes far longer than reading them; of the tokenizer itself otherwise.
+        takes far longer than reading them; of the tokenizer itself otherwise. What may have been
+        changed since it was read counts as it is now.
         """
         versions = f"{transformers.__version__} {tokenizers.__version__}"
         digest = xxhash.xxh3_128(f"{versions} {self.eos} {self.bos}".encode())
@@ -120,6 +121,11 @@ class TextEncoder:
                 if path.suffix in (".json", ".txt", ".model") and "index" not in path.name:
                     digest.update(path.name.encode())
                     add_file(digest, path)
+            for name in ("normalizer", "pre_tokenizer", "post_processor"):
+                part = getattr(self._backend, name)
+                digest.update(part.__getstate__() if part is not None else name.encode())
+            for number, added in self._backend.get_added_tokens_decoder().items():
+                digest.update(f"{number} {added!r}".encode())
         else:
             digest.update(self._backend.to_str().encode())
         return digest.hexdigest()

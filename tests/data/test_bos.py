@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from alignkit.data import encode_prompt
-from alignkit.data.defects import Tally
 from alignkit.data.encode import DialogueEncoder
 from alignkit.data.files import Source
 from alignkit.data.openwebtext import DocumentEncoder
+from alignkit.data.policies import Tally
 from alignkit.data.shapes import preference_sides, sft_sides
 from alignkit.data.text_format import TextFormat
 from alignkit.engine import Example

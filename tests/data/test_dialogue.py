@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from alignkit.data.dialogue import (
     Dialogue,
+    Message,
     RowError,
     common_prompt,
     doubled_roles,
+    last_label,
     split_last,
     turns,
     without_labels,
@@ -25,6 +27,22 @@ def test_split_is_after_the_last_label_and_keeps_the_space() -> None:
         split_last("\n\nHuman: hi")
 
 
+@pytest.mark.parametrize("line", ["\n\n", "\r\n\r\n"])
+def test_a_label_in_the_middle_of_an_answer_does_not_split(line: str) -> None:
+    prompt = f"{line}Human: Who said so?{line}Assistant:"
+    for answer in (
+        " The Research Assistant: yes.",
+        " Assistant: is a label, I say",
+        f" Human: and Assistant: are labels{line}So says the Lab Assistant:",
+        "\nAssistant: one line break opens no turn",
+        f" I am.{line}Human: thanks",
+    ):
+        assert split_last(prompt + answer) == (prompt, answer)
+        assert common_prompt((prompt + answer, prompt + answer + "?")) == prompt
+    with pytest.raises(RowError, match="no `Assistant:` that opens a turn, after an empty line"):
+        split_last("\n\nHuman: hi\nThe Research Assistant: yes")
+
+
 def test_turns_open_after_an_empty_line_only() -> None:
     """A label in the middle of a line, or after a single line break, opens no turn."""
     text = "\n\nHuman: a Human: b\nAssistant: c\n\nAssistant: d"
@@ -36,7 +54,9 @@ def test_turns_open_after_an_empty_line_only() -> None:
     assert "".join(f"\n\n{turn.role}:{turn.text}" for turn in turns(TEXT)) == TEXT
 
 
-@given(st.lists(st.sampled_from(["\n\n", "\n", "Human:", "Assistant:", "a", " "])).map("".join))
+@given(
+    st.lists(st.sampled_from(["\n\n", "\n", "\r\n", "Human:", "Assistant:", "a", " "])).map("".join)
+)
 def test_turns_lose_nothing(text: str) -> None:
     found = turns(text)
     starts = [turn.start for turn in found]
@@ -46,11 +66,17 @@ def test_turns_lose_nothing(text: str) -> None:
         label = text.index(f"{turn.role}:", turn.start)
         rebuilt += text[turn.start : label] + f"{turn.role}:" + turn.text
     assert rebuilt == text
+    labels = [turn for turn in found if turn.role == "Assistant"]
+    opened = text.index("Assistant:", labels[-1].start) + len("Assistant:") if labels else None
+    assert last_label(text) == opened
 
 
 def test_doubled_roles() -> None:
     assert not doubled_roles(TEXT)
     assert doubled_roles("\n\nHuman: a\n\nHuman: b\n\nAssistant:")
+    quoted = Message("user", "a\n\nHuman: b\n\nAssistant: c\n\nAssistant: d")
+    assert not doubled_roles("", [Message("system", "s"), quoted])
+    assert doubled_roles("", [quoted, quoted]) and doubled_roles("", [Message("assistant", "a")])
 
 
 def test_common_prompt_finds_where_both_sides_split() -> None:
@@ -68,8 +94,14 @@ def test_common_prompt_finds_where_both_sides_split() -> None:
         (" Human: I think so.", " I think so."),
         ("  Human:   Assistant: Yes", " Yes"),
         (" No.  Human: why?\n\nAssistant: So.", " No."),
-        (" Human: No.  Human: why?", " No."),
+        (" Human: No.\n\nHuman: why?", " No."),
+        (" Well.  \nAssistant:   By the way", " Well."),
+        (" Yes.\n\nHuman: The Research Assistant: no\n\nAssistant: So.", " Yes."),
         (" Human:", " "),
+        # A label in the middle of a line is somebody's words.
+        (" The Research Assistant: yes.", " The Research Assistant: yes."),
+        (" Human: No.  Human: why?", " No.  Human: why?"),
+        (" The Research Assistant: a\n\nHuman: b", " The Research Assistant: a"),
     ],
 )
 def test_stray_labels(answer: str, repaired: str) -> None:

@@ -12,8 +12,8 @@ import lightning
 import pytest
 
 from alignkit.data import OpenWebTextDataModule
-from alignkit.data.defects import Tally
 from alignkit.data.files import Source
+from alignkit.data.policies import Tally
 from alignkit.data.stream import ExampleStream, head, tail
 from alignkit.engine import Example
 from alignkit.errors import AlignkitError

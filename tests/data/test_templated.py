@@ -11,10 +11,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.audit import audit
-from alignkit.data.defects import Policies, Tally
 from alignkit.data.encode import DialogueEncoder
 from alignkit.data.files import Source
 from alignkit.data.openwebtext import DocumentEncoder
+from alignkit.data.policies import Policies, Tally
 from alignkit.data.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError
 from tests.data.conftest import write_jsonl

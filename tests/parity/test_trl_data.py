@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignkit.data.defects import Policies, Tally
 from alignkit.data.encode import DialogueEncoder
 from alignkit.data.files import Source
+from alignkit.data.policies import Policies, Tally
 from alignkit.data.shapes import preference_sides
 from alignkit.engine import Example
 

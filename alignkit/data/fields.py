@@ -1,0 +1,101 @@
+"""Which fields of a row are read, which are harmless, and which would change what is trained.
+
+A message may hold what is listed here and nothing else: an unknown field of it is found, as it
+may be what a template renders or what masks a turn. Of a row's columns, those known to change
+what is trained are found where they are set and not read; any other is told once, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+_TEXT = {"role", "content"}
+_HARMLESS = {
+    *("id", "message_id", "uuid", "index", "turn", "turn_id", "turn_identifier", "timestamp"),
+    *("created", "created_at", "date", "model", "source", "url", "lang", "language", "score"),
+    *("redacted", "toxic", "country", "state", "hashed_ip", "header"),
+}
+"""Fields of a message that say where it came from."""
+
+_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("weight", "weights", "loss_weight", "sample_weight", "example_weight"), (1,)),
+    **dict.fromkeys(("train", "trainable", "train_on_turn"), (True,)),
+    **dict.fromkeys(("mask", "masked", "ignore"), (False,)),
+    **dict.fromkeys(("loss", "loss_mask", "label_mask", "assistant_masks", "completion_mask"), ()),
+}
+"""Columns that say how much of a row is trained on, with the values that say "as usual"."""
+
+_CONTEXT: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("system", "system_prompt", "instruction", "input", "context", "history"), ()),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "documents"), ()),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), ()),
+    **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "chat_template_kwargs"), ()),
+    **dict.fromkeys(("label", "labels"), (True,)),
+    "margin": (0,),
+}
+"""Columns that say more about a dialogue than its prompt and answers."""
+
+
+def is_set(value: Any) -> bool:
+    """Whether a field says anything; sets with columns of several shapes leave many empty."""
+    return value is not None and value not in ("", "[]", "{}", [], {})
+
+
+def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Whether a message may be trained on, and its fields that are not understood.
+
+    ``weight`` is read where it is 0 or 1, ``train`` where it is true or false.
+
+    Returns:
+        The answer, and ``name`` or ``name value`` for each of the others.
+    """
+    trained = True
+    unread = []
+    for name, value in message.items():
+        if name in _TEXT or name in _HARMLESS or not is_set(value):
+            continue
+        truth = value if name == "train" and isinstance(value, bool) else None
+        if name == "weight" and not isinstance(value, bool) and value in (0, 1):
+            truth = bool(value)
+        if truth is None or (truth and message.get("role") not in ("assistant", "gpt")):
+            unread.append(_shown(name, value))
+        else:
+            trained = trained and truth
+    return trained, unread
+
+
+def unread_columns(
+    row: Mapping[str, Any], read: Collection[str], said: Sequence[str] | None
+) -> list[str]:
+    """A row's columns that would change what is trained, and are not read.
+
+    Args:
+        row: The row.
+        read: The columns that are.
+        said: Texts of the prompt: a column whose text they hold is not lost. ``None`` where
+            there is no dialogue, so that only a column of weights could matter.
+
+    Returns:
+        ``name`` or ``name value`` for each.
+    """
+    known = _WEIGHTS if said is None else {**_WEIGHTS, **_CONTEXT}
+    unread = []
+    for name, value in row.items():
+        if name in known and name not in read and is_set(value):
+            if any(_same(value, usual) for usual in known[name]):
+                continue
+            held = isinstance(value, str) and any(value.strip() in text for text in said or ())
+            if not held:
+                unread.append(_shown(name, value))
+    return unread
+
+
+def _same(value: Any, usual: Any) -> bool:
+    return isinstance(value, bool) == isinstance(usual, bool) and bool(value == usual)
+
+
+def _shown(name: str, value: Any) -> str:
+    """A field by its name, and its value where that is a number or a truth."""
+    shown = f" {value}" if isinstance(value, bool | int | float) else ""
+    return f"`{name[:40]}`{shown}"
