@@ -56,7 +56,7 @@ def find_checkpoint(place: str | Path) -> str:
         candidates = iter(sorted(filter(Path.is_file, found), key=_written, reverse=True))
     else:
         return str(place)
-    return _handed_on(place) or first_intact(candidates, place) or str(place)
+    return first_intact(candidates, place) or str(place)
 
 
 def load_checkpoint(place: str | Path) -> dict[str, Any]:
@@ -111,6 +111,9 @@ def first_intact(candidates: Iterable[Path], place: str | Path) -> str | None:
     Raises:
         AlignkitError: All of them are damaged.
     """
+    found = _handed_on(place)
+    if found is not None:
+        return found
     damaged: list[AlignkitError] = []
     for candidate in candidates:
         damage = _damage(candidate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(sft: Callable) 
         line = refusal(sft("--ckpt_path", "last", "--trainer.max_steps", 3, expected=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert f"{RUNS}/version_1/last.ckpt: cannot be written (File too large); make room" in line
+    assert re.search(
+        f"{RUNS}/version_1/.*ckpt: cannot be written .File too large.; make room", line
+    )
     assert read_checkpoint(RUNS / "version_0")["global_step"] == 2
     assert not list(RUNS.rglob("*.partial"))
