@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from alignkit.engine import PackedBatch
 from alignkit.engine.batch import Span
 from alignkit.errors import AlignkitError
+from alignkit.files import write_atomically
 from alignkit.modules.window import MicroBatch, WindowTotals
 
 if TYPE_CHECKING:
@@ -123,10 +124,8 @@ def save_batch(path: Path, batch: PackedBatch, **about: Any) -> None:
         if field.name != "spans"
     }
     spans = [[span.start, span.prompt, list(span.responses)] for span in batch.spans]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".partial")
-    torch.save({**about, "tensors": tensors, "spans": spans}, unfinished)
-    os.replace(unfinished, path)
+    content = {**about, "tensors": tensors, "spans": spans}
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_batch(path: str | os.PathLike[str]) -> PackedBatch:
@@ -173,8 +172,8 @@ def _report(module: ExactSteps, micro: MicroBatch, place: Path) -> str:
     try:
         save_batch(path, micro.batch, step=step, number=micro.number, rows=rows)
         kept = f"the batch is kept in {path}"
-    except OSError as error:
-        kept = f"the batch could not be kept in {path} ({error.strerror})"
+    except AlignkitError as error:
+        kept = f"the batch could not be kept ({error})"
     return f"{', '.join(shown[:_ROWS_SHOWN])}{more}; {kept}"
 
 
