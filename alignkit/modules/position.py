@@ -84,7 +84,8 @@ class Position:
         begun: int = loop.epoch_progress.current.started  # type: ignore[attr-defined]
         whole = self._open is None and loop.epoch_loop._num_ready_batches_reached()
         # A validation that was cut off by an error begins again where it was due.
-        cut = self._open is None and trainer.validating and self._validated != now
+        outside = self._open is None and begun > 0
+        cut = outside and trainer.validating and self._validated != now
         if begun and not whole:
             _rewind(saved, start.batches, step=trainer.global_step, validate=cut)
         _restart_validation(saved["epoch_loop.val_loop.batch_progress"], begin=cut)

@@ -121,7 +121,8 @@ def _changes(
     for name in (name for name in new if name in old and name not in but):
         was, value = old[name], new[name]
         if isinstance(was, Mapping) and isinstance(value, Mapping):
-            told += _changes(f"{prefix}{name}.", was, value)
+            # As on the command line, which needs no `init_args`.
+            told += _changes(prefix if name == "init_args" else f"{prefix}{name}.", was, value)
         elif _plain(was) != _plain(value):
             told.append(f"{prefix}{name} {_plain(was)} -> {_plain(value)}")
     return told

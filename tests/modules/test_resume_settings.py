@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, AdamW
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule, SFTModule
+from alignkit.objectives.logistic import DPO
 from tests.modules.helpers import answers, loader, logged_steps, pairs, trainer
 
 # Each run writes into a folder of its own.
@@ -256,11 +257,11 @@ def test_every_other_setting_that_changed_is_told(run: Run, told: Callable[[], l
         steps=2 + 1,
         kind=DPOModule,
         lora=LoRAConfig(dropout=0.2),
-        beta=0.5,
+        loss=DPO(beta=0.5),
         options={"gradient_clip_val": 1.0, "accumulate_grad_batches": 2},
     )
     assert told() == [
-        "model.lora.dropout 0.1 -> 0.2; model.beta 0.1 -> 0.5; trainer.max_steps 2 -> 3; "
+        "model.lora.dropout 0.1 -> 0.2; model.loss.beta 0.1 -> 0.5; trainer.max_steps 2 -> 3; "
         "trainer.accumulate_grad_batches 1 -> 2; trainer.gradient_clip_val None -> 1.0; "
         "total steps 2 -> 3"
     ]

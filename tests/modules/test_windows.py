@@ -6,6 +6,7 @@ import contextlib
 import json
 import random
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint
 
 from alignkit import HHPreferenceDataModule, HHSFTDataModule, OpenWebTextDataModule
 from alignkit.callbacks import Checkpoint
+from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule, LoRAModule, SFTModule
 from tests.modules.helpers import trainer
@@ -325,3 +327,27 @@ def test_a_second_fit_begins_with_an_empty_window(
     torch.manual_seed(5)
     expected, _ = fit(fresh, tmp_path, **options)
     assert_same(again, expected)
+
+
+def test_other_windows_are_refused_within_an_epoch_and_taken_between_two(
+    stage: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Within one they would deal its examples anew, and show some twice."""
+    fit(stage(), tmp_path, SaveEverywhere(tmp_path / "all"), accumulate_grad_batches=2)
+    for name, refused in (("01-batch", False), ("03-batch", True), ("05-batch", False)):
+        file = tmp_path / "all" / f"{name}.ckpt"
+        resume = partial(fit, stage(), tmp_path, resume=file, accumulate_grad_batches=4)
+        if refused:
+            with pytest.raises(AlignkitError, match=r"accumulate=2.* this run has .*accumulate=4"):
+                resume()
+        else:
+            assert resume()[0]
+
+
+def test_another_precision_is_taken(stage: Callable[..., Any], tmp_path: Path) -> None:
+    fit(stage(), tmp_path, SaveEverywhere(tmp_path / "all"), max_epochs=1)
+    file = tmp_path / "all" / "03-batch.ckpt"
+    exact, _ = fit(stage(), tmp_path, resume=file, max_epochs=1)
+    rounded, logged = fit(stage(), tmp_path, resume=file, max_epochs=1, precision="bf16-mixed")
+    assert ("train/loss", 4) in logged
+    assert any(not torch.equal(rounded[name], exact[name]) for name in exact)
