@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
+import os
 import sys
 import warnings
+from argparse import Action
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, set_parsing_settings
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from alignkit.callbacks import ProgressBar
-from alignkit.cli_loss import fresh_losses, unknown_loss_in
-from alignkit.errors import AlignkitError
+from alignkit.cli_errors import find_user_error, one_line, parser_line
+from alignkit.cli_loss import fresh_losses
 from alignkit.interrupts import Stopped, stop_on_signals
+from alignkit.launch import check_launch
 from alignkit.modules import AlignmentModule
 from alignkit.modules.checkpoint import read_checkpoint
 from alignkit.modules.find import find_checkpoint
@@ -49,28 +51,36 @@ _NO_NEWS = (
 )
 
 
+DEBUG = "ALIGNKIT_DEBUG"
+"""The environment variable that `--debug` sets: an error shows its stack trace."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Lightning's, for runs that have a folder of their own.
+
+    Without a logger it would write config.yaml into the working folder, over a user's own, or
+    refuse a second run there.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the configuration beside the run's events."""
+        if trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
+
+
 class OneLineErrors:
     """Makes a parser raise its complaint as one `AlignkitError` line, without the usage."""
 
     prog: str
+    _actions: list[Action]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what is left of jsonargparse's message without the types it tried."""
         cause = find_user_error(ex)
-        cause = cause or unknown_loss_in(message)
         if cause is not None:
             raise cause from None
-        noise = (
-            "Does not validate",
-            "Subtypes:",
-            "Errors:",
-            "Given value",
-            "- Expected a <class 'N",
-        )
-        lines = [line.strip() for line in message.splitlines()]
-        told = " ".join(line.removeprefix("- ") for line in lines if not line.startswith(noise))
-        told = re.sub(r'^Parser key "(.*?)":', r"\1:", told)
-        raise AlignkitError(f"{told}; see {self.prog.replace(' [options]', '')} --help") from None
+        options = [option.lstrip("-") for a in self._actions for option in a.option_strings]
+        raise parser_line(message, self.prog, options) from None
 
 
 class Parser(OneLineErrors, ArgumentParser):
@@ -89,6 +99,8 @@ class AlignCLI(LightningCLI):
             AlignmentModule,
             LightningDataModule,
             parser_class=TrainingParser,
+            parser_kwargs={"prog": "alignkit"},
+            save_config_callback=SaveConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,
@@ -127,7 +139,9 @@ class AlignCLI(LightningCLI):
         bars = [c for c in config.get("callbacks") or [] if isinstance(c, BaseProgressBar)]
         if config.get("enable_progress_bar") is not False and not bars:
             config["callbacks"] = [*(config.get("callbacks") or []), ProgressBar()]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        check_launch(trainer)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it was given: ``--ckpt_path`` resumes and says nothing else.
@@ -174,12 +188,16 @@ def main(args: Sequence[str] | None = None) -> int:
         args: What follows ``alignkit``; the process's own arguments by default.
 
     Returns:
-        The exit status: 0; 2 after one line on standard error about what the user can mend; 128
-        and a signal's number where one has stopped it.
+        The exit status: 0; 2 after one line on standard error about what the user can mend, 1
+        about anything else, with ``--debug`` a stack trace instead; 128 and a signal's number
+        where one has stopped it.
     """
     _quiet_logs()
     set_parsing_settings(add_print_completion_argument=True)
     arguments = list(sys.argv[1:] if args is None else args)
+    if "--debug" in arguments:  # by the environment it reaches the other ranks as well
+        arguments.remove("--debug")
+        os.environ[DEBUG] = "1"
     with stop_on_signals():
         return _run(arguments)
 
@@ -189,27 +207,25 @@ def _run(arguments: list[str]) -> int:
         if arguments and arguments[0] in TOOLS:
             run_tool(arguments[0], arguments[1:])
         else:
-            sys.argv = [
-                "alignkit",
-                *fresh_losses(arguments),
-            ]  # LightningCLI would warn if handed them
+            # LightningCLI would warn if handed them. The program's own name stays: Lightning starts
+            # the other ranks with it.
+            sys.argv = [sys.argv[0], *fresh_losses(arguments)]
             AlignCLI()
     except Stopped as stop:
         return int(stop.code or 0)
     except Exception as error:
-        cause = find_user_error(error)
-        if cause is None:
+        if os.environ.get(DEBUG):
             raise
-        print(f"alignkit: error: {cause}", file=sys.stderr)
-        return 2
+        line, status = one_line(error)
+        print(f"alignkit: error{_rank()}: {line}", file=sys.stderr)
+        return status
     return 0
 
 
-def find_user_error(error: BaseException | None) -> AlignkitError | None:
-    """Return the `AlignkitError` behind what a parser made of it, if there is one."""
-    while error is not None and not isinstance(error, AlignkitError):
-        error = error.__cause__
-    return error
+def _rank() -> str:
+    """Which process of several speaks, for all but the first."""
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    return "" if rank == "0" else f" (rank {rank})"
 
 
 def _quiet_logs() -> None:
