@@ -28,9 +28,11 @@ from alignkit.errors import AlignkitError
 IMPLEMENTATION = "alignkit"
 log = logging.getLogger(__name__)
 
-# Attention variants that change who sees whom or how scores are formed; a packed row would be
-# silently wrong under them.
-_UNSUPPORTED = ("sliding_window", "softcap", "position_bias", "s_aux")
+# What models hand their attention beside queries, keys and values that changes nothing in it:
+# positions are in the queries already, and the rest asks for outputs that nobody reads here.
+# Anything else that is set may change who sees whom or how scores are formed.
+_HARMLESS = ("position_ids", "cache_position")
+_HARMLESS_IF_OFF = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
 
 
 # Policy and reference score the same row: it is laid out once.
@@ -102,13 +104,49 @@ def packed_attention_forward(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise AlignkitError(
-                f"model: {type(module).__name__} uses {name}, which packed rows do not support; "
-                "use a model with plain causal attention"
-            )
+    _refuse_the_unknown(module, query, key, kwargs)
     return plan(query, key, value, scaling, dropout).transpose(1, 2).contiguous(), None
+
+
+def _refuse_the_unknown(
+    module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]
+) -> None:
+    """Refuse by name what a packed row does not express; nothing unknown is swallowed."""
+    for name, value in kwargs.items():
+        if (
+            value is None
+            or name in _HARMLESS
+            or (name in _HARMLESS_IF_OFF and value is False)
+            or (name == "is_causal" and value is True)
+        ):
+            continue
+        raise AlignkitError(
+            f"model: {type(module).__name__} uses {name}, which packed rows do not support; "
+            "use a model with plain causal attention"
+        )
+    if query.shape[2] != key.shape[2] or getattr(module, "is_causal", True) is False:
+        raise AlignkitError(
+            f"model: {type(module).__name__} attends beyond what precedes a token, which packed "
+            "rows do not support; use a model with plain causal attention"
+        )
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """Return what makes hidden states of tokens: the model without its head.
+
+    Raises:
+        AlignkitError: The model has no such part.
+    """
+    # A few classes name a part they do not have; the part is the one model inside them.
+    inside = [m for m in model.children() if isinstance(m, PreTrainedModel)]
+    if model.base_model is not model:
+        return model.base_model
+    if len(inside) == 1:
+        return inside[0]
+    raise AlignkitError(
+        f"model: {type(model).__name__} has no part of its own below its head; "
+        "use a gpt2, gpt_neox or llama-like model"
+    )
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:

@@ -102,6 +102,11 @@ class PackedBatch:
         """R, the number of responses over all examples."""
         return sum(len(span.responses) for span in self.spans)
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: a prompt with one of its responses."""
+        return max(span.prompt + max(span.responses) for span in self.spans)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on ``device``; the spans stay plain ints."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))

@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.autocast import compute_dtype
-from alignkit.engine.attention import make_plan, use_packed_attention
-from alignkit.engine.batch import Example, PackedBatch, collate
+from alignkit.engine.attention import backbone, make_plan, use_packed_attention
+from alignkit.engine.batch import PackedBatch
 from alignkit.engine.compile import padded_for
 from alignkit.engine.head import TokenScores, token_scores
+from alignkit.engine.lengths import longest_position
+from alignkit.engine.proof import prove, require_proof
 from alignkit.errors import AlignkitError
 
 
@@ -30,7 +32,8 @@ def score(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         in whatever parameters require gradients.
 
     Raises:
-        AlignkitError: The model's attention is not one that packed rows express.
+        AlignkitError: The model's attention is not one that packed rows express, or its scores
+            were found to differ from the model's own.
     """
     return score_with_stats(model, batch, stats=False).logps
 
@@ -46,6 +49,12 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
     Returns:
         `TokenScores` of N tokens.
     """
+    _check_positions(model, batch)
+    require_proof(model, _unproved_logps, batch)
+    return _token_scores(model, batch, stats)
+
+
+def _token_scores(model: PreTrainedModel, batch: PackedBatch, stats: bool) -> TokenScores:
     hidden_TD = _last_hidden_state(model, batch)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return token_scores(head, hidden_TD[batch.score_from], batch.target_ids, stats)
@@ -53,10 +62,9 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
 
 def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     use_packed_attention(model)
-    _check_positions(model, batch)
     batch = padded_for(model, batch)
     device = batch.input_ids.device
-    output = model.base_model(
+    output = backbone(model)(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device),
@@ -68,8 +76,8 @@ def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def _check_positions(model: PreTrainedModel, batch: PackedBatch) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(span.prompt + max(span.responses) for span in batch.spans)
+    limit = longest_position(model)
+    longest = batch.longest
     if limit is not None and longest > limit:
         raise AlignkitError(
             f"data: a sequence of {longest} tokens exceeds the model's {limit} positions; lower "
@@ -95,37 +103,19 @@ def response_means(logps_N: Tensor, batch: PackedBatch) -> Tensor:
     return response_sums(logps_N, batch) / response_lengths(batch).clamp(min=1)
 
 
-@torch.no_grad()
 def check_engine(model: PreTrainedModel) -> None:
-    """Prove on a few tokens that packed scoring equals the model's own per-sequence forward.
+    """Prove on a few tokens that packed scores equal the model's own per-sequence forward.
 
     Catches, before any training, a model whose head does more than one matmul (soft-capping,
-    scaling) or whose attention is not plain and causal.
+    scaling), whose attention is not what the plan computes, or whose tokens depend on their
+    neighbours in the row. Lengths at which the model may change and that are too long to try now
+    are tried when a sequence first reaches them.
 
     Raises:
-        AlignkitError: The two disagree by more than rounding.
+        AlignkitError: The two disagree by more than rounding, or cannot be compared.
     """
-    vocabulary = model.config.get_text_config().vocab_size
-    ids = [(37 * i + 11) % vocabulary for i in range(24)]
-    example = Example(prompt=ids[:9], responses=[ids[9:15], ids[15:24]])
-    device = model.device
-    batch = collate([example, Example(prompt=[], responses=[ids[3:12]])]).to(device)
-    was_training = model.training
-    model.train(False)
-    try:
-        packed = score(model, batch)
-        plain = []
-        for prompt, response in ((ids[:9], ids[9:15]), (ids[:9], ids[15:24]), ([], ids[3:12])):
-            row = torch.tensor([[*prompt, *response]], device=device)
-            logp_LV = model(row).logits[0].log_softmax(-1, dtype=torch.float32)
-            first = max(len(prompt), 1)
-            plain.append(logp_LV[first - 1 : -1].gather(1, row[0, first:, None])[:, 0])
-    finally:
-        model.train(was_training)
-    difference = (packed - torch.cat(plain)).abs().max().item()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.5
-    if not difference <= tolerance:
-        raise AlignkitError(
-            f"model: packed scores of {type(model).__name__} are off by {difference:.2g} from its "
-            "own logits; this architecture is not supported (gpt2, gpt_neox and llama are)"
-        )
+    prove(model, _unproved_logps)
+
+
+def _unproved_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    return _token_scores(model, batch, stats=False).logps

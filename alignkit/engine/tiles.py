@@ -7,8 +7,8 @@ are padded to multiples of `UNIT`, gathered into stacks of equal shape and atten
 matmuls; scores and softmax are fp32. The backward pass computes the scores again, so that
 queries, keys and values are all that is kept.
 
-Shape letters: T row tokens, H query heads, K key heads, D head width; S tiles of a stack, n its
-queries, m its keys; X gathered rows (tiles x heads x rows of a tile).
+Shape letters: T row tokens, H query heads, K key heads, D width of queries and keys, V of values;
+S tiles of a stack, n its queries, m its keys; X gathered rows (tiles x heads x rows of a tile).
 """
 
 from __future__ import annotations
@@ -169,30 +169,30 @@ class _Tiled(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.gather = scale, gather
         query_XD = _take(query, gather.queries_X)
-        key_XD, value_XD = (_take(tensor, gather.keys_X) for tensor in (key, value))
-        output_XD = torch.empty_like(query_XD)
+        key_XD, value_XV = (_take(tensor, gather.keys_X) for tensor in (key, value))
+        output_XV = query_XD.new_empty(len(query_XD), value.shape[-1])
         with _fp32_scores(query.dtype):
             for stack, (q, out), (k, v) in _by_stack(
-                gather, key.shape[1], (query_XD, output_XD), (key_XD, value_XD)
+                gather, key.shape[1], (query_XD, output_XV), (key_XD, value_XV)
             ):
                 torch.bmm(_probabilities(q, k, scale, stack).to(v.dtype), v, out=out)
-        return _give(output_XD.index_select(0, gather.outputs), query)
+        return _give(output_XV.index_select(0, gather.outputs), query.shape[1], query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         gather: _Gather = ctx.gather
-        query_XD, grad_XD = (_take(tensor, gather.queries_X) for tensor in (query, grad))
-        key_XD, value_XD = (_take(tensor, gather.keys_X) for tensor in (key, value))
-        grad_XD.index_fill_(0, gather.padding, 0.0)
-        grads_XD = [torch.empty_like(tensor) for tensor in (query_XD, key_XD, value_XD)]
+        query_XD, grad_XV = (_take(tensor, gather.queries_X) for tensor in (query, grad))
+        key_XD, value_XV = (_take(tensor, gather.keys_X) for tensor in (key, value))
+        grad_XV.index_fill_(0, gather.padding, 0.0)
+        grads = [torch.empty_like(tensor) for tensor in (query_XD, key_XD, value_XV)]
         with _fp32_scores(query.dtype):
             for stack, (q, g, grad_q), (k, v, grad_k, grad_v) in _by_stack(
                 gather,
                 key.shape[1],
-                (query_XD, grad_XD, grads_XD[0]),
-                (key_XD, value_XD, *grads_XD[1:]),
+                (query_XD, grad_XV, grads[0]),
+                (key_XD, value_XV, *grads[1:]),
             ):
                 p = _probabilities(q, k, ctx.scale, stack)
                 torch.bmm(p.to(v.dtype).transpose(1, 2), g, out=grad_v)
@@ -201,18 +201,18 @@ class _Tiled(torch.autograd.Function):
                 grad_s = torch._softmax_backward_data(grad_p, p, -1, torch.float32).to(v.dtype)
                 torch.bmm(grad_s, k, out=grad_q)
                 torch.bmm(grad_s.transpose(1, 2), q, out=grad_k)
-        grad_query = grads_XD[0].index_select(0, gather.outputs).mul_(ctx.scale)
+        grad_query = grads[0].index_select(0, gather.outputs).mul_(ctx.scale)
         # A key is seen by several tiles: their parts are added in fp32.
         grad_key, grad_value = (
             tensor.new_zeros(
-                key.shape[1] * key.shape[2], key.shape[3], dtype=torch.float32
+                key.shape[1] * key.shape[2], tensor.shape[1], dtype=torch.float32
             ).index_add_(0, gather.keys_X, tensor.float())
-            for tensor in grads_XD[1:]
+            for tensor in grads[1:]
         )
         return (
-            _give(grad_query, query),
-            _give(grad_key.mul_(ctx.scale), key),
-            _give(grad_value, value),
+            _give(grad_query, query.shape[1], query.dtype),
+            _give(grad_key.mul_(ctx.scale), key.shape[1], key.dtype),
+            _give(grad_value, value.shape[1], value.dtype),
             None,
             None,
         )
@@ -223,10 +223,9 @@ def _take(tensor: Tensor, index_X: Tensor) -> Tensor:
     return tensor[0].transpose(0, 1).reshape(-1, tensor.shape[-1]).index_select(0, index_X)
 
 
-def _give(rows: Tensor, like: Tensor) -> Tensor:
-    """Turn [T·H, D] back into [1, H, T, D] in ``like``'s dtype."""
-    _, heads, _, width = like.shape
-    return rows.to(like.dtype).view(1, -1, heads, width).transpose(1, 2)
+def _give(rows: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Turn [T·H, D] back into [1, H, T, D]."""
+    return rows.to(dtype).view(1, -1, heads, rows.shape[1]).transpose(1, 2)
 
 
 def _by_stack(

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from alignkit.engine.batch import Span
 from alignkit.engine.segments import AttentionPlan, DenseAttention, query_segments
@@ -58,8 +59,12 @@ class VarlenAttention:
         if dropout > 0.0:
             _log_dropout()
             return self._dense(query, key, value, scaling, dropout)
+        if scaling is None:
+            scaling = query.shape[-1] ** -0.5
+        width = max(query.shape[-1], value.shape[-1])
         query_THD, key_THD, value_THD = (
-            tensor[0].transpose(0, 1).to(self.dtype) for tensor in (query, key, value)
+            _widened(tensor, width)[0].transpose(0, 1).to(self.dtype)
+            for tensor in (query, key, value)
         )
         if self.gather is not None:
             key_THD, value_THD = key_THD[self.gather], value_THD[self.gather]
@@ -79,11 +84,20 @@ class VarlenAttention:
             scale=scaling,
             window_size=(-1, 0),
         )
-        return output.transpose(0, 1)[None]
+        return output[..., : value.shape[-1]].transpose(0, 1)[None]
 
     @cached_property
     def _dense(self) -> DenseAttention:
         return DenseAttention(self.spans, self.device)
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """Fill heads up to the one width that the kernel takes.
+
+    Zeros in queries and keys change no score, those in values are cut off the output again.
+    """
+    missing = width - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
 
 
 @lru_cache
