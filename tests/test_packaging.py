@@ -45,7 +45,7 @@ def test_malicious_releases_of_lightning_are_out_of_reach() -> None:
 
 
 def test_a_dry_run_of_each_make_target_installs_first() -> None:
-    for target, runs in {"demo": "alignkit.demo", "test": "pytest", "check": "mypy"}.items():
+    for target, runs in {"demo": "alignkit.demo", "test": "pytest", "check": "pip-audit"}.items():
         made = subprocess.run(
             ["make", "--no-print-directory", "--dry-run", "VENV=/no/such/venv", target],
             cwd=ROOT,
@@ -69,7 +69,7 @@ def test_a_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
-        assert "alignkit = alignkit.cli:main" in archive.read(entry_points).decode()
+        assert "alignkit = alignkit.__main__:main" in archive.read(entry_points).decode()
     assert {"alignkit/py.typed", "alignkit/demo/knowledge.txt", "alignkit/models.py"} <= {*names}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "runs")) for name in names)
