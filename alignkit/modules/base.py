@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from alignkit.data.text_format import TextFormat
-from alignkit.engine import check_engine, compile_blocks
+from alignkit.engine import PackedBatch, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
 from alignkit.modules import checkpoint as ckpt
 from alignkit.modules import text
@@ -143,6 +143,11 @@ class AlignmentModule(ExactSteps):
         seal_checkpoints(self.trainer)
         text.take_over(self, stage)
         self._settings = None
+
+    def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
+        """Refuse ids that the model does not know, while they are still on the CPU."""
+        text.refuse_unknown_ids(self.model, batch.input_ids)
+        return batch
 
     def on_fit_start(self) -> None:
         """Put the policy in training mode: transformers models load in eval, fit leaves them so.

@@ -152,6 +152,7 @@ class DPOModule(AlignmentModule):
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Look the batch up in the cache while it is still on the CPU."""
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
         return batch if self.cache is None else self.cache.look_up(batch)
 
     def on_train_batch_end(self, *args: Any) -> None:

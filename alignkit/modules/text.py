@@ -6,7 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.data.text_format import TextFormat
@@ -95,6 +97,28 @@ def refuse_small_embedding(
             f"{embeddings:,} embeddings; pass the tokenizer that belongs to the model, or resize "
             "the model's embeddings first (transformers' resize_token_embeddings)"
         )
+
+
+def refuse_unknown_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Refuse a batch with ids that the model has no embedding for.
+
+    Data modules of ours are refused before they start; this is for data of one's own.
+
+    Args:
+        model: With or without adapters.
+        input_ids: [T]; looked at on the CPU alone, as a look elsewhere would wait for the device.
+
+    Raises:
+        AlignkitError: There is one; a bare index error, or a stuck device, otherwise.
+    """
+    if input_ids.is_cpu and input_ids.numel():
+        least, most = (int(value) for value in torch.aminmax(input_ids))
+        size = embedding_size(model)
+        if not 0 <= least <= most < size:
+            raise AlignkitError(
+                f"data: a batch holds the token id {most if least >= 0 else least:,}, and the "
+                f"model has {size:,} embeddings; encode with the model's own tokenizer"
+            )
 
 
 def _kinds(*formats: TextFormat) -> set[str]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
+from alignkit.errors import AlignkitError
+from alignkit.modules import DPOModule, SFTModule
 from tests.cli.test_fit import quick
+from tests.modules.helpers import answers, loader, pairs, trainer
 
 BOTH = "has {} token ids and the model '{}' 384 embeddings"
 
@@ -73,6 +77,18 @@ def test_tools_refuse(
     status, _, err = alignkit(command, *flags[command])
     assert status == 2
     assert BOTH.format(bigger[1], directory) in err
+
+
+@pytest.mark.parametrize("module", [SFTModule, DPOModule])
+@pytest.mark.parametrize("token", [384, -1])
+def test_data_of_ones_own_is_refused_too(
+    module: Any, token: int, model_dir: Callable, tmp_path: Path
+) -> None:
+    examples = pairs(4) if module is DPOModule else answers(4)
+    examples[1].responses[0][-1] = token
+    run = trainer(tmp_path, max_steps=2)
+    with pytest.raises(AlignkitError, match=f"the token id {token}, and the model has 384"):
+        run.fit(module(str(model_dir("gpt2"))), loader(examples, 2))
 
 
 def test_an_embedding_larger_than_the_tokenizer_is_usual(model_dir: Callable) -> None:
