@@ -1,11 +1,9 @@
-"""Dialogues to examples: encoding, the boundary proof, and truncation that knows turns."""
+"""Dialogues to examples: policies, ids, and truncation that knows turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.chunks import chunks, one_ahead
 from alignkit.data.code import code_identity
 from alignkit.data.defects import Dropped, Judge
-from alignkit.data.dialogue import ASSISTANT, RowError
+from alignkit.data.dialogue import RowError
 from alignkit.data.draft import Draft, rendered_defects
+from alignkit.data.draft_ids import DraftIds
 from alignkit.data.files import BadRow, Row, Source
-from alignkit.data.formats import Format, Rendered
+from alignkit.data.formats import Format
 from alignkit.data.policies import Policies, Tally
 from alignkit.data.raw import reader
 from alignkit.data.shapes import Side, Sides, columns_read, last_trained
@@ -67,7 +66,7 @@ class DialogueEncoder:
         )
         self._columns = columns_read(sides)
         self._sides = reader(sides) if prompt_format == "raw" else sides
-        self._simple = prompt_format == "boundary" and not all_turns
+        self._ids = DraftIds(self._encode_texts, self._format, masked=all_turns)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -79,12 +78,6 @@ class DialogueEncoder:
             "max_length": self.max_length,
             "policies": vars(self.policies),
         }
-
-    @cached_property
-    def _lead(self) -> str:
-        """What precedes every answer, where it is enough of the prompt for the boundary proof."""
-        apart = self._simple and self._encode_texts.reads_words_apart
-        return f"\n\n{ASSISTANT}" if apart else ""
 
     def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
         """Encode a source into a store.
@@ -164,87 +157,8 @@ class DialogueEncoder:
                 continue
 
     def encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
-        """Fill in the ids, each prompt once, with the boundary proof.
-
-        Args:
-            drafts: What to encode, from their dialogues.
-            starts: The turn that each prompt starts from; default: the first.
-        """
-        for draft, start in zip(drafts, starts or [0] * len(drafts), strict=True):
-            draft.text = self._format.render(draft.dialogue, start)
-            draft.proved, draft.violation = False, None
-        if self._lead:
-            self._encode_led([d for d in drafts if d.text.prompt.endswith(self._lead)])
-        self._encode_whole([draft for draft in drafts if not draft.proved])
-        for draft in drafts:
-            kept = len(self._encode_texts.bos)
-            draft.movable = (0, 0) if self._format.keeps_start else (kept, len(draft.prompt))
-
-    def _encode_led(self, drafts: Sequence[Draft]) -> None:
-        """Encode each answer behind its label, which proves the boundary at little cost.
-
-        Where the prompt's ids end with the label's and the led answer's begin with them, the
-        two meet in the same text and the same tokens, so nothing changes when they are joined
-        (see `TextEncoder.reads_words_apart`). Other drafts stay unproved.
-        """
-        texts = [self._lead]
-        for draft in drafts:
-            texts.append(draft.text.prompt)
-            texts += [self._lead + answer for (answer,) in draft.text.responses]
-        lead, *encoded = self._encode_texts(texts)
-        ids, size = iter(encoded), len(lead)
-        for draft in drafts:
-            prompt = next(ids)
-            answers = [next(ids) for _ in draft.text.responses]
-            draft.proved = all(part[:size] == lead for part in (prompt[-size:], *answers))
-            draft.prompt = self._encode_texts.led(prompt, self._format.name)
-            draft.responses = [[*answer[size:], self._encode_texts.eos] for answer in answers]
-            draft.blank = any(len(answer) == size for answer in answers)
-
-    def _encode_whole(self, drafts: Sequence[Draft]) -> None:
-        """Encode each prompt alone and then with each piece that follows it.
-
-        A text is encoded as one, as a tokenizer that puts something before every text wants it.
-        Where the ids so far lead the longer text's, the rest of those are the piece's; where
-        they do not, the boundary is violated and the piece is encoded by itself.
-        """
-        grown = [text for draft in drafts for text in _growing(draft.text)]
-        ids = iter(self._encode_texts(grown, specials=self._format.specials))
-        apart: list[Draft] = []
-        for draft in drafts:
-            bare = next(ids)
-            pieces = []
-            for response in draft.text.responses:
-                before, split = bare, []
-                for _ in response:
-                    whole = next(ids)
-                    if whole[: len(before)] != before:
-                        draft.violation = draft.violation or "".join(response)
-                    split.append(whole[len(before) :])
-                    before = whole
-                pieces.append(split)
-            draft.prompt = self._encode_texts.led(bare, self._format.name)
-            if draft.violation is None:
-                self._fill(draft, pieces)
-            else:
-                apart.append(draft)
-        texts = [piece for draft in apart for each in draft.text.responses for piece in each]
-        ids = iter(self._encode_texts(texts, specials=self._format.specials))
-        for draft in apart:
-            self._fill(draft, [[next(ids) for _ in each] for each in draft.text.responses])
-
-    def _fill(self, draft: Draft, pieces: Sequence[Sequence[list[int]]]) -> None:
-        """Put a draft's responses together from the ids of their pieces."""
-        draft.responses, draft.scored, draft.blank = [], [], draft.text.blank
-        for text, split in zip(draft.text.responses, pieces, strict=True):
-            *before, last = split
-            draft.blank |= not last
-            if not self._format.ended(text):
-                last = [*last, self._encode_texts.eos]
-            draft.responses.append([token for piece in (*before, last) for token in piece])
-            if self.masked:
-                flags = [[i % 2 == 0] * len(piece) for i, piece in enumerate((*before, last))]
-                draft.scored.append([flag for piece in flags for flag in piece])
+        """Fill in the ids of drafts; see `DraftIds`."""
+        self._ids.fill(drafts, starts)
 
     def _drop_turns(self, drafts: Sequence[Draft]) -> None:
         """Drop old turns, whole, from the dialogues that are too long.
@@ -260,16 +174,10 @@ class DialogueEncoder:
             self.encode(restarting, [draft.restarts.pop(0) for draft in restarting])
         for draft in pending:
             if self._format.keeps_start and draft.text.content and self._too_long(draft):
-                draft.movable = self._tokens_of(draft.text.prompt, *draft.text.content)
+                draft.movable = self._ids.tokens_of(draft.text.prompt, *draft.text.content)
 
     def _too_long(self, draft: Draft) -> bool:
         return draft.length > self.max_length
-
-    def _tokens_of(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """Which ids stand for a part of a text and for nothing else."""
-        places = self._encode_texts.offsets(text, specials=self._format.specials)
-        inside = [i for i, (at, upto) in enumerate(places) if start <= at and upto <= end]
-        return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
     def _finish(self, draft: Draft, judge: Judge) -> None:
         """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
@@ -292,13 +200,6 @@ class DialogueEncoder:
         if excess > 0:
             draft.prompt = draft.prompt[:start] + draft.prompt[start + excess :]
         judge.tally.add("examples", draft.line)
-
-
-def _growing(text: Rendered) -> Iterator[str]:
-    """The prompt, and for each response the prompt with ever more of its pieces."""
-    yield text.prompt
-    for response in text.responses:
-        yield from accumulate((text.prompt + response[0], *response[1:]))
 
 
 def read_row(

@@ -162,7 +162,7 @@ class Format:
                 nothing = [*messages, Message("assistant", "")]
                 blank |= pieces == self._chat_pieces(nothing, first, prompt)
             responses.append(pieces)
-        question = messages[first - 1].content if first else ""
+        question = messages[first - 1].content.strip() if first else ""  # templates may trim
         at = prompt.rfind(question) if question else -1
         place = (at, at + len(question)) if at >= 0 else None
         return Rendered(prompt, tuple(responses), place, blank)

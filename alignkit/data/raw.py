@@ -14,6 +14,7 @@ from alignkit.data.shapes import (
     Sides,
     preference_sides,
     sft_sides,
+    with_label,
 )
 
 
@@ -48,10 +49,10 @@ def raw_sft_sides(row: Mapping[str, Any]) -> list[Side]:
         RowError: As `raw_preference_sides`.
     """
     if row.get("responses") is not None:
-        return raw_preference_sides(row)[:1]
+        return [with_label(raw_preference_sides(row)[0], row)]
     key = "completion" if row.get("completion") is not None else "chosen"
     side = _side(row, _text(row, "prompt"), _text(row, key), SFT_COLUMNS)
-    return [side._replace(trained=row.get("label") is not False)]
+    return [with_label(side, row)]
 
 
 def _side(row: Mapping[str, Any], prompt: str, answer: str, columns: frozenset[str]) -> Side:

@@ -96,11 +96,15 @@ def sft_sides(row: Mapping[str, Any]) -> list[Side]:
     Raises:
         RowError: As `preference_sides`.
     """
-    side = _with_columns(_sft_side(row), row, SFT_COLUMNS)
+    return [with_label(_with_columns(_sft_side(row), row, SFT_COLUMNS), row)]
+
+
+def with_label(side: Side, row: Mapping[str, Any]) -> Side:
+    """A side of SFT with what KTO's ``label`` says of it."""
     label = row.get("label")
     if is_set(label) and not isinstance(label, bool):
         side = side._replace(unread=(*side.unread, "`label` that is not true or false"))
-    return [side._replace(trained=side.trained and label is not False)]
+    return side._replace(trained=side.trained and label is not False)
 
 
 def columns_read(sides: Sides) -> frozenset[str] | None:

@@ -54,7 +54,8 @@ def as_prompts(
                 "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
                 "rendered already", index, sign.told, kind,
             )  # fmt: skip
-        prompts.append(form.render(Dialogue(side.prompt, (), side.starts)).prompt)
+        dialogue = Dialogue(side.prompt, (), side.starts, side.messages)
+        prompts.append(form.render(dialogue).prompt)
     return prompts
 
 

@@ -184,6 +184,13 @@ def test_raw_shapes_and_limits() -> None:
     ):
         with pytest.raises(AlignkitError, match=f"rows.jsonl:1: .*{told}"):
             encode(tokenizer, row, prompt_format="raw")
+    unwanted = {"prompt": "Q: ", "completion": "a", "label": False}
+    examples, tally = encode(tokenizer, unwanted, sides=sft_sides, prompt_format="raw")
+    assert (examples, tally.counts["unwanted_answers"]) == ([], 1)
+    for name, value in (("weight", 0.5), ("label", 0)):
+        row = {"prompt": "Q: ", "completion": "a", name: value}
+        with pytest.raises(AlignkitError, match=f"`{name}`"):
+            encode(tokenizer, row, sides=sft_sides, prompt_format="raw")
     with pytest.raises(AlignkitError, match="turns=all: prompt_format=raw"):
         encode(tokenizer, ranked, sides=sft_sides, prompt_format="raw", all_turns=True)
     encoder = DialogueEncoder(tokenizer, preference_sides, max_length=3, prompt_format="raw")
