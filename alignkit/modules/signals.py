@@ -12,7 +12,7 @@ import signal
 import threading
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -64,9 +64,12 @@ class Signals(Callback):
         if self.training and trainer.world_size == 1 and not trainer.fit_loop._should_accumulate():
             self._stop_if_asked(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here everything is saved."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after training has ended by itself, and all is saved."""
         self.training = False
+        if self.asked:
+            saver = _saver(trainer)
+            self._leave(trainer, self.asked, saver._last_checkpoint_saved if saver else None)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -85,12 +88,15 @@ class Signals(Callback):
         connector = trainer._signal_connector
         assert isinstance(connector, _Connector)
         path = connector.requeue(asked) if connector.requeues(asked) else _save_last(trainer)
+        self._leave(trainer, asked, path)
+
+    def _leave(self, trainer: Trainer, signum: int, path: str | None) -> NoReturn:
         if trainer.is_global_zero:
             saved = f"{path} holds it" if path else "nothing is saved, as checkpoints are off"
-            name = signal.Signals(asked).name
+            name = signal.Signals(signum).name
             log.warning("%s: stopped after step %d; %s", name, trainer.global_step, saved)
         # Lightning kills the first rank if one that it launched ends with another status.
-        raise Stopped(asked, status=0 if _is_launched(trainer) else None)
+        raise Stopped(signum, status=0 if _is_launched(trainer) else None)
 
 
 class _Connector(_SignalConnector):
@@ -155,14 +161,20 @@ class _Connector(_SignalConnector):
 
 def _save_last(trainer: Trainer) -> str | None:
     """Write ``last.ckpt`` where checkpoints go; return its path, ``None`` if none are kept."""
-    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+    saver = _saver(trainer)
+    if saver is None:
         return None
-    saver = next((c for c in savers if c.save_last), savers[0])
     kept, saver.save_last = saver.save_last, True
     saver._save_last_checkpoint(trainer, saver._monitor_candidates(trainer))
     saver.save_last = kept
     return saver.last_model_path
+
+
+def _saver(trainer: Trainer) -> ModelCheckpoint | None:
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    return next((c for c in savers if c.save_last), savers[0])
 
 
 def _end_launched(trainer: Trainer) -> None:

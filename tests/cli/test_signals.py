@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from alignkit.cli import main
+from alignkit.modules.checkpoint import read_checkpoint
 from tests.cli.test_fit import quick
 
 KILL = '''
@@ -101,6 +102,8 @@ def whole(sft: Callable) -> Callable[[], dict[str, torch.Tensor]]:
         # In the middle of the second window of two batches.
         ("on_train_batch_start", 3, 2, signal.SIGTERM, 143),
         ("on_train_batch_end", 4, 2, signal.SIGINT, 130),
+        # While the last checkpoint is still to be written.
+        ("on_train_end", 1, 4, signal.SIGTERM, 143),
         # The second step's validation, at batch 4.
         ("on_validation_batch_start", 1, 2, signal.SIGTERM, 143),
     ],
@@ -119,7 +122,7 @@ def test_the_step_is_finished_saved_and_resumed_exactly(
     assert f"{number.name}: stopped after step {step}; {LAST} holds it" in caplog.text
     assert torch.load(LAST, weights_only=True)["global_step"] == step
     assert sft("--ckpt_path", "runs/demo/sft")[0] == 0
-    resumed = weights("runs/demo/sft/version_1/last.ckpt")
+    resumed = read_checkpoint("runs/demo/sft")["state_dict"]
     assert all(torch.equal(resumed[name], value) for name, value in whole().items())
 
 
