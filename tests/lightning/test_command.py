@@ -110,9 +110,7 @@ def test_tuners_run_by_name(fit: Callable[..., tuple[int, str, str]]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "16-mixed"])
-def test_precisions_by_name(
-    fit: Callable[..., tuple[int, str, str]], precision: str
-) -> None:
+def test_precisions_by_name(fit: Callable[..., tuple[int, str, str]], precision: str) -> None:
     status, _, err = fit("--trainer.precision", precision, "--trainer.max_epochs", "1")
     assert status == 0, err
     status, _, err = fit("--trainer.precision", precision, "--ckpt_path", "kept/last.ckpt")
