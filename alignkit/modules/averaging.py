@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -45,6 +45,20 @@ def average_what_trains(callback: Callback, module: LightningModule) -> None:
         kind = type(callback)
         callback.update_parameters = partial(_update, kind)  # type: ignore[method-assign]
         callback.transfer_weights = partial(_transfer, kind)  # type: ignore[method-assign]
+
+
+def resume_average(callback: Callback, trainer: Trainer, module: LightningModule) -> None:
+    """Let SWA go on where a checkpoint was written, at the rates that were restored.
+
+    Its schedule sets rates of its own when it is made, before it is restored.
+    """
+    if isinstance(callback, StochasticWeightAveraging):
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        callback.on_train_epoch_start(trainer, module)
+        if callback._scheduler_state is not None:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
 
 
 def follow_device(callback: Callback, module: LightningModule) -> None:

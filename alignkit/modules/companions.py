@@ -20,13 +20,17 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ModelPruning,
     SpikeDetection,
-    StochasticWeightAveraging,
     ThroughputMonitor,
     WeightAveraging,
 )
 
 from alignkit.errors import AlignkitError
-from alignkit.modules.averaging import AVERAGED, average_what_trains, follow_device
+from alignkit.modules.averaging import (
+    AVERAGED,
+    average_what_trains,
+    follow_device,
+    resume_average,
+)
 
 _TUNERS = (LearningRateFinder, BatchSizeFinder)
 _REFUSED: dict[type[Callback], str] = {
@@ -136,16 +140,15 @@ class Companion(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin an epoch for SWA where Lightning has not.
+        """Begin an epoch for SWA where Lightning has not, as it leaves out in a resumed run.
 
-        Resumed between two epochs, it leaves out the hook in which the second one's weights are
-        added to the average.
+        Between two epochs the second one's weights would not be added to the average; within one
+        SWA's schedule would not go on.
         """
-        if batch_idx == 0 and self._begun != trainer.current_epoch:
+        if self._begun != trainer.current_epoch:
             self._begun = trainer.current_epoch
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, StochasticWeightAveraging):
-                    callback.on_train_epoch_start(trainer, pl_module)
+                resume_average(callback, trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let averages follow the module, and refuse to tune a run that is resumed.

@@ -38,9 +38,9 @@ AVERAGES: dict[str, Callable[[], Any]] = {
     "equal": WeightAveraging,
     "multi": lambda: WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.9)),
     "buffers left": lambda: EMAWeightAveraging(decay=0.9, use_buffers=False),
-    "SWA": lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1),
+    "SWA": lambda: StochasticWeightAveraging(5e-3, swa_epoch_start=1),
     "SWA with EMA": lambda: StochasticWeightAveraging(
-        1e-2, swa_epoch_start=1, avg_fn=lambda mine, theirs, _: 0.9 * mine + 0.1 * theirs
+        5e-3, swa_epoch_start=1, avg_fn=lambda mine, theirs, _: 0.9 * mine + 0.1 * theirs
     ),
 }
 
