@@ -25,6 +25,7 @@ from alignkit.modules import AlignmentModule
 from alignkit.modules.checkpoint import read_checkpoint
 from alignkit.modules.find import find_checkpoint
 from alignkit.modules.runs import NAMES, asked_checkpoint
+from alignkit.precision import refuse_by_name
 
 # Command to what it does and the module behind it, imported when it runs: a function of the
 # command's name, and ``add_arguments(parser)`` for its flags.
@@ -136,6 +137,7 @@ class AlignCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with our progress bar where the configuration names none."""
         config = self._get(self.config_init, "trainer")
+        refuse_by_name(config.get("precision"))
         bars = [c for c in config.get("callbacks") or [] if isinstance(c, BaseProgressBar)]
         if config.get("enable_progress_bar") is not False and not bars:
             config["callbacks"] = [*(config.get("callbacks") or []), ProgressBar()]

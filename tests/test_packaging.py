@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 CONSTRAINTS = [
     Requirement(line.partition("#")[0].strip())
     for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -36,6 +35,33 @@ def test_every_dependency_is_constrained_within_its_range() -> None:
     for requirement in requirements():
         assert requirement.name in exact
         assert requirement.specifier.contains(exact[requirement.name]), requirement
+
+
+def test_the_pythons_promised_are_those_checked() -> None:
+    """No pin is for some of them only; the tools check against the oldest."""
+    pattern = r"Programming Language :: Python :: (3\.\d+)"
+    promised = [m[1] for c in PROJECT["classifiers"] if (m := re.fullmatch(pattern, c))]
+    oldest = promised[0]
+    assert PROJECT["requires-python"] == f">={oldest}"
+    assert SETTINGS["tool"]["mypy"]["python_version"] == oldest
+    assert SETTINGS["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert not [c for c in CONSTRAINTS if c.marker is not None and "python" in str(c.marker)]
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_every_file_compiles_on_each_python_here(version: str, tmp_path: Path) -> None:
+    """With warnings as errors, which is how a newer Python announces what it will refuse."""
+    python = shutil.which(f"python{version}")
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
+        pytest.skip(f"no python{version} on this machine")
+    folders = [str(ROOT / name) for name in ("alignkit", "tests", "benchmarks", "notebooks")]
+    done = subprocess.run(
+        [python, "-W", "error", "-m", "compileall", "-q", "-f", *folders],
+        env={**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_malicious_releases_of_lightning_are_out_of_reach() -> None:

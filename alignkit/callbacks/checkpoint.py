@@ -24,6 +24,8 @@ class Checkpoint(ModelCheckpoint):
     config.yaml and events, so that no run writes over another one's.
     """
 
+    _saved_weights: list[tuple[int, int]] | None = None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the folder of a run that trains, and find out now whether it can be written to.
 
@@ -64,9 +66,18 @@ class Checkpoint(ModelCheckpoint):
         self._write_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last step, whether or not a validation followed it."""
+        """Save the last step, whether or not a validation followed it.
+
+        Once more if its weights have been replaced since, as averaging does at the end.
+        """
+        if self._saved_weights not in (None, _versions(pl_module)):
+            self._last_global_step_saved = -1
         super().on_train_end(trainer, pl_module)
         self._write_last(trainer)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        self._saved_weights = _versions(trainer.lightning_module)
 
     def _write_last(self, trainer: Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
@@ -83,3 +94,8 @@ class Checkpoint(ModelCheckpoint):
         if by_itself or (self.dirpath and local_path(self.dirpath) is None):
             return super()._find_last_checkpoints(trainer)
         return {named_checkpoint(trainer, "last")}
+
+
+def _versions(module: LightningModule) -> list[tuple[int, int]]:
+    """Return what changes whenever a trained parameter is replaced or written to in place."""
+    return [(id(p), p._version) for p in module.parameters() if p.requires_grad]

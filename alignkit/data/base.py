@@ -19,7 +19,7 @@ from alignkit.data.position import Plan
 from alignkit.data.samplers import TokenBudgetBatchSampler
 from alignkit.data.sources import DataPath, find_splits, not_read, weights_of
 from alignkit.data.splits import RowEncoder, open_splits
-from alignkit.data.store import ExampleSet
+from alignkit.data.store import ExampleSet, Unsized
 from alignkit.data.text_format import TextFormat
 from alignkit.data.tokens import vocabulary_size
 from alignkit.engine import PackedBatch, collate
@@ -62,6 +62,9 @@ class AlignmentDataModule(LightningDataModule):
 
     # A rank may hold one evaluation batch less than another; evaluation does not synchronise.
     allow_zero_length_dataloader_with_multiple_devices = True
+    # Whether loaders tell how many examples they have: a batch size finder would compare the number
+    # with ``tokens_per_batch``.
+    sized = True
 
     def __init__(
         self,
@@ -212,6 +215,8 @@ class AlignmentDataModule(LightningDataModule):
     def loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
         """A loader with this module's workers."""
         workers = options.pop("num_workers", self.num_workers)
+        if not self.sized and isinstance(dataset, ExampleSet):
+            dataset = Unsized(dataset)
         return DataLoader(
             dataset,
             num_workers=workers,

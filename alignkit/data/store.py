@@ -255,6 +255,16 @@ class ExampleSet(Dataset[Example]):
         return self._stores[part], int(self._chosen[part][index - first])
 
 
+class Unsized(Dataset[Example]):
+    """Examples that do not tell how many they are."""
+
+    def __init__(self, examples: ExampleSet) -> None:
+        self._examples = examples
+
+    def __getitem__(self, index: int) -> Example:
+        return self._examples[index]
+
+
 def _measure(path: Path, *, whole: bool = False) -> dict[str, Any]:
     """Size and checksums of a file.
 

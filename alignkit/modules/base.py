@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from alignkit.data.text_format import TextFormat
 from alignkit.engine import PackedBatch, check_engine, compile_blocks
@@ -25,18 +23,18 @@ from alignkit.modules.build import build_policy
 from alignkit.modules.checkpoint_io import seal_checkpoints
 from alignkit.modules.dropout import prove_quiet
 from alignkit.modules.find import find_checkpoint, verified
+from alignkit.modules.hosted import Hosted
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
 from alignkit.modules.optimize import make_optimizer, make_schedule, total_steps
 from alignkit.modules.resume import KEY as SETTINGS
 from alignkit.modules.resume import merge, settings
 from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
-from alignkit.modules.steps import ExactSteps
 
 log = logging.getLogger(__name__)
 
 
-class AlignmentModule(ExactSteps):
+class AlignmentModule(Hosted):
     """A causal language model under training; a subclass says what its loss is.
 
     Overriding `compute_loss` makes a new objective. It returns sums, and the optimised loss is
@@ -140,6 +138,7 @@ class AlignmentModule(ExactSteps):
 
         Its optimizer is still to be made.
         """
+        super().setup(stage)
         seal_checkpoints(self.trainer)
         text.take_over(self, stage)
         self._settings = None
@@ -154,6 +153,7 @@ class AlignmentModule(ExactSteps):
 
         Lightning restores optimizer and schedule next.
         """
+        super().on_fit_start()
         self.model.train()
         if self._resumed is not None and self._settings is not None:
             merge(self._resumed, self.trainer, self._settings, self.hparams)
@@ -180,6 +180,7 @@ class AlignmentModule(ExactSteps):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring along what saves and stops when a signal asks for it; take a folder for the run."""
+        super().configure_callbacks()
         claim_run_folder(self.trainer)
         there = any(isinstance(c, Signals) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         return [] if there else [Signals()]
@@ -188,19 +189,6 @@ class AlignmentModule(ExactSteps):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Rebuild a module from an intact checkpoint, or from the newest in a run's folder."""
         return super().load_from_checkpoint(verified(checkpoint_path), *args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Return the policy's trainable parameters alone, under ``model.…``."""
-        return {f"model.{name}": value for name, value in ckpt.trainable_state(self.model).items()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load what `state_dict` returns: exactly the trainable parameters, or nothing.
-
-        Lightning's own strictness would ask for the frozen base as well.
-        """
-        state = ckpt.model_state({"state_dict": state_dict})
-        ckpt.load_trainable(self.model, state, "ckpt_path")
-        return _IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Stamp the checkpoint with what it belongs to, and make it one of the last step.

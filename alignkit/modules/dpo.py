@@ -23,12 +23,18 @@ from alignkit.modules.dropout import adapters_quiet
 from alignkit.modules.reference import ReferenceCache, ReferencedBatch, refuse_error
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
+from alignkit.precision import computed_in
 
 # A policy that is its reference's copy scores the same row through the same kernels: what is
 # left is the kernels' own nondeterminism.
 STEP_0_TOLERANCE = 1e-4
 # Nats, for a response of some hundred tokens: other rows beside it change a sum's rounding.
-CACHE_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 2.0}
+CACHE_TOLERANCE = {
+    torch.float64: 1e-2,  # log-probs are fp32 there too
+    torch.float32: 1e-2,
+    torch.float16: 0.25,
+    torch.bfloat16: 2.0,
+}
 
 
 class DPOModule(AlignmentModule):
@@ -72,6 +78,7 @@ class DPOModule(AlignmentModule):
         self.reference_fingerprint = ""
         self.cache: ReferenceCache | None = None
         self._cache_error = torch.zeros(())
+        self._agreed = False  # once seen to start as the reference, the policy may leave it
         if self.loss.uses_reference:
             self._take_reference(reference_cache, reference_checks)
         elif reference_cache is not None:
@@ -89,9 +96,7 @@ class DPOModule(AlignmentModule):
             {name: p for name, p in self.reference.named_parameters() if name in trained}
         )
         if cache is not None:
-            dtype = str(self.reference.dtype).removeprefix("torch.")
-            name = f"{self.base_fingerprint}-{self.reference_fingerprint}-{dtype}"
-            self.cache = ReferenceCache(Path(cache), name, checks)
+            self.cache = ReferenceCache(Path(cache), self._reference_name(), checks)
         # DDP synchronises parameters and buffers by name; the reference never changes.
         self._ddp_params_and_buffers_to_ignore = [
             f"reference.{name}" for name in self.reference.state_dict(keep_vars=True)
@@ -150,6 +155,13 @@ class DPOModule(AlignmentModule):
             sums_R = response_sums(score(self.reference, batch), batch)
         return sums_R.clone()  # out here an ordinary tensor, which a loss may keep for its gradient
 
+    def setup(self, stage: str) -> None:
+        """Keep cached log-probs apart by the dtype that the trainer's precision computes in."""
+        super().setup(stage)
+        if self.cache is not None and self.cache.home.name != self._reference_name():
+            cache = self.cache
+            self.cache = ReferenceCache(cache.home.parent, self._reference_name(), cache.checks)
+
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Look the batch up in the cache while it is still on the CPU."""
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
@@ -160,7 +172,7 @@ class DPOModule(AlignmentModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.cache is not None and self.global_step % max(every, 1) == 0:
             self._log("ref/cache_abs_err", self._cache_error)
-            tolerance = CACHE_TOLERANCE[self.model.dtype]
+            tolerance = CACHE_TOLERANCE[computed_in(self._trainer, self.model.dtype)]
             refuse_error(self._cache_error.item(), tolerance, self.cache.home)
             self._cache_error = torch.zeros(())
 
@@ -192,6 +204,14 @@ class DPOModule(AlignmentModule):
         """Return the base's stamp with the reference's fingerprint."""
         return {**super().checkpoint_stamp(), "reference_fingerprint": self.reference_fingerprint}
 
+    def _reference_name(self) -> str:
+        stored = self.model.dtype
+        computed = computed_in(self._trainer, stored)
+        # Weights that autocast rounds on the way are not those of a base stored so.
+        dtypes = [stored] if computed == stored else [stored, computed]
+        dtype = "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"{self.base_fingerprint}-{self.reference_fingerprint}-{dtype}"
+
     def _metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
         with torch.no_grad():
             chosen_B, rejected_B = self.loss.rewards(policy, reference)
@@ -208,6 +228,7 @@ class DPOModule(AlignmentModule):
         trainer = self._trainer
         return bool(
             self.training
+            and not self._agreed
             and trainer is not None
             and trainer.global_step == 0
             and trainer.fit_loop.epoch_loop.batch_progress.current.ready == 1
@@ -236,6 +257,7 @@ class DPOModule(AlignmentModule):
                 "rewards would not start at 0; the policy was changed after the reference was "
                 "copied, or its forward pass is not deterministic"
             )
+        self._agreed = True
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

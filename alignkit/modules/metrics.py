@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,14 @@ class WeightedMean(Metric):
 
     def update(self, total: Tensor, weight: float | Tensor) -> None:
         """Add a batch's sum and what it weighs."""
-        self.total += total.detach()
-        self.weight += weight
+        # Not in place: a state made under inference mode could not be changed outside of it.
+        self.total = self.total + total.detach()
+        self.weight = self.weight + weight
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> WeightedMean:
+        """Move as the module moves; its casts are none of a sum's business."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+        return self
 
     def compute(self) -> Tensor:
         """Return the mean, fp32; NaN when nothing was added."""

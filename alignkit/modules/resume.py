@@ -88,7 +88,10 @@ def merge(
         *_changes("", before.get("run", {}), now["run"]),
     ]
     checkpoint["optimizer_states"] = [_fitted(optimizer, saved, before, now)]
-    _move_schedule(checkpoint, trainer)
+    if trainer.lr_scheduler_configs:
+        _move_schedule(checkpoint, trainer)
+    else:
+        _keep_rates(checkpoint["optimizer_states"][0]["param_groups"], saved["param_groups"])
     if changes and trainer.is_global_zero:
         log.info("resuming with changed settings: %s", "; ".join(changes))
 
@@ -202,6 +205,17 @@ def _fitted(
         "state": {n: state[m] for n, m in number_of.items() if m in state},
         "param_groups": fresh["param_groups"],
     }
+
+
+def _keep_rates(
+    groups: Sequence[MutableMapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> None:
+    """Take over the rates of an averager that has put its own schedule in the place of the run's.
+
+    Lightning's SWA does, and takes the run's away before it is resumed.
+    """
+    for group, before in zip(groups, saved, strict=False):
+        group.update({k: before[k] for k in ("lr", "initial_lr", "swa_lr") if k in before})
 
 
 def _move_schedule(checkpoint: MutableMapping[str, Any], trainer: Trainer) -> None:

@@ -19,7 +19,9 @@ from alignkit.engine import PackedBatch
 from alignkit.modules.metrics import EpochMetrics, EpochSums
 from alignkit.modules.nonfinite import OnNonFinite, StepGuard
 from alignkit.modules.position import Position
+from alignkit.modules.tuning import mean_with_gradient_of_sum
 from alignkit.modules.window import LossOutput, Window, scale_gradients
+from alignkit.precision import unscale
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +67,13 @@ class ExactSteps(LightningModule):
             self.window.clear()
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        """Return the *sum* loss; `on_before_optimizer_step` makes the mean exact."""
+        """Return the batch's mean loss with the gradient of its *sum*.
+
+        `on_before_optimizer_step` makes the window's mean exact.
+        """
         output = self.compute_loss(batch)
         self.window.add(output, batch, batch_idx)
-        return output.loss_sum
+        return mean_with_gradient_of_sum(output.loss_sum, output.weight)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add the batch to the epoch's means; no collective runs inside a step."""
@@ -85,6 +90,7 @@ class ExactSteps(LightningModule):
 
         A step that is not finite is stopped or left out here: its gradients are gone.
         """
+        unscale(self.trainer, optimizer)
         totals = self.window.close(self._sum_over_ranks)
         # Undo Lightning's division by the window and DDP's by the ranks.
         constant = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -113,16 +119,13 @@ class ExactSteps(LightningModule):
         """Clip the gradient.
 
         Under mixed precision Lightning refuses to clip for a fused optimizer, which unscales
-        inside its step; only 16-mixed has a scaler, so everything else clips here.
+        inside its step; here gradients are unscaled by now.
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and scaler is None:
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._norm)
-        else:
-            super().configure_gradient_clipping(
-                optimizer, gradient_clip_val, gradient_clip_algorithm
-            )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and only then count the window as done."""

@@ -1,0 +1,237 @@
+"""Lightning's callbacks beside our modules: what some need to be right, and which are refused."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    DeviceStatsMonitor,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    SpikeDetection,
+    ThroughputMonitor,
+    WeightAveraging,
+)
+
+from alignkit.errors import AlignkitError
+from alignkit.modules.averaging import (
+    AVERAGED,
+    average_what_trains,
+    follow_device,
+    resume_average,
+)
+
+_TUNERS = (LearningRateFinder, BatchSizeFinder)
+_REFUSED: dict[type[Callback], str] = {
+    GradientAccumulationScheduler: (
+        "the data deals each optimizer step its batches when training starts; set "
+        "trainer.accumulate_grad_batches"
+    ),
+    BaseFinetuning: (
+        "a checkpoint holds what trains from the start, so nothing may be frozen or unfrozen "
+        "during a run; choose what trains with model.lora (layers, targets, modules_to_save)"
+    ),
+    ModelPruning: (
+        "it replaces parameters, which neither adapters nor checkpoints survive; prune the base "
+        "before training"
+    ),
+}
+_NEED_A_LOGGER = (LearningRateMonitor, DeviceStatsMonitor, ThroughputMonitor)
+# What `torch.load` builds without unpickling objects.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.Size)
+_PLAIN_TORCH = (torch.dtype, torch.device)
+
+
+def check_callbacks(trainer: Trainer, lora_plus: bool) -> None:
+    """Refuse a fit with callbacks that could not do what they are for.
+
+    Args:
+        trainer: About to fit; its callbacks are not set up yet.
+        lora_plus: Whether A and B of an adapter have learning rates of their own.
+
+    Raises:
+        AlignkitError: One line that names the callback and what to do instead.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        name = type(callback).__name__
+        for kind, reason in _REFUSED.items():
+            if isinstance(callback, kind):
+                raise AlignkitError(f"{name}: not supported: {reason}")
+        if isinstance(callback, _NEED_A_LOGGER) and not trainer.loggers:
+            raise AlignkitError(f"{name}: has no logger to write to; set trainer.logger or drop it")
+        if isinstance(callback, BatchSizeFinder) and callback._batch_arg_name == "batch_size":
+            raise AlignkitError(
+                f"{name}: a batch is as large as its tokens; give it batch_arg_name "
+                "'tokens_per_batch'"
+            )
+        if isinstance(callback, LearningRateFinder) and lora_plus:
+            raise AlignkitError(
+                f"{name}: tries one rate for every parameter; set model.lora_plus_ratio to 1"
+            )
+        if isinstance(callback, SpikeDetection):
+            # Lightning restores it under a name that it does not have.
+            callback.running = callback.running_mean  # type: ignore[attr-defined]
+    if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        for keeper in trainer.checkpoint_callbacks:
+            if isinstance(keeper, ModelCheckpoint) and keeper.save_weights_only:
+                raise AlignkitError(
+                    f"{type(keeper).__name__}: save_weights_only would leave the averaged weights "
+                    "out; set it to false"
+                )
+
+
+def searches_batch_size(trainer: Trainer) -> bool:
+    """Whether a trainer looks for a batch size first, and with it for a number of steps."""
+    return any(isinstance(c, BatchSizeFinder) for c in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def attend(trainer: Trainer, module: LightningModule) -> None:
+    """Set callbacks right, once they are set up, and put a `Companion` before them."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        average_what_trains(callback, module)
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if hasattr(data, "sized"):
+        data.sized = not searches_batch_size(trainer)
+    if not any(isinstance(callback, Companion) for callback in callbacks):
+        callbacks.insert(0, Companion())
+
+
+class Companion(Callback):
+    """Runs before every other callback, for what must happen before theirs."""
+
+    def __init__(self) -> None:
+        self._begun: int | None = None
+        self._logged: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what other callbacks may monitor: a file is written before they have looked."""
+        return {"logged": self._logged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was logged before a checkpoint was written."""
+        self._logged = state_dict["logged"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show callbacks what a resumed run had logged.
+
+        Resumed between a validation and the end of its epoch, early stopping looks for it there.
+        """
+        device = pl_module.device
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value, device=device) for name, value in self._logged.items()}
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the epoch."""
+        self._begun = trainer.current_epoch
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin an epoch for SWA where Lightning has not, as it leaves out in a resumed run.
+
+        Between two epochs the second one's weights would not be added to the average; within one
+        SWA's schedule would not go on.
+        """
+        if self._begun != trainer.current_epoch:
+            self._begun = trainer.current_epoch
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                resume_average(callback, trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let averages follow the module, and refuse to tune a run that is resumed.
+
+        Raises:
+            AlignkitError: A tuner would restore its own start over the resumed state.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            follow_device(callback, pl_module)
+            if isinstance(callback, _TUNERS) and getattr(pl_module, "resumes", False):
+                raise AlignkitError(
+                    f"{type(callback).__name__}: a resumed run keeps what it began with; drop it, "
+                    "or start anew with model.init_from"
+                )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what was logged, and refuse a monitor of a metric that validation does not have.
+
+        Raises:
+            AlignkitError: One line with the metrics there are.
+        """
+        logged = trainer.callback_metrics
+        if trainer.state.fn != "fit" or not logged:
+            return
+        if not trainer.sanity_checking:
+            self._logged = {name: value.item() for name, value in logged.items()}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if isinstance(monitor, str) and monitor.startswith("val") and monitor not in logged:
+                known = ", ".join(sorted(name for name in logged if name.startswith("val")))
+                raise AlignkitError(
+                    f"{type(callback).__name__}: monitor {monitor!r} is no metric of this "
+                    f"validation; give one of {known}"
+                )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last files before averages take the place of the weights that train.
+
+        A run that goes on from them goes on from its own weights.
+        """
+        if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            for keeper in trainer.checkpoint_callbacks:
+                keeper.on_train_end(trainer, pl_module)
+            pl_module.__dict__[AVERAGED] = True
+
+
+def refuse_averaged(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse to go on from weights that an average has replaced when its run ended.
+
+    Raises:
+        AlignkitError: They are such; the optimizer's state belongs to others.
+    """
+    if checkpoint.get(AVERAGED):
+        raise AlignkitError(
+            "ckpt_path: holds the average that a run ended with, which its optimizer never saw; "
+            "pass it as model.init_from, or resume from a checkpoint before the end"
+        )
+
+
+def keep_plain(states: dict[str, Any]) -> None:
+    """Make callbacks' states loadable without unpickling: paths become strings.
+
+    Args:
+        states: A checkpoint's ``callbacks``; changed in place.
+
+    Raises:
+        AlignkitError: A callback keeps an object, which no checkpoint of ours may hold.
+    """
+    for name, state in states.items():
+        states[name] = _plain(state, name)
+
+
+def _plain(value: Any, callback: str) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) in (dict, OrderedDict):
+        items: Mapping[Any, Any] = value
+        return type(value)((_plain(k, callback), _plain(v, callback)) for k, v in items.items())
+    if type(value) in (list, tuple, set):
+        return type(value)(_plain(each, callback) for each in value)
+    if isinstance(value, _PLAIN_TORCH) or type(value) in (*_PLAIN, torch.nn.Parameter):
+        return value
+    raise AlignkitError(
+        f"{callback}: keeps a {type(value).__name__} in its state, which a checkpoint that loads "
+        "without unpickling cannot hold; drop the callback"
+    )
