@@ -11,7 +11,9 @@ from argparse import Action
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse.typing import register_type
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -196,6 +198,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     _quiet_logs()
     set_parsing_settings(add_print_completion_argument=True)
+    register_type(torch.device)  # a default of Lightning's callbacks that config.yaml has to hold
     arguments = list(sys.argv[1:] if args is None else args)
     if "--debug" in arguments:  # by the environment it reaches the other ranks as well
         arguments.remove("--debug")

@@ -104,7 +104,8 @@ def test_tuners_run_by_name(fit: Callable[..., tuple[int, str, str]]) -> None:
     )  # fmt: skip
     status, _, err = fit(*finder)
     assert status == 0, err
-    assert "tokens_per_batch=800" in str(read_checkpoint("kept/last.ckpt"))
+    plan = read_checkpoint("kept/last.ckpt")["HHPreferenceDataModule"]["plan"]
+    assert plan["tokens_per_batch"] == 800
     status, _, err = fit(*added("LearningRateFinder", num_training_steps=4))
     assert status == 0, err
 
