@@ -14,10 +14,10 @@ import argparse
 import json
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write the results to this file")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # no threads that a forked process would miss
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(options, Path(scratch))
     print(json.dumps({key: value for key, value in found.items() if key != "kills"}, indent=1))
@@ -101,18 +100,19 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def kill(stock: bool, scratch: Path, temporary: Path, draw: random.Random) -> dict[str, Any]:
     """Start a run, kill it, and read all that it leaves."""
     before = set(scratch.glob("runs/run/version_*"))
-    process = os.fork()  # what was imported is paid for once
-    if process == 0:
-        run(stock, scratch, temporary)
+    # Not forked: PyTorch's threads of this process are none of a child's.
+    process = get_context("spawn").Process(target=run, args=(stock, scratch, temporary))
+    process.start()
     deadline = time.monotonic() + _PATIENCE_S
     while not (fresh := {p.parent for p in scratch.glob("runs/run/*/last.ckpt")} - before):
-        if time.monotonic() > deadline or os.waitpid(process, os.WNOHANG)[0]:
+        if time.monotonic() > deadline or not process.is_alive():
+            process.kill()
             raise AlignkitError(f"the run saved nothing: {(scratch / 'log').read_text()[-2000:]}")
         time.sleep(0.01)
     after = draw.uniform(0, _WINDOW_S)
     time.sleep(after)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
+    process.kill()  # SIGKILL
+    process.join()
     (folder,) = fresh
     files = list(folder.glob("*.ckpt"))
     lost = [path.name for path in files if not is_whole(path)]

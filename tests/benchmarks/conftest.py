@@ -57,8 +57,11 @@ def run_script(
     """``run_script(name, *flags)``: the exit code and what ``--json`` wrote."""
 
     def run(name: str, *flags: str) -> tuple[int, dict[str, Any]]:
+        import sidebyside.flops
         import sidebyside.runner
 
+        # A ceiling of any size will do; the real one takes minutes without bf16 instructions.
+        monkeypatch.setattr(sidebyside.flops, "_CEILING_SIZE", 256)
         monkeypatch.setattr(sidebyside.runner.subprocess, "Popen", ThreadedProcess)
         numbers = tmp_path / "numbers.json"
         monkeypatch.setattr(sys, "argv", [name, *flags, "--json", str(numbers)])
