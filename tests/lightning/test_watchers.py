@@ -161,7 +161,7 @@ def test_watchers_see_the_mean_loss(run: Callable[..., Run], plain: Run) -> None
 def test_a_spike_stops_the_run(run: Callable[..., Run]) -> None:
     watched = run(
         callbacks=[SpikeDetection(rtol=0.5, warmup=2)],
-        module={"optimizer": lambda p: torch.optim.SGD(p, lr=3e3), "loss": DPO(beta=5.0)},
+        module={"optimizer": lambda p: torch.optim.SGD(p, lr=3e2), "loss": DPO(beta=5.0)},
     )
     with pytest.raises(RuntimeError, match="Training spike detected in batch 2"):
         watched.fit()
