@@ -30,9 +30,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as hf_logging
 
+from alignkit.bars import without_bars
 from alignkit.errors import AlignkitError
+from alignkit.finite import first_nonfinite
 from alignkit.models_fingerprint import base_fingerprint
 from alignkit.models_lean import lean_modules
 
@@ -82,10 +83,13 @@ def load_model(
         The model, its modules lightened by `lean_modules`.
 
     Raises:
-        AlignkitError: ``base`` cannot be found or read, lacks weights, or lacks some of them.
+        AlignkitError: ``base`` cannot be found or read, lacks weights or some of them, or holds
+            NaN or infinity.
     """
     location, options = _locate(base, "base")
-    with _one_line("base", base, _ADVICE), _quiet(base):
+    # Reading a local file takes seconds; a download keeps its bars.
+    local = Path(base).expanduser().exists()
+    with _one_line("base", base, _ADVICE), without_bars(local):
         config = AutoConfig.from_pretrained(location, trust_remote_code=False, **options)
         if random_init:
             model = _CausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -102,6 +106,7 @@ def load_model(
                 **options,
             )
             _check_complete(base, sorted(info["missing_keys"]))
+            _check_finite(base, model)
     lean_modules(model)
     model.eval()
     return model  # type: ignore[no-any-return]
@@ -223,20 +228,15 @@ def _check_complete(base: str, missing: list[str]) -> None:
         )
 
 
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Show no progress over a local file, which takes seconds; a download keeps its bars.
-
-    Inside a notebook, a bar of tqdm under a live display of rich recurses without end.
-    """
-    silenced = Path(name).expanduser().exists() and hf_logging.is_progress_bar_enabled()
-    if silenced:
-        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if silenced:
-            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+def _check_finite(base: str, model: PreTrainedModel) -> None:
+    """Refuse weights that are no numbers, or none in the dtype they were loaded in."""
+    name = first_nonfinite(model.named_parameters())
+    if name is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise AlignkitError(
+            f"base '{base}': {name} holds NaN or infinity in {dtype}; download or save the model "
+            "again, or load it in float32"
+        )
 
 
 @contextmanager

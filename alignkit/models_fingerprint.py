@@ -1,75 +1,93 @@
-"""A cheap, content-based name for a frozen base model."""
+"""A content-based name for a frozen base model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+import xxhash
+from torch import Tensor
 from transformers import PreTrainedModel
 
-_SAMPLES = 4096
-# What changes a model's function without changing the name or shape of a parameter.
-_CONFIG_KEYS = (
-    "model_type",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "n_head",
-    "rotary_pct",
-    "rope_theta",
-)
+from alignkit.lora.adapter import plain_modules
+from alignkit.models_settings import function_settings, setting_defaults
+
+_CHUNK = 2**20
+# With the fingerprint's version: what another version computes cannot be compared.
+_HEADER_KEY = "alignkit_base_2"
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """What a base model is.
+
+    Attributes:
+        fingerprint: See `base_fingerprint`.
+        settings: See `function_settings`; part of the fingerprint, and kept to say what differs.
+        defaults: See `setting_defaults`.
+    """
+
+    fingerprint: str
+    settings: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+    def header(self) -> dict[str, str]:
+        """Return what an adapter file's header says of its base."""
+        return {_HEADER_KEY: self.fingerprint}
+
+    def is_named_in(self, header: Mapping[str, str]) -> bool:
+        """Return whether a header names this base, or none: PEFT's own files do not."""
+        return header.get(_HEADER_KEY, self.fingerprint) == self.fingerprint
+
+
+def base_identity(model: PreTrainedModel) -> BaseIdentity:
+    """Return the identity of a base, adapters injected or not."""
+    settings, defaults = function_settings(model.config), setting_defaults(model.config)
+    return BaseIdentity(base_fingerprint(model), settings, defaults)
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
-    """Return 32 hex digits that name the base's architecture and weights.
+    """Return 32 hex digits that name the function a base model computes.
 
-    Adapters and checkpoints carry it, so that one is never put on another base. Every parameter
-    contributes its name, its shape, an exact checksum of all its values and the values
-    themselves at up to 4,096 evenly spaced places. Values are rounded to bfloat16 first, so a
-    checkpoint stored in bfloat16 or float32 has one fingerprint whether it is loaded in
-    bfloat16 or float32. Loading in float16 rounds differently and gives another.
+    Adapters, checkpoints and cached log-probs carry it, so that none is ever put on another base.
+    It is a hash of the config's `function_settings`, and of the name, shape and every value of each
+    parameter and persistent buffer. Numbers are rounded to bfloat16 first, so that a checkpoint
+    stored in bfloat16 or float32 has one fingerprint whether it is loaded in bfloat16 or float32;
+    loading in float16 rounds differently and gives another. Adapters are left out, so injecting
+    them changes nothing; merging them into the weights does.
 
-    LoRA parameters (``lora_*``) and the infix of a wrapped layer (``.base.``) are left out, so
-    injecting adapters changes nothing; merging them into the weights does.
-
-    What it does not see: a change below bfloat16's 8 bits, and an edit that permutes values
-    between the sampled places or changes them by amounts that cancel in the sum. It guards
-    against mistakes, not against a forger.
+    What it does not see: a change below bfloat16's 8 bits. It guards against mistakes, not against
+    a forger.
 
     Args:
         model: The base, adapters injected or not.
-
-    Returns:
-        The first 32 hex digits of a SHA-256.
     """
-    digest = hashlib.sha256()
-    digest.update(json.dumps(_architecture(model)).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        parts = name.split(".")
-        if any(part.startswith("lora_") for part in parts):
-            continue
-        plain_name = ".".join(part for part in parts if part != "base")
-        values = parameter.detach().to(torch.bfloat16).flatten()
-        sample = values[:: max(1, values.numel() // _SAMPLES)].view(torch.int16)
-        digest.update(f"{plain_name}{tuple(parameter.shape)}{_checksum(values)}".encode())
-        digest.update(sample.cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    digest = xxhash.xxh3_128()
+    digest.update(json.dumps(function_settings(model.config), sort_keys=True).encode())
+    for name, tensor in sorted(_base_tensors(model), key=lambda pair: pair[0]):
+        values = tensor.detach()
+        kind = "" if values.is_floating_point() else values.dtype
+        digest.update(f"\n{name} {tuple(values.shape)} {kind}".encode())
+        for chunk in torch.split(values.reshape(-1), _CHUNK):
+            if chunk.is_floating_point():
+                chunk = chunk.to(torch.bfloat16)
+            digest.update(chunk.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def _architecture(model: PreTrainedModel) -> dict[str, object]:
-    rope = getattr(model.config, "rope_parameters", None) or {}
-    found = {key: getattr(model.config, key, rope.get(key)) for key in _CONFIG_KEYS}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _checksum(values: Tensor) -> int:
-    """Sum bf16 bit patterns, four to an int64, modulo 2⁶⁴.
-
-    Integer sums do not depend on the order, so threads and devices agree.
-
-    Args:
-        values: [n] bfloat16, contiguous.
-    """
-    words = nn.functional.pad(values, (0, -values.numel() % 4)).view(torch.int64)
-    return int(words.sum())
+def _base_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and persistent buffers by their names without adapters, shared ones once."""
+    seen: set[int] = set()
+    for path, module in plain_modules(model).items():
+        kept = [
+            (name, buffer)
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        ]
+        for name, tensor in (*module.named_parameters(recurse=False), *kept):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield f"{path}.{name}" if path else name, tensor

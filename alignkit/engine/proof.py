@@ -145,6 +145,11 @@ def _compare(model: PreTrainedModel, score: Score, examples: list[Example]) -> N
         with in_fp32(model, device):
             packed = score(model, batch)
             truth, spread = _plain_scores(model, examples, device)
+        if not truth.isfinite().all():
+            raise AlignkitError(
+                f"model: {type(model).__name__} itself scores NaN or infinity, although its "
+                "weights are numbers: they are damaged or too large; use another base or start"
+            )
         difference = (packed - truth).abs().max().item()
         if not difference <= TOLERANCE * spread:
             raise _refusal(

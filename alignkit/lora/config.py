@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from alignkit.errors import AlignkitError
+from alignkit.lora.regex import Pattern, compiled
 
 Init = Literal["gaussian", "kaiming", "pissa", "olora", "orthogonal"]
 BiasMode = Literal["none", "all", "lora_only"]
@@ -126,6 +127,7 @@ class LoRAConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 compiled(pattern, f"LoRAConfig.{name}")
+                _ending(pattern, f"LoRAConfig.{name}")
         if not self.targets and not self.modules_to_save:
             raise AlignkitError("LoRAConfig.targets is empty; name the modules to adapt")
 
@@ -145,20 +147,13 @@ def strings(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """Compile a regular expression, or say in one line why it does not compile."""
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise AlignkitError(f"{where}: {pattern!r} is no regular expression: {error}") from None
-
-
 def first_match(patterns: Mapping[str, Any], path: str) -> str | None:
     """Return the first pattern that matches the end of ``path`` at a dot, PEFT's rule."""
-    for pattern in patterns:
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return pattern
-    return None
+    return next((p for p in patterns if _ending(p, "LoRAConfig").fullmatch(path)), None)
+
+
+def _ending(pattern: str, where: str) -> Pattern:
+    return compiled(rf"(.*\.)?({pattern})$", where)
 
 
 def _layers(value: Any) -> tuple[int, ...] | None:
@@ -168,7 +163,7 @@ def _layers(value: Any) -> tuple[int, ...] | None:
         return tuple(sorted({int(index) for index in value}))
     indices: set[int] = set()
     for part in value.split(","):
-        bounds = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        bounds = re.fullmatch(r"\s*(\d{1,5})\s*(?:-\s*(\d{1,5})\s*)?", part)
         if bounds is None or (bounds[2] is not None and int(bounds[2]) < int(bounds[1])):
             raise AlignkitError(f"LoRAConfig.layers is {value!r}; write ranges such as '0-5,8'")
         indices.update(range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1))

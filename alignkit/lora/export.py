@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from alignkit.bars import without_bars
 from alignkit.errors import AlignkitError
+from alignkit.finite import first_nonfinite
 from alignkit.lora.files import CONFIG_FILE
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.io import save_adapter, save_adapter_file
 from alignkit.lora.merge import merged_plain
+from alignkit.lora.state import refuse_differences
 from alignkit.models_dropout import own_dropout
 
 Format = Literal["peft", "merged", "safetensors"]
@@ -37,6 +46,7 @@ def export(
     base: str | None = None,
     plain: bool = False,
     tokenizer: Saveable | None = None,
+    header: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write a model in a form that needs no alignkit to be read.
 
@@ -54,21 +64,23 @@ def export(
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank, for readers such
             as vLLM that take every adapter for ordinary.
         tokenizer: Saved beside a merged model.
+        header: Further entries of an adapter file's header.
 
     Returns:
         The directory.
 
     Raises:
-        AlignkitError: An unknown format, a model without adapters, or an option that the format
-            cannot express.
+        AlignkitError: An unknown format, a model without adapters, an option that the format
+            cannot express, numbers that are not finite, or a reader that would not find all.
     """
     directory = Path(directory)
     if to not in get_args(Format):
         raise AlignkitError(f"export: to is {to!r}; choose one of {', '.join(get_args(Format))}")
     if to == "peft":
-        return save_adapter(model, directory, name=name, base=base, plain=plain)
+        return save_adapter(model, directory, name=name, base=base, plain=plain, header=header)
     if to == "safetensors":
-        return save_adapter_file(model, directory / ADAPTER_FILE, name=name, base=base, plain=plain)
+        place = directory / ADAPTER_FILE
+        return save_adapter_file(model, place, name=name, base=base, plain=plain, header=header)
     if not isinstance(model, PreTrainedModel):
         raise AlignkitError(
             f"export: {type(model).__name__} is no transformers model; 'merged' writes those only"
@@ -78,14 +90,53 @@ def export(
             f"export: {directory} holds an adapter, which transformers would add to the merged "
             "model; choose another directory"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    with own_dropout(model):
-        if adapter_configs(model):
-            with merged_plain(model):
-                # The class's own: a model with adapters refuses (see `inject_lora`).
-                type(model).save_pretrained(model, directory)
-        else:
-            model.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(directory))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place first: what does not read back is never there.
+    with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as written:
+        with own_dropout(model), merged_plain(model) if adapter_configs(model) else nullcontext():
+            _write_model(model, written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        directory.mkdir(exist_ok=True)
+        for file in sorted(Path(written).iterdir()):
+            shutil.move(file, directory / file.name)
     return directory
+
+
+def _write_model(model: PreTrainedModel, directory: str) -> None:
+    """Write a plain model, and see that transformers finds every parameter again."""
+    bad = first_nonfinite(model.named_parameters())
+    if bad is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise AlignkitError(
+            f"export: {bad} holds NaN or infinity once merged, in {dtype}; use an earlier "
+            "checkpoint, or another dtype"
+        )
+    with without_bars():
+        # The class's own: a model that had adapters refuses (see `inject_lora`).
+        type(model).save_pretrained(model, directory)
+        _refuse_losses(model, directory)
+
+
+def _refuse_losses(model: PreTrainedModel, directory: str) -> None:
+    # Reads names and shapes alone where accelerate is there to say so.
+    on = {"device_map": "meta"} if importlib.util.find_spec("accelerate") else {}
+    kind: Any = type(model)
+    try:
+        again, info = kind.from_pretrained(
+            directory, dtype=model.dtype, output_loading_info=True, use_safetensors=True, **on
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AlignkitError(f"export: transformers cannot read it back: {reason}") from error
+    lost = [str(name) for names in info.values() for name in names]
+    if lost:
+        raise AlignkitError(
+            f"export: transformers reads it back without {len(lost)} of its parameters, such as "
+            f"{lost[0]}; export --to peft instead"
+        )
+    refuse_differences(
+        dict(again.named_parameters()),
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        "export: what transformers reads back",
+    )

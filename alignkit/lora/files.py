@@ -22,10 +22,19 @@ CONFIG_KEY = "adapter_config"
 
 
 class AdapterFiles(NamedTuple):
-    """What a directory or file holds: PEFT's config, the tensors, and their names for messages."""
+    """What a directory or file holds.
+
+    Attributes:
+        config: PEFT's settings.
+        tensors: By PEFT's names, on the CPU.
+        header: Of the tensors' file.
+        config_path: Where the settings are, for messages.
+        tensors_path: Where the tensors are, for messages.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+    header: dict[str, str]
     config_path: str
     tensors_path: str
 
@@ -41,10 +50,11 @@ def read_adapter(path: Path) -> AdapterFiles:
         if CONFIG_KEY not in header:
             raise AlignkitError(f"{path}: its header holds no adapter config; give its directory")
         where = f"{path} (header)"
-        return AdapterFiles(_parse(header[CONFIG_KEY], where), tensors, where, str(path))
+        return AdapterFiles(_parse(header[CONFIG_KEY], where), tensors, header, where, str(path))
     config_path, tensors_path = _inside(path, CONFIG_FILE), _inside(path, WEIGHTS_FILE)
     config = _parse(config_path.read_bytes(), str(config_path))
-    return AdapterFiles(config, read_tensors(tensors_path)[0], str(config_path), str(tensors_path))
+    tensors, header = read_tensors(tensors_path)
+    return AdapterFiles(config, tensors, header, str(config_path), str(tensors_path))
 
 
 def _parse(text: str | bytes, path: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from alignkit.lora.adapter import (
 )
 from alignkit.lora.config import LoRAConfig
 from alignkit.lora.layer import LoRAEmbedding, LoRALinear
-from alignkit.lora.targets import resolve, saved_modules
+from alignkit.lora.targets import resolve, saved_modules, shared_weight
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,7 +80,7 @@ def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "def
     model.alignkit_adapters = {**adapter_configs(model), name: config}  # type: ignore[assignment]
     if isinstance(model, PreTrainedModel):
         model.save_pretrained = _refuse_to_save  # type: ignore[method-assign]
-        if config.untie:
+        if shared_weight(modules, list(made)) is not None:
             model.config.tie_word_embeddings = False
     set_adapter(model, name)
     return model

@@ -9,19 +9,22 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError
 from alignkit.files import write_atomically
+from alignkit.finite import first_nonfinite
 from alignkit.lora.adapter import adapter_layers, plain_modules
 from alignkit.lora.config import LoRAConfig
 from alignkit.lora.files import (
     CONFIG_FILE,
     CONFIG_KEY,
     WEIGHTS_FILE,
+    AdapterFiles,
     read_adapter,
     write_tensors,
 )
@@ -38,12 +41,14 @@ from alignkit.lora.peft_format import (
     PREFIX,
     config_from_peft,
     config_to_peft,
+    low_rank_paths,
     peft_shapes,
     peft_tensors,
     saved_names,
 )
+from alignkit.lora.peft_reader import refuse_rewritten
 from alignkit.lora.state import refuse_differences
-from alignkit.lora.targets import pruned, resolve
+from alignkit.lora.targets import pruned, resolve, saved_modules, shared_weight
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +62,7 @@ def save_adapter(
     name: str | None = None,
     base: str | None = None,
     plain: bool = False,
+    header: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write one adapter as PEFT does, for PEFT and whatever else reads its format.
 
@@ -67,17 +73,22 @@ def save_adapter(
         base: Where the base model is found, recorded for readers; by default what the model says.
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank,
             ``[A A₀] [B; -B₀]`` (PiSSA's appendix C), for readers that know no such starts.
+        header: Further entries of the tensor file's header, which readers ignore.
 
     Returns:
         The directory.
 
     Raises:
-        AlignkitError: No such adapter, or an option PEFT has no equal for; nothing is written.
+        AlignkitError: No such adapter, one that PEFT would not read as it is, or one that holds
+            NaN or infinity; nothing is written.
     """
+    name = require_adapter(model, name)
     config, tensors = _to_peft(model, name, base, plain)
+    refuse_rewritten(model, low_rank_paths(model, name))
     directory = Path(directory)
-    write_tensors(directory / WEIGHTS_FILE, tensors, {})
+    write_tensors(directory / WEIGHTS_FILE, tensors, header)
     write_atomically(directory / CONFIG_FILE, json.dumps(config, indent=2))
+    _fitting(model, read_adapter(directory), untie=True)
     return directory
 
 
@@ -88,6 +99,7 @@ def save_adapter_file(
     name: str | None = None,
     base: str | None = None,
     plain: bool = False,
+    header: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write one adapter as a single safetensors file, its config as JSON in the header.
 
@@ -95,7 +107,8 @@ def save_adapter_file(
     """
     config, tensors = _to_peft(model, name, base, plain)
     path = Path(path)
-    write_tensors(path, tensors, {CONFIG_KEY: json.dumps(config)})
+    write_tensors(path, tensors, {CONFIG_KEY: json.dumps(config), **header})
+    _fitting(model, read_adapter(path), untie=True)
     return path
 
 
@@ -109,6 +122,9 @@ def _to_peft(
         key: (tensor.t() if matrix else tensor).contiguous().cpu()
         for key, (tensor, matrix) in peft_tensors(model, name, plain).items()
     }
+    bad = first_nonfinite(tensors.items())
+    if bad is not None:
+        raise AlignkitError(f"export: {bad} holds NaN or infinity; use an earlier checkpoint")
     return raw, tensors
 
 
@@ -130,7 +146,7 @@ def load_adapter(
         path: The directory that `save_adapter` or PEFT wrote, or `save_adapter_file`'s file.
         name: What to call the adapter here.
         trainable: Whether it goes on training.
-        untie: As `LoRAConfig.untie`, for an adapter on one side of tied embeddings.
+        untie: Allow an adapter on one side of tied embeddings, as `LoRAConfig.untie`.
 
     Returns:
         The model itself.
@@ -140,19 +156,11 @@ def load_adapter(
             LoRA; tensors missing, unexpected, of another shape or base. The model is unchanged.
     """
     files = read_adapter(Path(path))
-    where = files.tensors_path
-    config = config_from_peft(files.config, files.config_path)
-    saved = saved_names(model, config.modules_to_save, to_peft=False)
-    config = dataclasses.replace(config, untie=untie, modules_to_save=saved)
     refuse_merged(adapter_layers(model))
-    config = pruned(model, config)
-    targets = resolve(model, config)
-    expected = peft_shapes(model, config, targets, trained_parameters(model, config, targets))
-    given = _without_base(model, files.tensors, expected, where)
-    refuse_differences(given, expected, where)
-    _warn_of_other_base(model, files.config, where)
+    config, targets, expected, given = _fitting(model, files, untie)
+    _warn_of_other_base(model, files.config, files.tensors_path)
     if name in adapter_configs(model):
-        _refuse_other_build(model, name, targets, expected, where)
+        _refuse_other_build(model, name, targets, expected, files.tensors_path)
     else:
         inject_lora(model, config, name)
     with torch.no_grad():
@@ -160,6 +168,51 @@ def load_adapter(
             tensor.copy_(given[key].t() if matrix else given[key])
     set_adapter(model, name, trainable)
     return model
+
+
+def adapter_config(
+    model: nn.Module, path: str | os.PathLike[str], *, untie: bool = False
+) -> LoRAConfig:
+    """Return the config that `load_adapter` would give a model from a directory or file.
+
+    Raises:
+        AlignkitError: As `load_adapter`, for what concerns the settings alone.
+    """
+    return _config_on(model, read_adapter(Path(path)), untie)
+
+
+class Fitting(NamedTuple):
+    """An adapter that fits a model: its config, its modules, and its tensors' shapes and values."""
+
+    config: LoRAConfig
+    targets: dict[str, LoRAConfig]
+    expected: dict[str, tuple[int, ...]]
+    given: dict[str, Tensor]
+
+
+def _fitting(model: nn.Module, files: AdapterFiles, untie: bool) -> Fitting:
+    """Return what an adapter's files mean on a model, whose config and tensors must agree."""
+    config = _config_on(model, files, untie)
+    targets = resolve(model, config)
+    expected = peft_shapes(model, config, targets, trained_parameters(model, config, targets))
+    given = _without_base(model, files.tensors, expected, files.tensors_path)
+    refuse_differences(given, expected, files.tensors_path)
+    return Fitting(config, targets, expected, given)
+
+
+def _config_on(model: nn.Module, files: AdapterFiles, untie: bool) -> LoRAConfig:
+    """Read PEFT's settings as ours on a model: without what matches nothing, and untied if so."""
+    config = config_from_peft(files.config, files.config_path)
+    saved = saved_names(model, config.modules_to_save, to_peft=False)
+    config = pruned(model, dataclasses.replace(config, untie=untie, modules_to_save=saved))
+    touched = [*resolve(model, config), *saved_modules(model, config)]
+    tied = shared_weight(plain_modules(model), touched)
+    if tied is not None and files.config.get("ensure_weight_tying"):
+        raise AlignkitError(
+            f"{files.config_path}: ensure_weight_tying adapts {tied[0]} and {tied[1][0]} as one, "
+            "which alignkit cannot express; train one of them alone"
+        )
+    return dataclasses.replace(config, untie=tied is not None)
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -219,7 +272,7 @@ def _refuse_other_build(
     layers = adapter_layers(model)
     for path, theirs in targets.items():
         ours = layers[path].adapter(name).config
-        for field in ("scale", "dropout", "init"):
+        for field in ("scale", "init"):
             a, b = getattr(theirs, field), getattr(ours, field)
             if a != b and (field != "init" or {a, b} & set(SUBTRACTED)):
                 raise AlignkitError(

@@ -20,7 +20,8 @@ from alignkit.lora.adapter import FROZEN, adapter_layers, plain_modules
 from alignkit.lora.config import LoRAConfig, strings
 from alignkit.lora.init import SUBTRACTED
 from alignkit.lora.layer import LoRAEmbedding, LowRankLayer
-from alignkit.lora.targets import ADAPTABLE, ALL_LINEAR, is_regex, matches
+from alignkit.lora.peft_reader import is_read, ways_to_target
+from alignkit.lora.targets import ALL_LINEAR, is_regex
 
 PREFIX = "base_model.model."
 
@@ -43,11 +44,26 @@ _INIT_FROM_PEFT: dict[Any, Any] = {
     "eva": "kaiming",
     **{name: name for name in ("gaussian", "pissa", "olora", "orthogonal")},
 }
-# Fields of PEFT's LoraConfig that change the computation in a way alignkit has no equal for.
-_UNSUPPORTED = (
-    "alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication",
-    "lora_bias", "megatron_config", "monteclora_config", "target_parameters",
-    "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config",
+# Fields of PEFT's LoraConfig that `_read` takes over, and those that change no computation. Any
+# other that is set is refused: it may be a variant that alignkit does not know.
+_READ = frozenset(
+    {
+        "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora",
+        "use_dora", "init_lora_weights", "bias", "modules_to_save",
+    }
+)  # fmt: skip
+_WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type",
+        "peft_version", "runtime_config", "fan_in_fan_out",
+        # Of starts that leave the base alone, or are refused by `init_lora_weights` themselves.
+        "eva_config", "loftq_config", "corda_config", "lora_ga_config",
+        # Of variants that another field turns on.
+        "megatron_core", "qalora_group_size",
+        # Matters only where embeddings are tied: see `alignkit.lora.io`.
+        "ensure_weight_tying",
+    }
 )  # fmt: skip
 
 
@@ -102,6 +118,15 @@ def peft_shapes(
     return shapes
 
 
+def low_rank_paths(model: nn.Module, name: str) -> list[str]:
+    """Return the modules an adapter of a model changes by low rank."""
+    return [
+        path
+        for path, layer in adapter_layers(model).items()
+        if name in layer.adapters and isinstance(layer, LowRankLayer)
+    ]
+
+
 def config_to_peft(
     model: nn.Module, config: LoRAConfig, name: str, base: str | None, plain: bool = False
 ) -> dict[str, Any]:
@@ -117,13 +142,8 @@ def config_to_peft(
     Raises:
         AlignkitError: An option that PEFT has no equal for.
     """
-    layers_with = adapter_layers(model)
-    adapted = [
-        path
-        for path, layer in layers_with.items()
-        if name in layer.adapters and isinstance(layer, LowRankLayer)
-    ]
-    has_conv1d = any(isinstance(layers_with[path].base, Conv1D) for path in adapted)
+    adapted = low_rank_paths(model, name)
+    has_conv1d = any(isinstance(plain_modules(model)[path], Conv1D) for path in adapted)
     if plain:
         config = _plain(config)
     if config.init == "olora" and has_conv1d:
@@ -131,15 +151,7 @@ def config_to_peft(
             "export: PEFT cannot express init='olora' on Conv1D layers (its factors come out in "
             "the wrong shape); export with plain=True or merged"
         )
-    literal = not any(is_regex(t) or t == ALL_LINEAR for t in (*config.targets, *config.exclude))
-    if config.layers is not None:  # PEFT counts layers only where a block list has a parent
-        literal = literal and all(re.match(r".*?\.[^.]*\.\d+\.", path) for path in adapted)
-    layers: list[int] | None = list(config.layers or ()) or None  # type: ignore[arg-type]
-    if literal:
-        names, exclude = list(config.targets), list(config.exclude) or None
-    else:
-        names, exclude, layers = portable_targets(model, adapted), None, None
-    return {
+    raw = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "auto_mapping": None,
@@ -149,9 +161,6 @@ def config_to_peft(
         "r": config.r,
         "lora_alpha": _number(config.alpha),
         "lora_dropout": config.dropout,
-        "target_modules": names,
-        "exclude_modules": exclude,
-        "layers_to_transform": layers,
         "layers_pattern": None,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": {key: _number(value) for key, value in config.alpha_pattern.items()},
@@ -162,6 +171,14 @@ def config_to_peft(
         "init_lora_weights": _INIT_TO_PEFT.get(config.init, config.init),
         "modules_to_save": list(saved_names(model, config.modules_to_save, to_peft=True)) or None,
     }
+    own = {path: config.for_module(path) for path in adapted}
+    for targets in ways_to_target(model, config, adapted):
+        if is_read(model, {**raw, **targets}, own):
+            return {**raw, **targets}
+    raise AlignkitError(
+        f"export: no list of names tells PEFT to adapt just these {len(adapted)} modules at their "
+        "ranks; export --to merged"
+    )
 
 
 def config_from_peft(raw: Mapping[str, Any], where: str) -> LoRAConfig:
@@ -176,7 +193,7 @@ def config_from_peft(raw: Mapping[str, Any], where: str) -> LoRAConfig:
     """
     try:
         return _read(raw)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AlignkitError, AttributeError, TypeError, ValueError) as error:
         raise AlignkitError(f"{where}: {error}") from None
 
 
@@ -184,8 +201,8 @@ def _read(raw: Mapping[str, Any]) -> LoRAConfig:
     method = raw.get("peft_type")
     if method != "LORA":
         raise AlignkitError(f"peft_type is {method!r}; alignkit reads LORA adapters only")
-    for name in _UNSUPPORTED:
-        if raw.get(name):
+    for name in sorted(raw.keys() - _READ - _WITHOUT_EFFECT):
+        if raw[name]:
             raise AlignkitError(f"{name} is set, which alignkit cannot express; retrain without")
     init = raw.get("init_lora_weights", True)
     if not isinstance(init, (bool, str)) or init not in _INIT_FROM_PEFT:
@@ -247,14 +264,6 @@ def saved_names(
     if ours == theirs:
         return strings(names)
     return tuple(ours if to_peft else theirs)
-
-
-def portable_targets(model: nn.Module, paths: list[str]) -> list[str]:
-    """Name modules by their paths' last parts where that is exact, else by whole paths."""
-    adaptable = [path for path, m in plain_modules(model).items() if type(m) in ADAPTABLE]
-    endings = sorted({path.rpartition(".")[2] for path in paths})
-    meant = {path for path in adaptable if any(matches(end, path) for end in endings)}
-    return endings if meant == set(paths) else sorted(paths)
 
 
 def _targets_from_peft(value: Any, layers: Any, layers_pattern: Any) -> tuple[str, ...]:

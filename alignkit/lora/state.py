@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError
+from alignkit.finite import first_nonfinite
 from alignkit.lora.adapter import adapter_layers
 
 _SHOWN = 3
@@ -30,10 +31,14 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
     """Copy tensors from `adapter_state_dict` into a model with the same adapters.
 
     Raises:
-        AlignkitError: Names or shapes differ; the model is then unchanged.
+        AlignkitError: Names or shapes differ, or a tensor holds NaN or infinity; the model is then
+            unchanged.
     """
     own = adapter_state_dict(model)
     refuse_differences(state, {name: tuple(t.shape) for name, t in own.items()}, "adapter state")
+    bad = first_nonfinite(state.items())
+    if bad is not None:
+        raise AlignkitError(f"adapter state: {bad} holds NaN or infinity; use an earlier one")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])

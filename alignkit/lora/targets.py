@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import plain_modules
-from alignkit.lora.config import LoRAConfig, compiled, first_match
+from alignkit.lora.config import LoRAConfig, first_match
+from alignkit.lora.regex import compiled
 
 ALL_LINEAR = "all-linear"
 LINEAR = (nn.Linear, Conv1D)
@@ -58,8 +59,12 @@ def resolve(model: nn.Module, config: LoRAConfig) -> dict[str, LoRAConfig]:
                     f"LoRAConfig.{name}: {pattern!r} matches no adapted module, or an earlier one "
                     f"takes them all; near: {near(pattern, list(resolved))}"
                 )
-    if not config.untie:
-        refuse_ties(modules, [*resolved, *saved])
+    shared = None if config.untie else shared_weight(modules, [*resolved, *saved])
+    if shared is not None:
+        raise AlignkitError(
+            f"LoRA: {shared[0]} shares its weight with {', '.join(shared[1])}; leave it out, or "
+            "set untie=True to change it alone"
+        )
     return resolved
 
 
@@ -111,7 +116,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 def matches(pattern: str, path: str, where: str = "LoRAConfig") -> bool:
     """Whether a target pattern names a path: a regular expression whole, a name at its end."""
     if _REGEX_CHARACTERS.search(pattern):
-        return compiled(pattern, where).fullmatch(path) is not None
+        return compiled(pattern, where).fullmatch(path)
     return _ends(pattern, path)
 
 
@@ -135,8 +140,8 @@ def head_path(model: nn.Module) -> str | None:
     return next((path for path, module in plain_modules(model).items() if module is head), None)
 
 
-def refuse_ties(modules: dict[str, nn.Module], paths: list[str]) -> None:
-    """Refuse modules whose weight is another module's too."""
+def shared_weight(modules: dict[str, nn.Module], paths: list[str]) -> tuple[str, list[str]] | None:
+    """Return the first of some modules whose weight is another module's too, and those others."""
     owners: dict[int, list[str]] = {}
     for path, module in modules.items():
         for parameter in module.parameters(recurse=False):
@@ -145,10 +150,8 @@ def refuse_ties(modules: dict[str, nn.Module], paths: list[str]) -> None:
         for parameter in modules[path].parameters(recurse=False):
             others = [other for other in owners[id(parameter)] if other != path]
             if others:
-                raise AlignkitError(
-                    f"LoRA: {path} shares its weight with {', '.join(others)}; leave it out, or "
-                    "set untie=True to change it alone"
-                )
+                return path, others
+    return None
 
 
 def near(pattern: str, paths: list[str]) -> str:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from alignkit.data.text_format import TextFormat
 from alignkit.engine import PackedBatch, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
-from alignkit.modules import checkpoint as ckpt
+from alignkit.models_fingerprint import BaseIdentity
 from alignkit.modules import text
 from alignkit.modules.build import build_policy
 from alignkit.modules.checkpoint_io import seal_checkpoints
@@ -30,6 +30,8 @@ from alignkit.modules.resume import KEY as SETTINGS
 from alignkit.modules.resume import merge, settings
 from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
+from alignkit.modules.stamp import STAMP, check_content, check_stamp, make_stamp
+from alignkit.modules.start import find_start
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,12 @@ class AlignmentModule(Hosted):
     Args:
         base: Pretrained model: a Hub id, a local directory or a ``.gguf`` file.
         tokenizer: Where its tokenizer lies, if not with the base; data modules follow it.
-        lora: Low-rank adapters to train over the frozen base; ``null`` trains the whole model.
+        lora: Low-rank adapters to train over the frozen base; ``null`` trains the whole model,
+            ``auto`` what ``init_from`` holds, or `LoRAConfig`'s defaults without one.
         init_from: Start from these weights: a checkpoint of any stage, the folder of a run (for
-            its newest one), or a PEFT adapter directory. To resume a run of this stage use
-            ``ckpt_path`` instead.
+            its newest one), or an adapter in PEFT's format, its directory or its Hub id. Whatever
+            ``lora`` then says must agree with it. To resume a run of this stage use ``ckpt_path``
+            instead.
         dtype: Of the base's weights. With LoRA ``bfloat16`` halves their memory; adapters and,
             without LoRA, the whole model want ``float32``.
         random_init: Draw the base's weights at random from its config, reading none.
@@ -70,7 +74,7 @@ class AlignmentModule(Hosted):
     """
 
     base: str
-    base_fingerprint: str
+    base_identity: BaseIdentity
     lora: LoRAConfig | None
     optimizer: OptimizerCallable
     schedule: str
@@ -86,7 +90,7 @@ class AlignmentModule(Hosted):
         self,
         base: str,
         tokenizer: str | None = None,
-        lora: LoRAConfig | None = LoRAConfig(),  # noqa: B008 (frozen)
+        lora: LoRAConfig | Literal["auto"] | None = "auto",
         init_from: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         random_init: bool = False,
@@ -104,21 +108,21 @@ class AlignmentModule(Hosted):
         super().__init__(on_nonfinite)
         self._save_plain_hyperparameters()
         self.base = base
-        # A checkpoint's hyper-parameters hold the config as plain values.
-        self.lora = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
         self.optimizer = optimizer
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.lora_plus_ratio = lora_plus_ratio
-        self.model, self.base_fingerprint = build_policy(
-            base, self.lora, dtype=dtype, random_init=random_init, dropout=dropout
-        )
+        start = None
         if init_from is not None:
             init_from = self.hparams["init_from"] = find_checkpoint(init_from)
-            untie = self.lora is not None and self.lora.untie
-            self.text_format = ckpt.load_weights(
-                self.model, init_from, self.base_fingerprint, untie
-            )
+            start = find_start(init_from)
+            self.text_format = start.text_format()
+        # A checkpoint's hyper-parameters hold the config as plain values.
+        choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
+        self.model, self.base_identity, self.lora = build_policy(
+            base, choice, start, dtype=dtype, random_init=random_init, dropout=dropout
+        )
+        self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
                 {"use_reentrant": False}
@@ -197,14 +201,15 @@ class AlignmentModule(Hosted):
             AlignkitError: Something in it is not finite.
         """
         refuse_nonfinite(checkpoint, self.global_step)
-        checkpoint[ckpt.STAMP] = self.checkpoint_stamp()
+        checkpoint[STAMP] = self.checkpoint_stamp()
         checkpoint[text.KEY] = self.text_format and self.text_format.to_dict()
         checkpoint[SETTINGS] = self._settings
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another class, base or shape before anything is changed."""
-        ckpt.check_stamp(self.checkpoint_stamp(), checkpoint.get(ckpt.STAMP))
+        """Refuse a checkpoint of another class, base or adapter before anything is changed."""
+        check_content(checkpoint, "ckpt_path")
+        check_stamp(self.checkpoint_stamp(), self.base_identity, checkpoint[STAMP])
         text.hold_against(self, checkpoint)
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
@@ -220,21 +225,20 @@ class AlignmentModule(Hosted):
             for logger in self.loggers:
                 logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
 
-    def checkpoint_stamp(self) -> dict[str, str]:
+    def checkpoint_stamp(self) -> dict[str, Any]:
         """Return what a checkpoint must share with the module that resumes from it."""
-        return {
-            "module": f"{type(self).__module__}.{type(self).__qualname__}",
-            "base": self.base,
-            "base_fingerprint": self.base_fingerprint,
-        }
+        return make_stamp(type(self), self.base, self.base_identity, self.model)
 
     # Inside ---------------------------------------------------------------------------------
 
     def _save_plain_hyperparameters(self) -> None:
         """Keep hyper-parameters that load without unpickling: plain values, no callables."""
         self.save_hyperparameters(ignore=["optimizer"])
+        for name, value in dict(self.hparams).items():
+            self._keep_hyperparameter(name, value)
+
+    def _keep_hyperparameter(self, name: str, value: Any) -> None:
         kept: MutableMapping[str, Any]
         for kept in (self.hparams, self._hparams_initial):  # type: ignore[assignment]
-            for name, value in kept.items():
-                if hasattr(value, "to_dict"):  # adapters, a loss
-                    kept[name] = value.to_dict()
+            # Adapters and losses as plain values.
+            kept[name] = value.to_dict() if hasattr(value, "to_dict") else value

@@ -9,39 +9,56 @@ from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora
-from alignkit.models import base_fingerprint, load_model
+from alignkit.models import load_model
 from alignkit.models_dropout import zero_dropout
+from alignkit.models_fingerprint import BaseIdentity, base_identity
+from alignkit.modules.start import Choice, Start
 
 
 def build_policy(
     base: str,
-    lora: LoRAConfig | None,
+    choice: Choice,
+    start: Start | None = None,
     *,
     dtype: Literal["float32", "bfloat16"],
     random_init: bool,
     dropout: bool,
-) -> tuple[PreTrainedModel, str]:
-    """Load a base and make what is to be trained of it trainable.
+) -> tuple[PreTrainedModel, BaseIdentity, LoRAConfig | None]:
+    """Load a base, make what is to be trained of it trainable, and start from given weights.
 
-    The arguments are `AlignmentModule`'s.
+    Args:
+        base: As in `AlignmentModule`, and so the others that are not described here.
+        choice: What adapter to train.
+        start: The weights to start from.
+        dtype: Of the base.
+        random_init: Draw its weights.
+        dropout: Keep its dropout.
 
     Returns:
-        The model, and the fingerprint of its base as loaded.
+        The model, the identity of its base as loaded, and the adapter it got.
 
     Raises:
-        AlignkitError: The base cannot be loaded, the adapters do not fit it, or the whole model
-            is to be trained in bfloat16.
+        AlignkitError: The base cannot be loaded, adapters or start do not fit it, or the whole
+            model is to be trained in bfloat16.
     """
     model = load_model(base, dtype=getattr(torch, dtype), random_init=random_init)
-    fingerprint = base_fingerprint(model)
+    identity = base_identity(model)
     if not dropout:
         zero_dropout(model)
+    if start is not None:
+        lora = start.lora(model, identity, choice)
+    else:
+        lora = LoRAConfig() if choice == "auto" else choice
     if lora is not None:
-        return inject_lora(model, lora), fingerprint
-    if dtype != "float32":
+        inject_lora(model, lora)
+    elif dtype != "float32":
         raise AlignkitError(
             "model.dtype: full fine-tuning (model.lora: null) keeps master weights, which "
             "bfloat16 would round away; set model.dtype to float32 and trainer.precision to "
             "bf16-mixed"
         )
-    return model.requires_grad_(True), fingerprint
+    else:
+        model.requires_grad_(True)
+    if start is not None:
+        start.fill(model)
+    return model, identity, lora

@@ -1,13 +1,11 @@
 """Small checkpoints: what training changed, stamped with what it belongs to.
 
 A checkpoint holds the policy's trainable parameters, optimizer and loop state, never frozen base
-weights; the stamp names the module's class, its base and, for DPO, its reference. Everything
-loads with ``weights_only=True``.
+weights; its stamp says what they belong to. Everything loads with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,38 @@ from alignkit.data.text_format import TextFormat, read_format
 from alignkit.data.tokens import vocabulary_size
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, load_adapter
-from alignkit.lora.files import read_adapter
+from alignkit.lora.adapter import FROZEN
+from alignkit.lora.files import CONFIG_FILE, read_adapter
+from alignkit.lora.identity import active_identity
 from alignkit.lora.state import refuse_differences
-from alignkit.models import base_fingerprint, load_model, load_tokenizer
+from alignkit.models import load_model, load_tokenizer
+from alignkit.models_fingerprint import base_identity
 from alignkit.modules.find import find_checkpoint, load_checkpoint
+from alignkit.modules.stamp import (
+    STAMP,
+    check_adapter,
+    check_adapter_base,
+    check_base,
+    check_content,
+)
 from alignkit.modules.text import format_in, refuse_small_embedding
 
-STAMP = "alignkit"
 _PREFIX = "model."
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that training changes, by name; a tied parameter appears once."""
-    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    """Return the parameters that training changes, by name; a tied parameter appears once.
+
+    With them go the starts that PiSSA and OLoRA take away: computed again, from a base in another
+    dtype or by another library's decomposition, they would not be those that were trained against.
+    """
+    named = dict(model.named_parameters())
+    return {name: p.detach() for name, p in named.items() if p.requires_grad or _kept(name, named)}
+
+
+def _kept(name: str, named: Mapping[str, Tensor]) -> bool:
+    adapter, _, parameter = name.rpartition(".")
+    return parameter in FROZEN and named[f"{adapter}.lora_A"].requires_grad
 
 
 def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -43,7 +60,7 @@ def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Copy a state into the model's trainable parameters, which it must match exactly.
+    """Copy a state into the model's `trainable_state`, which it must match exactly.
 
     Raises:
         AlignkitError: Names or shapes differ; one line that starts with ``what``. The model is
@@ -59,63 +76,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
 
     Raises:
-        AlignkitError: The file is missing, damaged, holds more than plain values and tensors, or
-            was not written by alignkit.
+        AlignkitError: The file is missing, damaged, holds more than plain values and tensors or
+            numbers that are not finite, or was not written by this alignkit.
     """
     checkpoint = load_checkpoint(path)
-    if STAMP not in checkpoint:
-        raise AlignkitError(f"{path}: was not written by alignkit; give one of its checkpoints")
+    check_content(checkpoint, str(path))
     return checkpoint
-
-
-def check_stamp(own: Mapping[str, str], given: Mapping[str, str] | None) -> None:
-    """Refuse to resume from a checkpoint of another class, base or reference.
-
-    Raises:
-        AlignkitError: They differ; the message says what to pass instead.
-    """
-    if given is None:
-        raise AlignkitError("ckpt_path: was not written by alignkit; give one of its checkpoints")
-    if given["module"] != own["module"]:
-        theirs, ours = (stamp["module"].rpartition(".")[2] for stamp in (given, own))
-        raise AlignkitError(
-            f"ckpt_path: a checkpoint of {theirs} cannot resume {ours}; to start {ours} from its "
-            "weights pass it as model.init_from"
-        )
-    _check_base(own["base_fingerprint"], given, "ckpt_path")
-    if given.get("reference_fingerprint") != own.get("reference_fingerprint"):
-        raise AlignkitError(
-            "ckpt_path: was trained against another reference; resume with the model.init_from "
-            "that the run started with"
-        )
-
-
-def load_weights(
-    model: PreTrainedModel, path: str, fingerprint: str, untie: bool = False
-) -> TextFormat | None:
-    """Start from a checkpoint of any stage, from a run's newest, or from a PEFT adapter directory.
-
-    Args:
-        model: Built like the one that was saved: the same base and the same LoRA settings.
-        path: A ``.ckpt`` file of ours, a run's folder, or one with ``adapter_config.json``.
-        fingerprint: The base's, to hold against the checkpoint's.
-        untie: Let a PEFT adapter change one side of tied embeddings.
-
-    Returns:
-        How the text was put that the weights were trained on, where they say so.
-
-    Raises:
-        AlignkitError: Missing, damaged, of another base or of other LoRA settings; the model is
-            unchanged.
-    """
-    path = find_checkpoint(path)
-    if Path(path).is_dir():
-        load_adapter(model, path, untie=untie)
-        return read_format(Path(path))
-    checkpoint = read_checkpoint(path)
-    _check_base(fingerprint, checkpoint[STAMP], f"init_from {path}")
-    load_trainable(model, model_state(checkpoint), f"init_from {path}")
-    return format_in(checkpoint, f"init_from {path}")
 
 
 def load_policy(
@@ -138,25 +104,30 @@ def load_policy(
     path = find_checkpoint(path)
     base = base or policy_base(path)
     tokenizer = base
+    # What float16 rounds would no longer be the base that a checkpoint names.
+    first = torch.float32 if dtype == torch.float16 else dtype
     if path.endswith(".ckpt"):
         checkpoint = read_checkpoint(path)
         hparams = checkpoint["hyper_parameters"]
         tokenizer = hparams.get("tokenizer") or base
         # A model trained in full from random weights lies in the checkpoint, whole.
         from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
-        model = load_model(base, dtype=dtype, random_init=from_scratch)
-        if not from_scratch:
-            _check_base(base_fingerprint(model), checkpoint[STAMP], path)
+        model = load_model(base, dtype=first, random_init=from_scratch)
+        check_base(base_identity(model), checkpoint[STAMP], path, weights=not from_scratch)
         if hparams["lora"] is None:
             model.requires_grad_(True)
         else:
             model = inject_lora(model, LoRAConfig.from_dict(hparams["lora"]))
+        check_adapter(active_identity(model), checkpoint[STAMP], path)
         load_trainable(model, model_state(checkpoint), path)
-    elif _is_adapter(path):
+    elif is_adapter(path):
+        model = load_model(base, dtype=first)
+        check_adapter_base(base_identity(model), Path(path), path)
         # Whoever trained it chose to untie, where it touches tied embeddings.
-        model = load_adapter(load_model(base, dtype=dtype), path, untie=True)
+        load_adapter(model, path, untie=True)
     else:
-        model = load_model(base, dtype=dtype)
+        model = load_model(base, dtype=first)
+    nn.Module.to(model, dtype)  # transformers types its own override away
     loaded = load_tokenizer(tokenizer)
     refuse_small_embedding(model, vocabulary_size(loaded), tokenizer, base)
     return model.requires_grad_(False).train(False), loaded
@@ -171,7 +142,7 @@ def policy_base(path: str) -> str:
     path = find_checkpoint(path)
     if path.endswith(".ckpt"):
         return str(read_checkpoint(path)[STAMP]["base"])
-    if _is_adapter(path):
+    if is_adapter(path):
         base = read_adapter(Path(path)).config.get("base_model_name_or_path")
         if not base:
             raise AlignkitError(f"{path}: names no base model; pass it as base")
@@ -194,25 +165,10 @@ def policy_format(path: str) -> TextFormat | None:
     return read_format(Path(path))
 
 
-def _is_adapter(path: str) -> bool:
-    return (Path(path) / "adapter_config.json").is_file()
-
-
-def tensors_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Return 32 hex digits over names, shapes and exact values of trained tensors.
-
-    A factor A whose B is zero changes nothing and is left out: every untrained adapter has the
-    fingerprint of its base, whatever A was drawn.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        partner = state.get(name.replace("lora_A", "lora_B"))
-        if "lora_A" in name and partner is not None and not partner.any():
-            continue
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
+def is_adapter(path: str | Path) -> bool:
+    """Return whether a path is an adapter in PEFT's format: its directory, or one file."""
+    path = Path(path)
+    return (path / CONFIG_FILE).is_file() or (path.suffix == ".safetensors" and path.is_file())
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
@@ -247,11 +203,3 @@ def restore_random_state(
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
     if rank >= len(states):
         torch.manual_seed(int(torch.randint(2**62, ())) + rank)
-
-
-def _check_base(fingerprint: str, stamp: Mapping[str, str], where: str) -> None:
-    if stamp["base_fingerprint"] != fingerprint:
-        raise AlignkitError(
-            f"{where}: belongs to another base model (trained on {stamp['base']!r}); pass that one "
-            "as model.base"
-        )

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from alignkit.engine import PackedBatch, compile_blocks, response_lengths, response_sums, score
 from alignkit.errors import AlignkitError
+from alignkit.lora.identity import trained_fingerprint
 from alignkit.modules.base import AlignmentModule
-from alignkit.modules.checkpoint import tensors_fingerprint
 from alignkit.modules.dropout import adapters_quiet
 from alignkit.modules.reference import ReferenceCache, ReferencedBatch, refuse_error
 from alignkit.modules.window import LossOutput
@@ -91,10 +91,7 @@ class DPOModule(AlignmentModule):
         self.reference = frozen_copy(self.model)
         if self.compiles:  # a copy is not compiled
             compile_blocks(self.reference)
-        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        self.reference_fingerprint = tensors_fingerprint(
-            {name: p for name, p in self.reference.named_parameters() if name in trained}
-        )
+        self.reference_fingerprint = trained_fingerprint(self.reference)
         if cache is not None:
             self.cache = ReferenceCache(Path(cache), self._reference_name(), checks)
         # DDP synchronises parameters and buffers by name; the reference never changes.
@@ -200,7 +197,7 @@ class DPOModule(AlignmentModule):
             self.reference.train(False)
         return self
 
-    def checkpoint_stamp(self) -> dict[str, str]:
+    def checkpoint_stamp(self) -> dict[str, Any]:
         """Return the base's stamp with the reference's fingerprint."""
         return {**super().checkpoint_stamp(), "reference_fingerprint": self.reference_fingerprint}
 
@@ -210,7 +207,7 @@ class DPOModule(AlignmentModule):
         # Weights that autocast rounds on the way are not those of a base stored so.
         dtypes = [stored] if computed == stored else [stored, computed]
         dtype = "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"{self.base_fingerprint}-{self.reference_fingerprint}-{dtype}"
+        return f"{self.base_identity.fingerprint}-{self.reference_fingerprint}-{dtype}"
 
     def _metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
         with torch.no_grad():

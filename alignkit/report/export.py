@@ -15,6 +15,7 @@ from alignkit.data.text_format import TextFormat, write_format
 from alignkit.errors import AlignkitError
 from alignkit.lora.export import Format
 from alignkit.lora.export import export as write_model
+from alignkit.models_fingerprint import base_identity
 from alignkit.modules.checkpoint import load_policy, policy_base, policy_format
 
 
@@ -46,19 +47,21 @@ def export(
         The directory.
 
     Raises:
-        AlignkitError: The checkpoint or its base cannot be read, the output holds files, or the
-            format cannot express the adapter.
+        AlignkitError: The checkpoint or its base cannot be read, the output holds files, the format
+            cannot express the adapter, or its reader would not find all of it.
     """
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise AlignkitError(f"output {output}: exists and is not empty; choose another directory")
     # Adapters stay fp32 whatever the base's dtype; only a merged model takes it.
-    policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, dtype))
+    kept = "float32" if to != "merged" and dtype == "float16" else dtype
+    policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, kept))
     name = base or policy_base(model)
     trained = policy_format(model)
     if trained is not None and to == "merged":
         _teach(policy, tokenizer, trained)
-    write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer)
+    header = {} if to == "merged" else base_identity(policy).header()
+    write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
     if trained is not None:
         write_format(trained, place)
     Console().print(f"wrote {place} ({to})", highlight=False)

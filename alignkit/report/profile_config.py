@@ -28,7 +28,7 @@ def read_training_config(path: str) -> dict[str, Any]:
     content = _load(path)
     model = _arguments(content, "model", path)
     found = {key: model[key] for key in ("base", "random_init") if key in model}
-    if "lora" in model:
+    if model.get("lora", "auto") != "auto":
         if not isinstance(model["lora"], Mapping):
             raise AlignkitError(
                 f"config '{path}': model.lora is {model['lora']!r}; set the adapter to compare with"
