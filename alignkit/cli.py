@@ -6,28 +6,35 @@ import importlib
 import logging
 import os
 import sys
+import time
+import traceback
 import warnings
-from argparse import Action
+from argparse import SUPPRESS, Action
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import register_type
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from alignkit.callbacks import ProgressBar
-from alignkit.cli_errors import find_user_error, one_line, parser_line
+from alignkit.cli_config import SaveConfig
+from alignkit.cli_errors import explain
 from alignkit.cli_loss import fresh_losses
+from alignkit.cli_messages import OneLineErrors
+from alignkit.cli_settings import check_config_files, check_trainer
+from alignkit.cli_streams import outlive_readers
 from alignkit.interrupts import Stopped, stop_on_signals
-from alignkit.launch import check_launch
+from alignkit.launch import RankFailed, check_processes, end_ranks, keep_relaunchable
 from alignkit.modules import AlignmentModule
 from alignkit.modules.checkpoint import read_checkpoint
 from alignkit.modules.find import find_checkpoint
 from alignkit.modules.runs import NAMES, asked_checkpoint
 from alignkit.precision import refuse_by_name
+from alignkit.ranks import is_first_rank, is_lost_connection
 
 # Command to what it does and the module behind it, imported when it runs: a function of the
 # command's name, and ``add_arguments(parser)`` for its flags.
@@ -54,53 +61,46 @@ _NO_NEWS = (
 )
 
 
-DEBUG = "ALIGNKIT_DEBUG"
-"""The environment variable that `--debug` sets: an error shows its stack trace."""
+_PATIENCE = 2.0  # seconds that an error of another rank has to come first
 
 
-class SaveConfig(SaveConfigCallback):
-    """Lightning's, for runs that have a folder of their own.
+class _DebugFlag(Action):
+    """``--debug`` for ``--help`` alone: `main` takes it out before a parser sees it."""
 
-    Without a logger it would write config.yaml into the working folder, over a user's own, or
-    refuse a second run there.
-    """
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        told = "Show the trace of an error, before its one line."
+        super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, help=told)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save the configuration beside the run's events."""
-        if trainer.logger is not None:
-            super().setup(trainer, pl_module, stage)
-
-
-class OneLineErrors:
-    """Makes a parser raise its complaint as one `AlignkitError` line, without the usage."""
-
-    prog: str
-    _actions: list[Action]
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is left of jsonargparse's message without the types it tried."""
-        cause = find_user_error(ex)
-        if cause is not None:
-            raise cause from None
-        options = [option.lstrip("-") for a in self._actions for option in a.option_strings]
-        raise parser_line(message, self.prog, options) from None
+    def __call__(self, *args: Any) -> None:
+        """Do nothing."""
 
 
 class Parser(OneLineErrors, ArgumentParser):
     """A tool's parser."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
     """The parser of ``fit``, ``validate`` and ``test``."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
 
 class AlignCLI(LightningCLI):
-    """``fit``, ``validate`` and ``test`` for any AlignmentModule and data module, by class path."""
+    """``fit``, ``validate`` and ``test`` for any AlignmentModule and data module, by class path.
 
-    def __init__(self) -> None:
+    Args:
+        arguments: The command line after ``alignkit``.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
         super().__init__(
             AlignmentModule,
             LightningDataModule,
+            args=list(arguments),
             parser_class=TrainingParser,
             parser_kwargs={"prog": "alignkit"},
             save_config_callback=SaveConfig,
@@ -121,6 +121,12 @@ class AlignCLI(LightningCLI):
         """Return the trainer methods on offer; there is nothing to predict."""
         return {k: v for k, v in LightningCLI.subcommands().items() if k != "predict"}
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Return a parser whose ``--help`` names ``--debug``."""
+        parser = super().init_parser(**kwargs)
+        parser.add_argument("--debug", action=_DebugFlag)
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data tokenize as the model reads, unless told otherwise."""
         parser.link_arguments(
@@ -136,6 +142,17 @@ class AlignCLI(LightningCLI):
         for name, (summary, _) in TOOLS.items():  # for --help alone: `main` runs them
             listed.add_subcommand(name, Parser(), help=summary)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what was handed over; Lightning would warn that there is ``sys.argv`` as well.
+
+        That stays as it is: Lightning starts the other ranks with it.
+        """
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what the trainer would find out after the model is loaded, or never."""
+        check_trainer(str(self.subcommand), self.config[self.subcommand].trainer)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with our progress bar where the configuration names none."""
         config = self._get(self.config_init, "trainer")
@@ -144,8 +161,15 @@ class AlignCLI(LightningCLI):
         if config.get("enable_progress_bar") is not False and not bars:
             config["callbacks"] = [*(config.get("callbacks") or []), ProgressBar()]
         trainer = super().instantiate_trainer(**kwargs)
-        check_launch(trainer)
+        check_processes(trainer)
         return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            end_ranks(self.trainer, error)
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration as it was given: ``--ckpt_path`` resumes and says nothing else.
@@ -180,6 +204,7 @@ def run_tool(name: str, arguments: Sequence[str]) -> None:
     summary, place = TOOLS[name]
     module = importlib.import_module(place)
     parser = Parser(prog=f"alignkit {name}", description=summary)
+    parser.add_argument("--debug", action=_DebugFlag)
     module.add_arguments(parser)
     config = parser.instantiate(parser.parse_args(list(arguments)))
     getattr(module, name)(**config.as_dict())
@@ -192,45 +217,52 @@ def main(args: Sequence[str] | None = None) -> int:
         args: What follows ``alignkit``; the process's own arguments by default.
 
     Returns:
-        The exit status: 0; 2 after one line on standard error about what the user can mend, 1
-        about anything else, with ``--debug`` a stack trace instead; 128 and a signal's number
-        where one has stopped it.
+        The exit status: 0 if what was asked for was done; 2 after one line on standard error
+        about something to change, 1 about anything else; 128 and a signal's number where one has
+        stopped it. With ``--debug`` the trace comes before the line.
     """
+    if args is None:
+        outlive_readers()
+        keep_relaunchable()
+        sys.path.append(os.getcwd())  # a user's own classes, beside what they run
+    given = list(sys.argv[1:] if args is None else args)
+    arguments = [argument for argument in given if argument != "--debug"]
     _quiet_logs()
     set_parsing_settings(add_print_completion_argument=True)
     register_type(torch.device)  # a default of Lightning's callbacks that config.yaml has to hold
-    arguments = list(sys.argv[1:] if args is None else args)
-    if "--debug" in arguments:  # by the environment it reaches the other ranks as well
-        arguments.remove("--debug")
-        os.environ[DEBUG] = "1"
     with stop_on_signals():
-        return _run(arguments)
-
-
-def _run(arguments: list[str]) -> int:
-    try:
-        if arguments and arguments[0] in TOOLS:
-            run_tool(arguments[0], arguments[1:])
-        else:
-            # LightningCLI would warn if handed them. The program's own name stays: Lightning starts
-            # the other ranks with it.
-            sys.argv = [sys.argv[0], *fresh_losses(arguments)]
-            AlignCLI()
-    except Stopped as stop:
-        return int(stop.code or 0)
-    except Exception as error:
-        if os.environ.get(DEBUG):
-            raise
-        line, status = one_line(error)
-        print(f"alignkit: error{_rank()}: {line}", file=sys.stderr)
-        return status
+        try:
+            _run(arguments)
+        except Stopped as stop:
+            return int(stop.code or 0)
+        except RankFailed as failed:
+            return failed.status
+        except Exception as error:
+            if len(arguments) < len(given):
+                traceback.print_exception(error)
+            return _tell(error)
     return 0
 
 
-def _rank() -> str:
-    """Which process of several speaks, for all but the first."""
+def _run(arguments: Sequence[str]) -> None:
+    if arguments and arguments[0] in TOOLS:
+        run_tool(arguments[0], arguments[1:])
+    else:
+        check_config_files(arguments)
+        AlignCLI(fresh_losses(arguments))
+
+
+def _tell(error: Exception) -> int:
+    """Print one line about an error, where several ranks met it once, and return the status."""
+    line, status = explain(error)
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
-    return "" if rank == "0" else f" (rank {rank})"
+    if not is_first_rank() or is_lost_connection(error):
+        # Whoever started this process ends it, once another rank has ended with the same error or
+        # with the cause of this one.
+        time.sleep(_PATIENCE)
+    of_rank = "" if is_first_rank() else f" (rank {rank})"
+    print(f"alignkit: error{of_rank}: {line}", file=sys.stderr)
+    return status
 
 
 def _quiet_logs() -> None:

@@ -1,116 +1,221 @@
-"""What a person reads when a command fails: one line, whoever raised it."""
+"""Whatever ends a command, as one line: what is wrong and which option to change."""
 
 from __future__ import annotations
 
-import difflib
+import importlib.util
 import inspect
 import re
-from types import TracebackType
+import traceback
+from collections.abc import Callable
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.call import _interrupt
 
-from alignkit.cli_loss import unknown_loss_in
-from alignkit.errors import AlignkitError
+from alignkit.cli_failure import Failure
+from alignkit.cli_messages import plain
+from alignkit.errors import AlignkitError, find_user_error
+from alignkit.ranks import is_lost_connection
 
-USER, INTERNAL = 2, 1
-"""Exit statuses: something the user can mend, or a fault of ours."""
+USER, FAILED = 2, 1
+"""Exit statuses: a command, a file or the machine is to be changed first; or a failure."""
 
-# Lines of the parser's messages that list the types it tried, or dump what it was given.
-_NOISE = (
-    "Does not validate against any of the Union",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "Expected a <class",
-    "Expected a typing.",
-    "Expected a path but",
-    "Expected a collections",
-    "Problem with given class_path",
+_LONGEST = 600  # characters of somebody else's message
+# Where an exception was raised, as far as it says which option it is about.
+_OPTIONS = (
+    ("lightning/pytorch/loggers/", "trainer.logger"),
+    ("lightning/fabric/loggers/", "trainer.logger"),
+    ("tensorboard/", "trainer.logger"),
+    ("lightning/pytorch/callbacks/", "trainer.callbacks"),
+    ("lightning/pytorch/profilers/", "trainer.profiler"),
+    ("lightning/fabric/accelerators/", "trainer.accelerator"),
+    ("lightning/pytorch/trainer/connectors/accelerator_connector", "trainer.accelerator"),
+    ("lightning/pytorch/plugins/precision/", "trainer.precision"),
+    ("lightning/fabric/plugins/precision/", "trainer.precision"),
+    ("lightning/fabric/plugins/environments/", "trainer.devices"),
+    ("lightning/pytorch/strategies/", "trainer.strategy"),
+    ("lightning/fabric/utilities/seed", "seed_everything"),
+    ("torch/cuda/", "trainer.accelerator"),
+    ("torch/optim/", "model.optimizer"),
 )
-_MISTAKES = (MisconfigurationException, ModuleNotFoundError, OSError, ValueError)
-# Faults of a program, where they come from our own code.
-_FAULTS = (TypeError, AttributeError, LookupError, NameError, AssertionError, ArithmeticError)
+# What moves the files that these write.
+_FOLDERS = {
+    "trainer.logger": "trainer.logger.save_dir",
+    "trainer.callbacks": "trainer.callbacks.dirpath",
+}
+# Libraries whose explicit refusals are about what a user chose.
+_LIBRARIES = ("lightning", "jsonargparse", "torch/optim/", "torch/cuda/", "torch/distributed/")
+_REFUSALS = {
+    "AssertionError",
+    "ImportError",
+    "MisconfigurationException",
+    "ModuleNotFoundError",
+    "NotImplementedError",
+    "OSError",
+    "RuntimeError",
+    "TypeError",
+    "ValueError",
+}
+# What a user of the command cannot do, or need not read.
+_USELESS = re.compile(
+    r"HINT: Did you call .*|Find a complete list .*|For more (?:info|details).*|\(?https?://\S+|"
+    r"Compile with `TORCH_USE_CUDA_DSA`.*|CUDA kernel errors might .*",
+    re.DOTALL,
+)
+_NO_MEMORY = (
+    r"out of memory|can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
+
+Told = tuple[str, int]
 
 
-def one_line(error: BaseException) -> tuple[str, int]:
-    """Return the line that says what went wrong, and the exit status.
-
-    Args:
-        error: Whatever a command raised.
-    """
-    mine = find_user_error(error)
-    if mine is not None:
-        return str(mine), USER
-    text = plain_message(str(error)) or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return f"out of memory ({text}); lower data.tokens_per_batch, or set " \
-            "model.activation_checkpointing true", INTERNAL  # fmt: skip
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}", USER
-    if isinstance(error, _FAULTS) or _raised_here(error.__traceback__):
-        told = f"internal error: {type(error).__name__}: {text}"
-        return f"{told}; run again with --debug for the trace, and please report it", INTERNAL
-    advice = _advice(text)
-    return f"{text}{advice}", USER if isinstance(error, _MISTAKES) else INTERNAL
+def explain(error: BaseException) -> Told:
+    """Return the line that a user reads about an exception, and the exit status."""
+    error = _first(error)
+    user = find_user_error(error)
+    if user is not None:
+        return _one_line(str(user)), USER
+    failure = Failure.of(error)
+    if failure.name in (AlignkitError.__name__, "OptionError"):  # told by another process
+        return _one_line(failure.message), USER
+    for rule in _RULES:
+        told = rule(failure)
+        if told is not None:
+            return told
+    if is_lost_connection(error):
+        said = _cleaned(failure.message)
+        return f"the connection to another process of this run was lost ({said})", FAILED
+    return _unforeseen(failure)
 
 
-def find_user_error(error: BaseException | None) -> AlignkitError | None:
-    """Return the `AlignkitError` behind what others made of it, if there is one."""
-    while error is not None and not isinstance(error, AlignkitError):
-        error = error.__cause__
+def _first(error: BaseException) -> BaseException:
+    """Return the exception that ended training, where cleaning up after it raised another."""
+    while error.__context__ is not None and any(
+        frame.f_code is _interrupt.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)
+    ):
+        error = error.__context__
     return error
 
 
-def plain_message(message: str) -> str:
-    """Return a library's message as one line, without the types and values it dumps."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    kept = [line for line in lines if line and not line.startswith(_NOISE)]
-    told = " ".join(kept or lines[:1])
-    return re.sub(r"\bNamespace\(.*", "…", told).strip().rstrip(".")
+def _memory(failure: Failure) -> Told | None:
+    named = failure.name in ("MemoryError", "OutOfMemoryError")
+    if not named and not re.search(_NO_MEMORY, failure.message):
+        return None
+    return (
+        f"out of memory{_in_brackets(failure)}; lower data.tokens_per_batch, or set "
+        "model.activation_checkpointing true",
+        FAILED,
+    )
 
 
-def parser_line(message: str, prog: str, options: list[str]) -> AlignkitError:
-    """Return the line about arguments that a parser refused.
-
-    Args:
-        message: The parser's own.
-        prog: The command, for its help.
-        options: Every option there is, for what may have been meant.
-    """
-    loss = unknown_loss_in(message)
-    if loss is not None:
-        return loss
-    told = re.sub(r'^Parser key "(.*?)":\s*', r"\1: ", plain_message(message))
-    wrong = re.search(r"--([\w.]+)|[Oo]ption '([\w.]+)' is not accepted", message)
-    hint = ""
-    if wrong and ("unrecognized" in message or "not accepted" in message):
-        name = wrong[1] or wrong[2]
-        near = difflib.get_close_matches(name, options, n=1, cutoff=0.6)
-        last = {option.rpartition(".")[2]: option for option in options}
-        near = near or [last[n] for n in difflib.get_close_matches(name.rpartition(".")[2], last)]
-        hint = f"; did you mean --{near[0]}?" if near else ""
-    return AlignkitError(f"{told}{hint}; see {prog.replace(' [options]', '')} --help")
+def _process(failure: Failure) -> Told | None:
+    if re.search(r"DataLoader worker .*(exited unexpectedly|killed by signal)", failure.message):
+        return f"a data worker ended{_in_brackets(failure)}; try --data.num_workers 0", FAILED
+    if failure.name == "ProcessExitedException":
+        return (
+            f"a process of this run ended{_in_brackets(failure)}; if memory ran out, lower "
+            "data.tokens_per_batch",
+            FAILED,
+        )
+    return None
 
 
-def _advice(text: str) -> str:
-    """Return which option to change: those of the trainer's that a message names."""
-    package = re.search(r"pip install (?:-U )?['\"]?([\w-]+)", text)
-    if package:
-        return f"; pip install {package[1]}"
-    names = [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
-    named = [name for name in names if re.search(rf"\b{name}\b", text)]
-    if not named and "backend found" in text:
-        named = ["accelerator"]
-    return f"; change {' or '.join(f'--trainer.{name}' for name in named[:2])}" if named else ""
+def _port(failure: Failure) -> Told | None:
+    if not re.search(r"EADDRINUSE|[Aa]ddress already in use", failure.message):
+        return None
+    return "another run uses the same port; set MASTER_PORT to one that is free", USER
 
 
-def _raised_here(trace: TracebackType | None) -> bool:
-    """Whether an exception was raised by our own code rather than by a library's."""
-    name = ""
-    while trace is not None:
-        name = trace.tb_frame.f_globals.get("__name__", "")
-        trace = trace.tb_next
-    return name.partition(".")[0] == "alignkit"
+def _system(failure: Failure) -> Told | None:
+    found = re.match(r"\[Errno \d+\] ([^:]+)(?:: (.+))?", failure.message, re.DOTALL)
+    if found is None and "PytorchStreamWriter failed" not in failure.message:
+        return None
+    reason, path = found.groups() if found else ("the disk may be full", None)
+    option = _place_option(failure)
+    folder = _FOLDERS.get(option, "trainer.default_root_dir")
+    written = f"what {option} writes" if option else "a file"
+    advice = f"; choose another --{folder}" if option else ""
+    return f"{_one_line(path or written)}: {reason}{advice}", USER
+
+
+def _package(failure: Failure) -> Told | None:
+    said = _cleaned(failure.message)
+    found = re.search(r"Requirement '(?P<needs>(?P<name>[\w.-]+)[^']*)' not met", said)
+    found = found or re.search(
+        r"pip install (?:-U )?['\"]?(?P<needs>(?P<name>[\w.-]+)[^\s'\"`]*)", said
+    )
+    inside = next(iter(failure.places), "").startswith(("lightning", "torch"))
+    if found is None and inside and failure.name == "ModuleNotFoundError":
+        found = re.search(r"No module named '(?P<needs>(?P<name>\w+))", said)
+    if found is None:
+        return None
+    who = re.match(r"(?:[\w.]+\.)?(\w+): ", said)
+    old = importlib.util.find_spec(found["name"].replace("-", "_").partition(".")[0])
+    option = _option(failure)
+    return (
+        f"{who[1] if who else option or 'this'} needs the package {found['needs']}: pip install "
+        f"{'-U ' if old else ''}{found['name']}"
+        f"{f', or choose another --{option}' if option else ''}",
+        USER,
+    )
+
+
+def _refusal(failure: Failure) -> Told | None:
+    inside = next(iter(failure.places), "").startswith(_LIBRARIES)
+    if not inside or failure.name not in _REFUSALS:
+        return None
+    option = _option(failure)
+    return f"{_cleaned(failure.message)}{f'; change --{option}' if option else ''}", USER
+
+
+_RULES: tuple[Callable[[Failure], Told | None], ...] = (
+    _memory,
+    _process,
+    _port,
+    _system,
+    _package,
+    _refusal,
+)
+
+
+def _unforeseen(failure: Failure) -> Told:
+    file, line, ours = failure.blamed
+    told = f"{failure.name}: {_cleaned(failure.message)} ({file}:{line})"
+    if ours:
+        return f"internal error: {told}; please report it, with the trace of --debug", FAILED
+    return f"{told}; --debug shows the trace", FAILED
+
+
+def _option(failure: Failure) -> str:
+    """Return the option that a message is about: one it names, or one its place belongs to."""
+    known = [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
+    names = "|".join(sorted(known, key=len, reverse=True))
+    for pattern in (r"[`(]({})\b", r"\b({})=", r"\b({})\b"):
+        found = re.search(pattern.format(names), failure.message)
+        if found:
+            return f"trainer.{found[1]}"
+    return _place_option(failure)
+
+
+def _place_option(failure: Failure) -> str:
+    for place in failure.places:
+        for start, option in _OPTIONS:
+            if place.startswith(start):
+                return option
+    return ""
+
+
+def _cleaned(message: str) -> str:
+    """Return somebody else's message as one line, without the dumps and what a user cannot do."""
+    if "Given value" in message or "Problem with given class_path" in message:
+        message = plain(message)
+    told = _one_line(_USELESS.sub("", message)).rstrip(" .;!")
+    return told if len(told) <= _LONGEST else f"{told[:_LONGEST]}…"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(filter(None, map(str.strip, text.splitlines())))
+
+
+def _in_brackets(failure: Failure) -> str:
+    first = failure.message.strip().partition("\n")[0].partition(". ")[0]
+    return f" ({first})" if first else ""

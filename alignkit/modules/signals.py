@@ -22,6 +22,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from alignkit.interrupts import Stopped, say, stop_at_once
+from alignkit.ranks import is_lost_connection
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,11 @@ class Signals(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """End the ranks that a failing first one launched: they would wait for it, or fail too."""
-        if not isinstance(exception, Stopped):
+        """End the ranks that a failing first one launched: they would wait for it, or fail too.
+
+        One that failed before is left to say why.
+        """
+        if not isinstance(exception, Stopped) and not is_lost_connection(exception):
             _end_launched(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:

@@ -1,62 +1,198 @@
-"""Several processes, started as a user starts them: from a folder that is not the clone's."""
+"""One command as several processes, started as people start it, from an empty folder."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.cli.test_fit import quick
+from tests.cli.test_one_line import one_error
 
-LAUNCHERS = {
-    "console script": [str(Path(sys.executable).with_name("alignkit"))],
-    "module": [sys.executable, "-m", "alignkit"],
-    "torchrun": [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-        "-m", "alignkit",
+SCRIPT = [str(Path(sys.executable).with_name("alignkit"))]
+MODULE = [sys.executable, "-m", "alignkit"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+TORCHRUN += ["-m", "alignkit"]
+CODE = [sys.executable, "-c", "import sys; from alignkit.cli import main; sys.exit(main())"]
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+
+
+@pytest.fixture
+def command(
+    workplace: Path, model_dir: Callable, hh: Path, text: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one step of SFT as a process of its own."""
+
+    def run(
+        start: list[str],
+        *changes: object,
+        environment: Mapping[str, str] | None = None,
+        shell: str = "",
+    ) -> subprocess.CompletedProcess[str]:
+        arguments = [*start, *quick("demo/sft.yaml", model_dir, hh, text, 1), *changes]
+        known = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
+        known |= {"OMP_NUM_THREADS": "1", **(environment or {})}
+        if shell:
+            arguments = ["bash", "-c", f'set -o pipefail; "$@" {shell}', "bash", *arguments]
+        return subprocess.run(
+            [str(a) for a in arguments], capture_output=True, text=True, timeout=300, env=known
+        )
+
+    return run
+
+
+def trained() -> dict[str, torch.Tensor]:
+    """Return what the only run of the folder has saved."""
+    (checkpoint,) = Path("runs").rglob("last.ckpt")
+    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "strategy"),
+    [
+        (SCRIPT, "ddp"),
+        (MODULE, "ddp"),
+        (CODE, "ddp"),
+        (TORCHRUN, "ddp"),
+        (SCRIPT, "ddp_fork"),
+        (SCRIPT, "ddp_notebook"),
     ],
-}  # fmt: skip
-
-
-def launch(
-    launcher: str, arguments: list[object], devices: int
-) -> subprocess.CompletedProcess[str]:
-    flags = ["--trainer.devices", devices, "--trainer.strategy", "ddp" if devices > 1 else "auto"]
-    command = [*LAUNCHERS[launcher], *map(str, [*arguments, *flags])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
+    ids=["script", "module", "code", "torchrun", "fork", "notebook"],
+)
+def test_two_processes_train_once(
+    start: list[str], strategy: str, command: Callable, tmp_path: Path
+) -> None:
+    """Whatever started them: one run's folder, one checkpoint."""
+    done = command(start, "--trainer.devices", 2, "--trainer.strategy", strategy)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("version_*"))) == 1
+    assert len(list(tmp_path.rglob("events.out.*"))) == 1
+    assert trained()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_train_from_an_empty_folder(
-    launcher: str, model_dir: Callable, hh: Path, text: Path, workplace: Path
-) -> None:
-    arguments = quick("demo/dpo.yaml", model_dir, hh, text, steps=2)
-    done = launch(launcher, arguments, devices=2)
-    assert done.returncode == 0, done.stderr[-2000:]
-    (last,) = Path("runs/demo/dpo").glob("version_0/last.ckpt")
-    checkpoint = torch.load(last, weights_only=True)
-    assert checkpoint["global_step"] == 2
-    assert len(checkpoint["rng"]) == 2  # a random state of each rank: two have trained
-
-
-@pytest.mark.slow
-def test_two_processes_that_would_each_train_alone_are_refused(
-    model_dir: Callable, hh: Path, text: Path, workplace: Path
-) -> None:
-    arguments = quick("demo/dpo.yaml", model_dir, hh, text, steps=1)
-    done = launch("torchrun", arguments, devices=1)
+def test_torchrun_does_not_train_twice(command: Callable, tmp_path: Path) -> None:
+    done = command(TORCHRUN, "--trainer.devices", 1)
     assert done.returncode != 0
-    assert "torchrun started 2 processes, but trainer.devices × trainer.num_nodes is 1" in (
-        done.stderr
-    )
-    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("alignkit: error")]
+    assert "trainer.devices=1" in line and "2 were started" in line
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+SLURM |= {"SLURM_NODEID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "devices", "said"),
+    [
+        (SLURM, 1, "SLURM"),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}, 2, "SLURM"),
+        ({"SLURM_NTASKS": "2", "SLURM_JOB_NAME": "train"}, 1, "ntasks-per-node"),
+        ({"LOCAL_RANK": "0", "WORLD_SIZE": "2"}, 1, "WORLD_SIZE"),
+        ({"LOCAL_RANK": "1"}, 1, "LOCAL_RANK=1"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 1, "WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 2, "WORLD_SIZE"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2, "OMPI_COMM_WORLD_SIZE"),
+        ({"PMI_SIZE": "4"}, 1, "PMI_SIZE"),
+    ],
+)
+def test_a_launcher_that_disagrees_is_refused(
+    environment: dict[str, str],
+    devices: int,
+    said: str,
+    alignkit: Callable,
+    model_dir: Callable,
+    hh: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("alignkit.cli._PATIENCE", 0)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    arguments = quick("demo/sft.yaml", model_dir, hh, text, 1)
+    status, _, err = alignkit(*arguments, "--trainer.devices", devices)
+    assert status == 2
+    assert said in one_error(err)
     assert not list(Path().rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "1"}, {"LOCAL_RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}, {"PMI_SIZE": "1"}],
+    ids=str,
+)
+def test_a_launcher_that_agrees_is_not(
+    environment: dict[str, str],
+    alignkit: Callable,
+    model_dir: Callable,
+    hh: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    status, _, err = alignkit(*quick("demo/sft.yaml", model_dir, hh, text, 1))
+    assert status == 0, err
+
+
+MINE = """import os
+from alignkit import SFTModule
+from alignkit.errors import AlignkitError
+
+class Mine(SFTModule):
+    def on_train_start(self):
+        super().on_train_start()
+        if str(self.global_rank) in os.environ.get("FAILING", ""):
+            raise AlignkitError("this row cannot be read; mend it")
+        if str(self.global_rank) in os.environ.get("DYING", ""):
+            os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "status", "said"),
+    [
+        ({"FAILING": "0 1"}, 2, "alignkit: error: this row cannot be read; mend it"),
+        ({"FAILING": "1"}, 2, "alignkit: error (rank 1): this row cannot be read; mend it"),
+        ({"DYING": "1"}, 2, "alignkit: error: the process of rank 1 was killed by signal 9"),
+    ],
+    ids=["both", "other", "killed"],
+)
+def test_a_failing_rank_fails_the_command_in_one_line(
+    environment: dict[str, str], status: int, said: str, command: Callable
+) -> None:
+    """By the installed script, which also finds a class in the working folder."""
+    Path("mine.py").write_text(MINE)
+    mine = ["--model", "mine.Mine", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    done = command(SCRIPT, *mine, environment=environment)
+    assert done.returncode == status, done.stderr
+    assert one_error(done.stderr).startswith(said)
+
+
+@pytest.mark.slow
+def test_a_forked_rank_s_error_is_its_own_line(command: Callable) -> None:
+    """torch hands it on as a message that holds the rank's whole trace."""
+    Path("mine.py").write_text(MINE)
+    mine = ["--model", "mine.Mine", "--trainer.devices", 2, "--trainer.strategy", "ddp_fork"]
+    done = command(SCRIPT, *mine, environment={"FAILING": "1"})
+    assert done.returncode == 2
+    assert one_error(done.stderr) == "alignkit: error: this row cannot be read; mend it"
+
+
+@pytest.mark.parametrize("shell", ["| true", ">&-", ">&- 2>&-", "2>&1 | true"])
+def test_training_outlives_its_readers(shell: str, command: Callable) -> None:
+    bar = ["--trainer.enable_progress_bar", "true"]
+    done = command(MODULE, *bar, shell=shell)
+    assert done.returncode == 0, done.stderr
+    assert "BrokenPipe" not in done.stderr and "Traceback" not in done.stderr
+    assert trained()

@@ -1,0 +1,41 @@
+"""The configuration of a run, kept beside what the run writes."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves ``config.yaml`` into the folder of a run, and never over another file of that name.
+
+    Lightning's own ends the second run that is given the same folder. Here its configuration
+    becomes ``config-v1.yaml``, as Lightning counts checkpoints. Without a logger there is no
+    folder of the run's own, and Lightning's would be the working folder, with files of the user's.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save the configuration beside the run's events, on rank 0, once."""
+        if self.already_saved or trainer.logger is None:
+            return
+        self.already_saved = True
+        folder = trainer.log_dir  # a collective: every rank asks
+        if trainer.is_global_zero and folder is not None:
+            self._save(folder)
+
+    def _save(self, folder: str) -> None:
+        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        files = get_filesystem(folder)
+        files.makedirs(folder, exist_ok=True)
+        stem, ending = os.path.splitext(self.config_filename)
+        for version in count():
+            name = f"{stem}-v{version}{ending}" if version else self.config_filename
+            path = os.path.join(folder, name)
+            if not files.exists(path):
+                with files.open(path, "w") as file:
+                    file.write(text)
+                return
