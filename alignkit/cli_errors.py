@@ -72,8 +72,8 @@ def explain(error: BaseException) -> Told:
     """Return the line that a user reads about an exception, and the exit status."""
     error = _first(error)
     user = find_user_error(error)
-    if user is not None:
-        return _one_line(str(user)), USER
+    if user is not None:  # a worker's comes with its trace, as a message
+        return _one_line(Failure.of(user).message), USER
     failure = Failure.of(error)
     if failure.name in (AlignkitError.__name__, "OptionError"):  # told by another process
         return _one_line(failure.message), USER

@@ -25,7 +25,11 @@ Given value: Namespace(class_path='WandbLogger', init_args=Namespace(name='dpo')
     ("error", "status", "parts"),
     [
         (AlignkitError("data.path: none"), USER, ["data.path: none"]),
-        (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), USER, ["/runs/x: No space"]),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/runs/x"),
+            USER,
+            ["/runs/x", "No space left"],
+        ),
         (torch.OutOfMemoryError("CUDA out of memory."), FAILED, ["data.tokens_per_batch"]),
         (KeyError("momentum"), FAILED, ["internal error: KeyError", "--debug"]),
     ],

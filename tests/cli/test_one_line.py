@@ -49,11 +49,11 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "steps": (("--trainer.max_steps", -5), ("--trainer.max_steps",)),
     "monitor": (
         ("--trainer.callbacks.init_args.monitor", "val/los"),
-        ("val/los", "val/loss", "--trainer.callbacks"),
+        ("monitor 'val/los'", "val/loss"),
     ),
     "stop-monitor": (
         ("--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.monitor", "val/los"),
-        ("val/los", "val/loss", "--trainer.callbacks"),
+        ("monitor 'val/los'", "val/loss"),
     ),
     "stop-mode": ((*CALLBACK, "--trainer.callbacks.mode", "mn"), ("mn", "--trainer.callbacks")),
     "no-monitor": (("--trainer.callbacks+", "EarlyStopping"), ("trainer.callbacks", "monitor")),
@@ -79,7 +79,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     ),
     "rates-unlogged": (
         ("--trainer.callbacks+", "LearningRateMonitor", "--trainer.logger", "false"),
-        ("LearningRateMonitor", "--trainer.logger"),
+        ("LearningRateMonitor", "set trainer.logger"),
     ),
     "clip-algorithm": (
         ("--trainer.gradient_clip_algorithm", "normm"),
