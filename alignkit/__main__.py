@@ -2,7 +2,7 @@
 
 import sys
 
-from alignkit.interrupts import leave_on_signals, stop_on_signals
+from alignkit.utils.interrupts import leave_on_signals, stop_on_signals
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from alignkit.files import write_atomically
+from alignkit.utils.atomic import write_atomically
 
 ARMS = ("alignkit", "trl")
 
@@ -147,7 +147,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from alignkit.models import load_tokenizer
-    from alignkit.report.memory import peak_bytes, reset_peak
+    from alignkit.tools.profile.memory import peak_bytes, reset_peak
 
     logging.disable()
     tokenizer = load_tokenizer(options.tokenizer)

@@ -26,11 +26,11 @@ from sidebyside.shapes import SHAPES, write_random_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from alignkit import cli
+from alignkit.cli import command as cli
 from alignkit.errors import AlignkitError
-from alignkit.files import write_atomically
+from alignkit.models.archive import read_archive
 from alignkit.modules import base
-from alignkit.modules.archive import read_archive
+from alignkit.utils.atomic import write_atomically
 
 _WINDOW_S = 2.0  # a run is killed within this time of its first checkpoint
 _PATIENCE_S = 120.0

@@ -28,7 +28,7 @@ from sidebyside.script import measure
 from sidebyside.setup import Shared, prepare
 
 from alignkit import DPOModule
-from alignkit.data.samplers import TokenBudgetBatchSampler
+from alignkit.data.deal.samplers import TokenBudgetBatchSampler
 from alignkit.engine import Example, PackedBatch, collate, score
 
 _PAIRS = {"cpu": 64, "cuda": 512}

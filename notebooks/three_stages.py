@@ -42,14 +42,14 @@ from alignkit import (
     OpenWebTextDataModule,
     SFTModule,
 )
-from alignkit.demo.model import prepare_model
-from alignkit.demo.preferences import write_preferences
-from alignkit.demo.prose import write_prose
-from alignkit.demo.run import faster_dtype
 from alignkit.lora import LoRAConfig
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
-from alignkit.report.compare import compare
-from alignkit.report.curves import plot_curves
+from alignkit.tools.compare import compare
+from alignkit.tools.curves import plot_curves
+from alignkit.tools.demo.model import prepare_model
+from alignkit.tools.demo.preferences import write_preferences
+from alignkit.tools.demo.prose import write_prose
+from alignkit.tools.demo.run import faster_dtype
 
 RUNS = Path(os.environ.get("ALIGNKIT_RUNS", "runs"))
 STEPS = int(os.environ.get("ALIGNKIT_STEPS", "32"))

@@ -96,6 +96,10 @@ def test_a_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
         names = archive.namelist()
         (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
         assert "alignkit = alignkit.__main__:main" in archive.read(entry_points).decode()
-    assert {"alignkit/py.typed", "alignkit/demo/knowledge.txt", "alignkit/models.py"} <= {*names}
+    assert {
+        "alignkit/py.typed",
+        "alignkit/tools/demo/knowledge.txt",
+        "alignkit/models/load.py",
+    } <= {*names}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("tests", "runs")) for name in names)

@@ -12,7 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from alignkit.cli import TOOLS, Parser, main
+from alignkit.cli import main
+from alignkit.cli.command import TOOLS, Parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

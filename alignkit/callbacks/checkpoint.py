@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from alignkit.errors import AlignkitError
-from alignkit.files import make_writable_folder
-from alignkit.modules.archive import local_path
+from alignkit.models.archive import local_path
 from alignkit.modules.runs import named_checkpoint, run_folder
+from alignkit.utils.atomic import make_writable_folder
 
 
 class Checkpoint(ModelCheckpoint):

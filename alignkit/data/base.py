@@ -12,20 +12,20 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.cache import cache_root
-from alignkit.data.files import Source
-from alignkit.data.hashes import FileHashes
-from alignkit.data.position import Plan
-from alignkit.data.samplers import TokenBudgetBatchSampler
-from alignkit.data.sources import DataPath, find_splits, not_read, weights_of
-from alignkit.data.splits import RowEncoder, open_splits
-from alignkit.data.store import ExampleSet, Unsized
-from alignkit.data.text_format import TextFormat
-from alignkit.data.tokens import vocabulary_size
+from alignkit.data.deal.samplers import TokenBudgetBatchSampler
+from alignkit.data.encode.tokens import vocabulary_size
+from alignkit.data.keep.cache import cache_root
+from alignkit.data.keep.position import Plan
+from alignkit.data.keep.splits import RowEncoder, open_splits
+from alignkit.data.keep.store import ExampleSet, Unsized
+from alignkit.data.read.hashes import FileHashes
+from alignkit.data.read.rows import Source
+from alignkit.data.read.sources import DataPath, find_splits, not_read, weights_of
 from alignkit.engine import PackedBatch, collate
 from alignkit.errors import AlignkitError
-from alignkit.interrupts import ignore_signals
-from alignkit.models import load_tokenizer
+from alignkit.models.load import load_tokenizer
+from alignkit.models.text_format import TextFormat
+from alignkit.utils.interrupts import ignore_signals
 
 
 class AlignmentDataModule(LightningDataModule):

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
-from alignkit.data.encode import DialogueEncoder
-from alignkit.data.policies import Policies
-from alignkit.data.shapes import Side, preference_sides, sft_sides
-from alignkit.data.sources import DataPath
-from alignkit.data.splits import RowEncoder
-from alignkit.data.text_format import PromptFormat
+from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.keep.splits import RowEncoder
+from alignkit.data.read.sources import DataPath
+from alignkit.data.text.policies import Policies
+from alignkit.data.text.shapes import Side, preference_sides, sft_sides
+from alignkit.models.text_format import PromptFormat
 
 HH_RLHF = "Anthropic/hh-rlhf"
 
@@ -27,7 +27,7 @@ class DialogueDataModule(AlignmentDataModule):
         max_length: Most tokens of a prompt with one answer, EOS included. Old turns go first,
             whole, then the left of the last one; an answer is never cut.
         prompt_format: ``boundary`` (the published text), ``seed``, ``chat``, or ``raw`` for rows
-            that were rendered before; see `alignkit.data.formats`.
+            that were rendered before; see `alignkit.data.text.formats`.
         policies: What to do with each defect; see `Policies`.
         **options: Passed to `AlignmentDataModule`.
     """
@@ -67,7 +67,7 @@ class HHPreferenceDataModule(DialogueDataModule):
 
     Args:
         tokenizer: See `DialogueDataModule`, as for every argument not named here.
-        path: See `AlignmentDataModule`; rows as `alignkit.data.shapes` describes them.
+        path: See `AlignmentDataModule`; rows as `alignkit.data.text.shapes` describes them.
         **options: Passed to `DialogueDataModule`.
     """
 
@@ -79,7 +79,7 @@ class HHSFTDataModule(DialogueDataModule):
 
     Args:
         tokenizer: See `DialogueDataModule`, as for every argument not named here.
-        path: See `AlignmentDataModule`; rows as `alignkit.data.shapes` describes them.
+        path: See `AlignmentDataModule`; rows as `alignkit.data.text.shapes` describes them.
         turns: ``last`` trains on the last answer alone, ``all`` on every turn of the assistant.
         **options: Passed to `DialogueDataModule`.
     """

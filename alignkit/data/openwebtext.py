@@ -9,22 +9,22 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
-from alignkit.data.chunks import chunks
-from alignkit.data.defects import Dropped, Judge, character_defects, readable
-from alignkit.data.fields import unread_columns
-from alignkit.data.files import BadRow, Row, Source
-from alignkit.data.packing import Document, Packing, rows
-from alignkit.data.policies import Policies, Tally
-from alignkit.data.position import SOURCES, check_plan
-from alignkit.data.sources import DataPath, find_splits
-from alignkit.data.store import StoreWriter
-from alignkit.data.stream import ExampleStream, head, tail
-from alignkit.data.templated import Templated
-from alignkit.data.text_format import TextFormat
-from alignkit.data.tokens import TextEncoder
+from alignkit.data.deal.stream import ExampleStream, head, tail
+from alignkit.data.encode.chunks import chunks
+from alignkit.data.encode.packing import Document, Packing, rows
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.data.keep.position import SOURCES, check_plan
+from alignkit.data.keep.store import StoreWriter
+from alignkit.data.read.rows import BadRow, Row, Source
+from alignkit.data.read.sources import DataPath, find_splits
+from alignkit.data.text.defects import Dropped, Judge, character_defects, readable
+from alignkit.data.text.fields import unread_columns
+from alignkit.data.text.policies import Policies, Tally
+from alignkit.data.text.templated import Templated
 from alignkit.engine import Example, PackedBatch
 from alignkit.errors import AlignkitError
-from alignkit.models import load_tokenizer
+from alignkit.models.load import load_tokenizer
+from alignkit.models.text_format import TextFormat
 
 OPENWEBTEXT = "stas/openwebtext-10k"
 TEXT_COLUMNS = frozenset(("text",))
@@ -38,7 +38,7 @@ class DocumentEncoder:
         tokenizer: A fast tokenizer; what it puts before a text begins every document, and its EOS
             ends it.
         block_size: Tokens of a row.
-        packing: See `alignkit.data.packing.rows`.
+        packing: See `alignkit.data.encode.packing.rows`.
         policies: What to do about rows that are bad, empty or hold control characters.
     """
 
@@ -139,7 +139,7 @@ class OpenWebTextDataModule(AlignmentDataModule):
             ``trainer.max_steps``. Where the path has no other split, the first ``held_out``
             documents are set apart for validation.
         held_out: See ``streaming``.
-        packing: ``concatenate`` or ``best_fit``; see `alignkit.data.packing.rows`.
+        packing: ``concatenate`` or ``best_fit``; see `alignkit.data.encode.packing.rows`.
         policies: What to do with each defect; see `Policies`.
         **options: Passed to `AlignmentDataModule`.
     """

@@ -1,6 +1,6 @@
 """The engine: packed rows in, token log-probabilities out. Plain PyTorch, no Lightning."""
 
-from alignkit.engine.batch import Example, PackedBatch, Span, collate
+from alignkit.batch import Example, PackedBatch, Span, collate
 from alignkit.engine.compile import compile_blocks
 from alignkit.engine.head import TokenScores
 from alignkit.engine.onednn import bound_caches

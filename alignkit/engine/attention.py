@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from alignkit.engine.batch import Span
+from alignkit.batch import Span
 from alignkit.engine.segments import AttentionPlan, DenseAttention, SegmentAttention
 from alignkit.engine.tiles import TiledAttention
 from alignkit.engine.varlen import VarlenAttention, varlen_refusal

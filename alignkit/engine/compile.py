@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from alignkit.engine.batch import PackedBatch, Span
+from alignkit.batch import PackedBatch, Span
 from alignkit.errors import AlignkitError
 
 ROW_MULTIPLE = 64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from alignkit.autocast import no_autocast
+from alignkit.utils.autocast import no_autocast
 
 _HALF = (torch.bfloat16, torch.float16)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.autocast import compute_dtype
+from alignkit.utils.autocast import compute_dtype
 
 # Rows of logits that exist at once: 256 x 50k in bf16 are 26 MB, small beside the activations of
 # any model, and the matmul is already as fast as it gets.

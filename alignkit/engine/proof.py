@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignkit.batch import Example, PackedBatch, collate
 from alignkit.engine.attention import backbone, use_packed_attention
-from alignkit.engine.batch import Example, PackedBatch, collate
 from alignkit.engine.fp32 import in_fp32
 from alignkit.engine.lengths import longest_position, named_lengths, text_config
 from alignkit.errors import AlignkitError

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignkit.autocast import compute_dtype
+from alignkit.batch import PackedBatch
 from alignkit.engine.attention import backbone, make_plan, use_packed_attention
-from alignkit.engine.batch import PackedBatch
 from alignkit.engine.compile import padded_for
 from alignkit.engine.head import TokenScores, token_scores
 from alignkit.engine.lengths import longest_position
 from alignkit.engine.proof import prove, require_proof
 from alignkit.errors import AlignkitError
+from alignkit.utils.autocast import compute_dtype
 
 
 def score(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit.engine.batch import Span
+from alignkit.batch import Span
 
 
 def query_segments(span: Span) -> list[tuple[tuple[range, ...], int]]:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from alignkit.autocast import no_autocast
-from alignkit.engine.batch import Span
+from alignkit.batch import Span
 from alignkit.engine.segments import SegmentAttention, query_segments, row_segments, visible
+from alignkit.utils.autocast import no_autocast
 
 QUERIES = 128
 """Rows of a tile. Shorter ones waste less above the diagonal, longer ones pay fewer calls."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alignkit.engine.batch import Span
+from alignkit.batch import Span
 from alignkit.engine.segments import AttentionPlan, DenseAttention, query_segments
 
 log = logging.getLogger(__name__)

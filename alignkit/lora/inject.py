@@ -36,7 +36,7 @@ def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "def
 
     Returns:
         The model itself. Its ``save_pretrained`` refuses from here on;
-        `alignkit.lora.export.export` writes adapters and merged models.
+        `alignkit.models.export.export` writes adapters and merged models.
 
     Raises:
         AlignkitError: A name in use, a merged model, or a config that does not fit the model; the
@@ -89,8 +89,8 @@ def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "def
 def _refuse_to_save(*_: object, **__: object) -> None:
     """Stand in for ``save_pretrained``, which would write layers no reader finds by their names."""
     raise AlignkitError(
-        "save_pretrained: the model has adapters; write it with alignkit.lora.export.export(model, "
-        "directory, to='merged') or to='peft'"
+        "save_pretrained: the model has adapters; write it with "
+        "alignkit.models.export.export(model, directory, to='merged') or to='peft'"
     )
 
 

@@ -16,18 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError
-from alignkit.files import write_atomically
-from alignkit.finite import first_nonfinite
 from alignkit.lora.adapter import adapter_layers, plain_modules
 from alignkit.lora.config import LoRAConfig
-from alignkit.lora.files import (
-    CONFIG_FILE,
-    CONFIG_KEY,
-    WEIGHTS_FILE,
-    AdapterFiles,
-    read_adapter,
-    write_tensors,
-)
 from alignkit.lora.init import SUBTRACTED
 from alignkit.lora.inject import (
     adapter_configs,
@@ -36,6 +26,14 @@ from alignkit.lora.inject import (
     require_adapter,
     set_adapter,
     trained_parameters,
+)
+from alignkit.lora.peft_files import (
+    CONFIG_FILE,
+    CONFIG_KEY,
+    WEIGHTS_FILE,
+    AdapterFiles,
+    read_adapter,
+    write_tensors,
 )
 from alignkit.lora.peft_format import (
     PREFIX,
@@ -49,6 +47,8 @@ from alignkit.lora.peft_format import (
 from alignkit.lora.peft_reader import refuse_rewritten
 from alignkit.lora.state import refuse_differences
 from alignkit.lora.targets import pruned, resolve, saved_modules, shared_weight
+from alignkit.utils.atomic import write_atomically
+from alignkit.utils.finite import first_nonfinite
 
 logger = logging.getLogger(__name__)
 

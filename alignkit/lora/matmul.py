@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from alignkit.autocast import compute_dtype, no_autocast
+from alignkit.utils.autocast import compute_dtype, no_autocast
 
 
 def adapted_linear(

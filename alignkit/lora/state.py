@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError
-from alignkit.finite import first_nonfinite
 from alignkit.lora.adapter import adapter_layers
+from alignkit.utils.finite import first_nonfinite
 
 _SHOWN = 3
 

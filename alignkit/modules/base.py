@@ -14,15 +14,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from alignkit.data.text_format import TextFormat
 from alignkit.engine import PackedBatch, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
-from alignkit.models_fingerprint import BaseIdentity
+from alignkit.models.find import find_checkpoint, verified
+from alignkit.models.fingerprint import BaseIdentity
+from alignkit.models.noise import prove_quiet
+from alignkit.models.policy import build_policy
+from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
+from alignkit.models.start import find_start
+from alignkit.models.text_format import TextFormat
 from alignkit.modules import text
-from alignkit.modules.build import build_policy
 from alignkit.modules.checkpoint_io import seal_checkpoints
-from alignkit.modules.dropout import prove_quiet
-from alignkit.modules.find import find_checkpoint, verified
 from alignkit.modules.hosted import Hosted
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
 from alignkit.modules.optimize import make_optimizer, make_schedule, total_steps
@@ -30,8 +32,6 @@ from alignkit.modules.resume import KEY as SETTINGS
 from alignkit.modules.resume import merge, settings
 from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
-from alignkit.modules.stamp import STAMP, check_content, check_stamp, make_stamp
-from alignkit.modules.start import find_start
 
 log = logging.getLogger(__name__)
 

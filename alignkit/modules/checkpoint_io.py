@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 
-from alignkit.modules.archive import local_path, write_archive
-from alignkit.modules.find import load_checkpoint
+from alignkit.models.archive import local_path, write_archive
+from alignkit.models.find import load_checkpoint
 
 
 class SealedCheckpointIO(TorchCheckpointIO):

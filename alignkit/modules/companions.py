@@ -25,12 +25,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from alignkit.errors import AlignkitError
-from alignkit.modules.averaging import (
-    AVERAGED,
-    average_what_trains,
-    follow_device,
-    resume_average,
-)
+from alignkit.modules.averaging import AVERAGED, average_what_trains, follow_device, resume_average
 
 _TUNERS = (LearningRateFinder, BatchSizeFinder)
 _REFUSED: dict[type[Callback], str] = {

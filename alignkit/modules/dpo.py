@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 from alignkit.engine import PackedBatch, compile_blocks, response_lengths, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora.identity import trained_fingerprint
+from alignkit.models.noise import adapters_quiet
 from alignkit.modules.base import AlignmentModule
-from alignkit.modules.dropout import adapters_quiet
+from alignkit.modules.precision import computed_in
 from alignkit.modules.reference import ReferenceCache, ReferencedBatch, refuse_error
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
-from alignkit.precision import computed_in
 
 # A policy that is its reference's copy scores the same row through the same kernels: what is
 # left is the kernels' own nondeterminism.

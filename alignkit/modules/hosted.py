@@ -19,10 +19,10 @@ from alignkit.modules.companions import (
     refuse_averaged,
     searches_batch_size,
 )
+from alignkit.modules.precision import apply_but_keep_buffers, convert_early, leave_batches
 from alignkit.modules.state import keep_trained_state
 from alignkit.modules.steps import ExactSteps
 from alignkit.modules.tuning import learning_rate, with_learning_rate
-from alignkit.precision import apply_but_keep_buffers, convert_early, leave_batches
 
 
 class Hosted(ExactSteps):

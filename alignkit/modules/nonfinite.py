@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from alignkit.batch import Span
 from alignkit.engine import PackedBatch
-from alignkit.engine.batch import Span
 from alignkit.errors import AlignkitError
-from alignkit.modules.archive import read_archive, write_archive
+from alignkit.models.archive import read_archive, write_archive
 from alignkit.modules.window import MicroBatch, WindowTotals
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from alignkit.modules import checkpoint as ckpt
+from alignkit.models import checkpoint as ckpt
 
 _KEY = "position"
 
@@ -28,7 +28,7 @@ class WindowStart:
 
     Attributes:
         batches: Micro-batches of the epoch before it.
-        random_state: Of this rank, see `alignkit.modules.checkpoint.random_state`.
+        random_state: Of this rank, see `alignkit.models.checkpoint.random_state`.
     """
 
     batches: int

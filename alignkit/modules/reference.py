@@ -26,7 +26,7 @@ from torch import Tensor
 
 from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
-from alignkit.files import make_writable_folder, write_atomically
+from alignkit.utils.atomic import make_writable_folder, write_atomically
 
 log = logging.getLogger(__name__)
 

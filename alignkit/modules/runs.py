@@ -14,9 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from alignkit.errors import AlignkitError
-from alignkit.modules.archive import local_path, read_archive, verify_archive
-from alignkit.modules.find import first_intact, newest_first
-from alignkit.ranks import is_first_rank
+from alignkit.models.archive import local_path, read_archive, verify_archive
+from alignkit.models.find import first_intact, newest_first
+from alignkit.utils.ranks import is_first_rank
 
 log = logging.getLogger(__name__)
 

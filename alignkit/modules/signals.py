@@ -21,8 +21,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from alignkit.interrupts import Stopped, say, stop_at_once
-from alignkit.ranks import is_lost_connection
+from alignkit.utils.interrupts import Stopped, say, stop_at_once
+from alignkit.utils.ranks import is_lost_connection
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from alignkit.modules import checkpoint as ckpt
+from alignkit.models import checkpoint as ckpt
 
 _MODEL = "model."
 

@@ -19,9 +19,9 @@ from alignkit.engine import PackedBatch
 from alignkit.modules.metrics import EpochMetrics, EpochSums
 from alignkit.modules.nonfinite import OnNonFinite, StepGuard
 from alignkit.modules.position import Position
+from alignkit.modules.precision import unscale
 from alignkit.modules.tuning import mean_with_gradient_of_sum
 from alignkit.modules.window import LossOutput, Window, scale_gradients
-from alignkit.precision import unscale
 
 log = logging.getLogger(__name__)
 

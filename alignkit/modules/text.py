@@ -11,9 +11,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignkit.data.text_format import TextFormat
 from alignkit.errors import AlignkitError
-from alignkit.models import embedding_size
+from alignkit.models.load import embedding_size
+from alignkit.models.text_format import TextFormat
 
 if TYPE_CHECKING:
     from alignkit.modules.base import AlignmentModule

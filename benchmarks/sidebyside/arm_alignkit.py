@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from alignkit import AlignmentModule, DPOModule, LoRAModule, SFTModule
-from alignkit.data.samplers import TokenBudgetBatchSampler
+from alignkit.data.deal.samplers import TokenBudgetBatchSampler
 from alignkit.engine import Example, PackedBatch, collate, response_sums, score
 from alignkit.lora import LoRAConfig
 from alignkit.objectives.preference import DPO

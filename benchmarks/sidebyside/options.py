@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from alignkit.errors import AlignkitError
-from alignkit.files import check_output
+from alignkit.utils.atomic import check_output
 from sidebyside.job import Task
 from sidebyside.shapes import SHAPES
 

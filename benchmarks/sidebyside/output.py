@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from alignkit.files import write_atomically
-from alignkit.report.plots import COLORS, new_figure, save
+from alignkit.tools.plots import COLORS, new_figure, save
+from alignkit.utils.atomic import write_atomically
 
 
 def print_parity(console: Console, verdict: Mapping[str, Any]) -> None:

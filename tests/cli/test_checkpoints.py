@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from alignkit.modules.checkpoint import read_checkpoint
+from alignkit.models.checkpoint import read_checkpoint
 from tests.cli.test_fit import quick
 
 RUNS = Path("runs/demo/sft")

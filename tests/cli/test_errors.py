@@ -7,8 +7,8 @@ import errno
 import pytest
 import torch
 
-from alignkit.cli_errors import FAILED, USER, explain
-from alignkit.cli_messages import plain
+from alignkit.cli.errors import FAILED, USER, explain
+from alignkit.cli.messages import plain
 from alignkit.errors import AlignkitError
 
 DUMP = """Does not validate against any of the Union subtypes

@@ -12,8 +12,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from alignkit.modules.checkpoint import read_checkpoint
-from alignkit.report.curves import read_scalars
+from alignkit.models.checkpoint import read_checkpoint
+from alignkit.tools.curves import read_scalars
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FAMILY = {"lora": "gpt2", "sft": "gpt_neox", "dpo": "gpt_neox"}

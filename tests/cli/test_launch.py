@@ -115,7 +115,7 @@ def test_a_launcher_that_disagrees_is_refused(
     text: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("alignkit.cli._PATIENCE", 0)
+    monkeypatch.setattr("alignkit.cli.command._PATIENCE", 0)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     arguments = quick("demo/sft.yaml", model_dir, hh, text, 1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from alignkit.cli import main
-from alignkit.modules.checkpoint import read_checkpoint
+from alignkit.models.checkpoint import read_checkpoint
 from tests.cli.test_fit import quick
 
 KILL = '''

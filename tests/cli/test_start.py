@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alignkit.modules.checkpoint import read_checkpoint
+from alignkit.models.checkpoint import read_checkpoint
 from tests.cli.test_fit import CONFIGS, quick
 
 

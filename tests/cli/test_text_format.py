@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from alignkit.data import encode_prompt
-from alignkit.data.text_format import FORMAT_FILE
+from alignkit.models.text_format import FORMAT_FILE
 from tests.cli.test_fit import quick
 
 TEMPLATE = (
@@ -140,7 +140,7 @@ def test_a_chat_model_is_asked_by_its_template(
 
 def spy_on_ids(answer: Callable, model: object, **options: Any) -> list[int]:
     """The ids that generation feeds."""
-    from alignkit.report import sampling
+    from alignkit.tools.generate import sampling
 
     fed: list[list[int]] = []
     original = sampling._complete_batch

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignkit.engine import collate, score
-from alignkit.modules.checkpoint import load_policy
+from alignkit.models.checkpoint import load_policy
 from tests.cli.test_fit import quick
 from tests.modules.helpers import answers
 

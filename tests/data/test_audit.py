@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from alignkit.cli import main
-from alignkit.data.audit import audit
 from alignkit.errors import AlignkitError
+from alignkit.tools.audit.command import audit
 from tests.data.conftest import write_jsonl
 
 Q = "\n\nHuman: q {}\n\nAssistant:"

@@ -9,15 +9,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from alignkit.data import encode_prompt
-from alignkit.data.encode import DialogueEncoder
-from alignkit.data.files import Source
+from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.openwebtext import DocumentEncoder
-from alignkit.data.policies import Tally
-from alignkit.data.shapes import preference_sides, sft_sides
-from alignkit.data.text_format import TextFormat
+from alignkit.data.read.rows import Source
+from alignkit.data.text.policies import Tally
+from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.engine import Example
-from alignkit.report.request import ask
-from alignkit.report.sampling import Sampling
+from alignkit.models.text_format import TextFormat
+from alignkit.tools.generate.request import ask
+from alignkit.tools.generate.sampling import Sampling
 from tests.data.tokenizers import KINDS
 
 ASKED = [{"role": "user", "content": "How do I bake bread?"}]

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from alignkit.data import HHPreferenceDataModule, HHSFTDataModule, Policies
-from alignkit.data.cache import cached_store
-from alignkit.data.store import ExampleSet, Store, StoreError, StoreWriter
+from alignkit.data.keep.cache import cached_store
+from alignkit.data.keep.store import ExampleSet, Store, StoreError, StoreWriter
 from alignkit.engine import Example
 from alignkit.errors import AlignkitError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from alignkit.data.chunks import chunks, one_ahead
+from alignkit.data.encode.chunks import chunks, one_ahead
 
 
 def test_chunks() -> None:

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from alignkit.data import HHPreferenceDataModule, HHSFTDataModule
-from alignkit.data.code import UnknownContentError, code_identity
-from alignkit.data.encode import DialogueEncoder
-from alignkit.data.files import Source
-from alignkit.data.shapes import Side, sft_sides
+from alignkit.data.encode.code import UnknownContentError, code_identity
+from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.read.rows import Source
+from alignkit.data.text.shapes import Side, sft_sides
 from tests.data.conftest import write_jsonl
 
 Q = "\n\nHuman: q\n\nAssistant:"
@@ -110,7 +110,7 @@ def test_an_edit_is_seen(
     helper, own = tmp_path / "my_helper.py", tmp_path / "my_reader.py"
     helper.write_text("def clean(text):\n    return text.strip()\n")
     own.write_text(
-        "import my_helper\nfrom alignkit.data.shapes import Side\n"
+        "import my_helper\nfrom alignkit.data.text.shapes import Side\n"
         f"Q = {Q!r}\n"
         "def beside(text):\n    return ' ' + my_helper.clean(text)\n"
         "def sides(row):\n    return [Side(Q, beside(row['chosen'][-9:]))]\n"

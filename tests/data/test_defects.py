@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from alignkit.data.defects import Dropped, Judge, Policies, Tally, choices, defects
-from alignkit.data.shapes import preference_sides
+from alignkit.data.text.defects import Dropped, Judge, Policies, Tally, choices, defects
+from alignkit.data.text.shapes import preference_sides
 from alignkit.errors import AlignkitError
 
 Q = "\n\nHuman: q\n\nAssistant:"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignkit.data.dialogue import (
+from alignkit.data.text.dialogue import (
     Dialogue,
     Message,
     RowError,

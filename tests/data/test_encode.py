@@ -9,10 +9,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignkit.data import encode_prompt
-from alignkit.data.encode import DialogueEncoder
-from alignkit.data.files import Source
-from alignkit.data.policies import Policies, Tally
-from alignkit.data.shapes import preference_sides, sft_sides
+from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.read.rows import Source
+from alignkit.data.text.policies import Policies, Tally
+from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.engine import Example
 from alignkit.errors import AlignkitError
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alignkit.cli import main
 from alignkit.data import HHPreferenceDataModule, HHSFTDataModule, OpenWebTextDataModule, Policies
-from alignkit.data.shapes import preference_sides, sft_sides
+from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError
 from tests.data.conftest import write_jsonl
 from tests.data.test_encode import TEMPLATE, encode

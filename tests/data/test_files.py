@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from alignkit.data import HHPreferenceDataModule, Policies
-from alignkit.data.files import BadRow, directory_splits, file_source
+from alignkit.data.read.rows import BadRow, directory_splits, file_source
 from alignkit.errors import AlignkitError
 from tests.data.conftest import write_jsonl
 

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from alignkit.data.encode import DialogueEncoder
-from alignkit.data.files import Source, file_source
+from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.openwebtext import DocumentEncoder
-from alignkit.data.policies import Policies, Tally
-from alignkit.data.shapes import preference_sides, sft_sides
+from alignkit.data.read.rows import Source, file_source
+from alignkit.data.text.policies import Policies, Tally
+from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError
 from tests.data.conftest import pair
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from alignkit.data import hashes
-from alignkit.data.hashes import FileHashes, file_hash
+from alignkit.data.read import hashes
+from alignkit.data.read.hashes import FileHashes, file_hash
 
 
 @pytest.fixture

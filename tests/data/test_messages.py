@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignkit.data.defects import Judge, Policies, Tally
-from alignkit.data.shapes import preference_sides, sft_sides
+from alignkit.data.text.defects import Judge, Policies, Tally
+from alignkit.data.text.shapes import preference_sides, sft_sides
 from tests.data.test_encode import TEMPLATE, encode
 
 CODE = "    if x:\n        return 1\n"
@@ -199,7 +199,7 @@ def test_messages_that_part_early_are_split_there(policy: Any) -> None:
 
 
 def test_messages_that_share_no_question_go() -> None:
-    from alignkit.data.defects import Dropped
+    from alignkit.data.text.defects import Dropped
 
     one, other = message("user", "a"), message("user", "b")
     answer = message("assistant", "c")

@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from alignkit.data import HHPreferenceDataModule, HHSFTDataModule, OpenWebTextDataModule, sources
+from alignkit.data import HHPreferenceDataModule, HHSFTDataModule, OpenWebTextDataModule
+from alignkit.data.read import sources
 from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
 from tests.data.conftest import pair, sentence, write_jsonl

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from alignkit.data import Policies, packing
-from alignkit.data.files import Source
+from alignkit.data import Policies
+from alignkit.data.encode import packing
+from alignkit.data.encode.packing import rows
 from alignkit.data.openwebtext import DocumentEncoder
-from alignkit.data.packing import rows
-from alignkit.data.policies import Tally
+from alignkit.data.read.rows import Source
+from alignkit.data.text.policies import Tally
 from alignkit.errors import AlignkitError
 
 DOCUMENTS = st.lists(st.integers(1, 30), max_size=40).map(

@@ -17,7 +17,7 @@ from alignkit.data import (
     OpenWebTextDataModule,
     TokenBudgetBatchSampler,
 )
-from alignkit.data.position import differences
+from alignkit.data.keep.position import differences
 from alignkit.errors import AlignkitError
 from tests.data.conftest import pair, sentence, write_jsonl
 from tests.data.test_resume import Recorder, SaveAndStop, quiet

@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from alignkit.data.audit import audit
-from alignkit.data.defects import Dropped, Judge, Policies, Tally
-from alignkit.data.dialogue import Dialogue
-from alignkit.data.encode import DialogueEncoder, Draft
-from alignkit.data.files import BadRow
-from alignkit.data.shapes import Side, preference_sides
-from alignkit.data.sources import find_splits
+from alignkit.data.encode.dialogues import DialogueEncoder, Draft
+from alignkit.data.read.rows import BadRow
+from alignkit.data.read.sources import find_splits
+from alignkit.data.text.defects import Dropped, Judge, Policies, Tally
+from alignkit.data.text.dialogue import Dialogue
+from alignkit.data.text.shapes import Side, preference_sides
+from alignkit.tools.audit.command import audit
 
 pytestmark = pytest.mark.real
 TOKENIZERS = ("gpt2", "gpt-neox-20b")
@@ -133,7 +133,7 @@ def test_what_repairs_change(pairs: Path) -> None:
 
 
 def test_the_seed_formats_figure(tokenizer: Any, pairs: Path) -> None:
-    """The share of rows that `alignkit.data.formats` names in its documentation."""
+    """The share of rows that `alignkit.data.text.formats` names in its documentation."""
     tally = Tally()
     kept = list(drafts(tokenizer, pairs, tally, max_length=512, prompt_format="seed"))
     assert tally.counts["boundary"] / len(kept) > 0.998

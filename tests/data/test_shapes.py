@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from alignkit.data.dialogue import RowError
-from alignkit.data.shapes import preference_sides, sft_sides
+from alignkit.data.text.dialogue import RowError
+from alignkit.data.text.shapes import preference_sides, sft_sides
 
 PROMPT = "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"
 ASKED = [

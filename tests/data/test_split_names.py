@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from alignkit.data import HHPreferenceDataModule
-from alignkit.data.audit import audit
-from alignkit.data.split_names import split_files
+from alignkit.data.read.split_names import split_files
 from alignkit.errors import AlignkitError
+from alignkit.tools.audit.command import audit
 from tests.data.conftest import write_jsonl
 
 GOOD = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}

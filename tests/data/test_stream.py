@@ -12,9 +12,9 @@ import lightning
 import pytest
 
 from alignkit.data import OpenWebTextDataModule
-from alignkit.data.files import Source
-from alignkit.data.policies import Tally
-from alignkit.data.stream import ExampleStream, head, tail
+from alignkit.data.deal.stream import ExampleStream, head, tail
+from alignkit.data.read.rows import Source
+from alignkit.data.text.policies import Tally
 from alignkit.engine import Example
 from alignkit.errors import AlignkitError
 from tests.data.conftest import sentence, write_jsonl

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.audit import audit
-from alignkit.data.encode import DialogueEncoder
-from alignkit.data.files import Source
+from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.openwebtext import DocumentEncoder
-from alignkit.data.policies import Policies, Tally
-from alignkit.data.shapes import preference_sides, sft_sides
+from alignkit.data.read.rows import Source
+from alignkit.data.text.policies import Policies, Tally
+from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError
+from alignkit.tools.audit.command import audit
 from tests.data.conftest import write_jsonl
 from tests.data.tokenizers import KINDS, adds_both, gpt2, llama_2, llama_3
 

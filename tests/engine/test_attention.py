@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
+from alignkit.batch import Span
 from alignkit.engine import Example, collate, score
 from alignkit.engine.attention import make_plan
-from alignkit.engine.batch import Span
 from alignkit.engine.segments import (
     AttentionPlan,
     DenseAttention,

@@ -14,7 +14,7 @@ from alignkit.engine import Example, collate, compile_blocks, score
 from alignkit.engine.compile import ROW_MULTIPLE, padded_for
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora
-from alignkit.models_lean import lean_modules
+from alignkit.models.lean import lean_modules
 
 # The compiler itself uses what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings(

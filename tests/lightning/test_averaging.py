@@ -22,8 +22,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from alignkit.callbacks import Checkpoint
 from alignkit.engine import collate, score
 from alignkit.errors import AlignkitError
+from alignkit.models.checkpoint import load_policy, read_checkpoint
 from alignkit.modules import DPOModule
-from alignkit.modules.checkpoint import load_policy, read_checkpoint
 from tests.lightning.helpers import Run, same
 from tests.modules.helpers import pairs
 

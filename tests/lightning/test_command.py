@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from alignkit.modules.checkpoint import read_checkpoint
+from alignkit.models.checkpoint import read_checkpoint
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch"),

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from alignkit.errors import AlignkitError
-from alignkit.modules.checkpoint import load_policy, read_checkpoint
+from alignkit.models.checkpoint import load_policy, read_checkpoint
 from tests.lightning.helpers import Run
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from alignkit.callbacks import Checkpoint
-from alignkit.modules.checkpoint import load_policy
+from alignkit.models.checkpoint import load_policy
 from tests.lightning.helpers import Run, same
 
 pytestmark = [

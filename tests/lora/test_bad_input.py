@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, load_adapter
-from alignkit.lora.files import read_adapter
+from alignkit.lora.peft_files import read_adapter
 from alignkit.lora.peft_format import config_from_peft
 
 Make = Callable[..., PreTrainedModel]

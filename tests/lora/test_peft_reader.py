@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, load_adapter
-from alignkit.lora.export import export
+from alignkit.models.export import export
 
 Make = Callable[..., PreTrainedModel]
 Shake = Callable[..., nn.Module]

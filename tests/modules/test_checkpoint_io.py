@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO, TorchC
 
 from alignkit.callbacks import Checkpoint
 from alignkit.errors import AlignkitError
+from alignkit.models.archive import verify_archive
 from alignkit.modules import SFTModule
-from alignkit.modules.archive import verify_archive
 from alignkit.modules.checkpoint_io import SealedCheckpointIO
 from tests.modules.helpers import answers, loader, trainer
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from alignkit.engine import PackedBatch, collate, score
 from alignkit.lora import LoRAConfig, inject_lora
-from alignkit.models_lean import lean_modules
+from alignkit.models.lean import lean_modules
 from alignkit.modules import DPOModule, SFTModule
 from alignkit.modules.base import AlignmentModule
 from tests.modules.helpers import answers, loader, pairs, trainer

@@ -19,8 +19,8 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, save_adapter
 from alignkit.lora.identity import difference, identity, trained_fingerprint
 from alignkit.lora.inject import inject_lora
+from alignkit.models.checkpoint import load_policy, read_checkpoint
 from alignkit.modules import DPOModule, SFTModule
-from alignkit.modules.checkpoint import load_policy, read_checkpoint
 from tests.modules.helpers import answers, loader, pairs, trainer
 from tests.modules.test_checkpoints import fit
 
@@ -259,7 +259,7 @@ def test_a_model_made_from_a_config_alone_wants_that_config(
 def test_an_exported_adapter_knows_its_base(
     ckpt: Path, model_dir: ModelDir, tmp_path: Path
 ) -> None:
-    from alignkit.report.export import export
+    from alignkit.tools.export import export
 
     for to, name in (("peft", "peft"), ("safetensors", "file")):
         export(str(ckpt), str(tmp_path / name), to=to, dtype="float16")  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ from alignkit import AlignkitError, HHSFTDataModule, LossOutput, OpenWebTextData
 from alignkit.callbacks import Checkpoint
 from alignkit.cli import main
 from alignkit.engine import PackedBatch
+from alignkit.models.checkpoint import read_checkpoint
 from alignkit.modules import DPOModule, SFTModule
-from alignkit.modules.checkpoint import read_checkpoint
 from alignkit.modules.nonfinite import MOST_SKIPPED_IN_A_ROW, load_batch
 from tests.modules.helpers import answers, loader, logged_steps, pairs, sgd, trainer
 

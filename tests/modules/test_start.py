@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignkit import models_hub
 from alignkit.engine import collate, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, save_adapter
-from alignkit.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from alignkit.lora.peft_files import CONFIG_FILE, WEIGHTS_FILE
+from alignkit.models import hub as models_hub
 from alignkit.models import load_model
+from alignkit.models.checkpoint import load_policy
 from alignkit.modules import SFTModule
-from alignkit.modules.checkpoint import load_policy
 from tests.modules.helpers import pairs
 
 BATCH = collate(pairs(3))
@@ -103,7 +103,7 @@ def test_a_whole_model_is_a_base_and_no_start(model_dir: Callable[[str], Path]) 
 def test_the_one_file_of_an_export_is_a_start(
     adapter: Path, model_dir: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    from alignkit.report.export import export
+    from alignkit.tools.export import export
 
     export(str(adapter), str(tmp_path / "file"), to="safetensors")
     file = str(tmp_path / "file" / "adapter.safetensors")

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from alignkit.batch import Span
 from alignkit.engine import collate
-from alignkit.engine.batch import Span
 from alignkit.engine.segments import AttentionPlan, DenseAttention
 from alignkit.engine.varlen import VarlenAttention
 from alignkit.modules import DPOModule, LoRAModule, SFTModule

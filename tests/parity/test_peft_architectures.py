@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora
-from alignkit.lora.export import export
+from alignkit.models.export import export
 from tests.architectures import built, tiny
 
 peft = pytest.importorskip("peft")

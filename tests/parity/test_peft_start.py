@@ -15,7 +15,7 @@ from alignkit.engine import collate, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.models import load_model
-from alignkit.modules.checkpoint import load_policy
+from alignkit.models.checkpoint import load_policy
 from tests.modules.helpers import answers, pairs
 from tests.modules.test_checkpoints import fit
 

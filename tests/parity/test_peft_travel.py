@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from alignkit.lora import LoRAConfig, combine_adapters, inject_lora, load_adapter, save_adapter
-from alignkit.lora.export import export
-from alignkit.lora.files import WEIGHTS_FILE
+from alignkit.lora.peft_files import WEIGHTS_FILE
+from alignkit.models.export import export
 
 peft = pytest.importorskip("peft")
 

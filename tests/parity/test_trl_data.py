@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignkit.data.encode import DialogueEncoder
-from alignkit.data.files import Source
-from alignkit.data.policies import Policies, Tally
-from alignkit.data.shapes import preference_sides
+from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.read.rows import Source
+from alignkit.data.text.policies import Policies, Tally
+from alignkit.data.text.shapes import preference_sides
 from alignkit.engine import Example
 
 trl = pytest.importorskip("trl", reason="trl is not installed")

@@ -1,0 +1,5 @@
+"""The ``alignkit`` command."""
+
+from alignkit.cli.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,204 @@
+"""One command as several processes: which strategies do, whether the counts agree, how it ends."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import time
+from subprocess import Popen
+from typing import Any
+
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+
+from alignkit.errors import AlignkitError
+from alignkit.utils.ranks import is_lost_connection
+
+_USABLE = "ddp, ddp_fork, ddp_notebook or auto"
+_GRACE = 10.0  # seconds for a failed process to say why
+_FEW = 8  # processes that any CPU may be asked for, to try things out
+# How many processes a launcher that Lightning does not know started, where it says so.
+_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
+
+
+class RankFailed(Exception):
+    """Another process of the run ended with this status, and has said why.
+
+    Args:
+        status: To end with, too.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"a process of this run ended with status {status}")
+        self.status = status
+
+
+def keep_relaunchable() -> None:
+    """Let Lightning's own way of starting the other ranks find this command again.
+
+    It runs ``python -m`` the main module, or ``python`` the script in ``sys.argv[0]``. Where
+    neither is there (``python -c``, an archive, the ``.exe`` that pip makes on Windows) it is
+    pointed at ``python -m alignkit``, which is the same command.
+    """
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if (spec is None and not os.path.isfile(sys.argv[0])) or (spec and spec.name == "__main__"):
+        main.__spec__ = importlib.util.find_spec("alignkit.__main__")
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse a strategy that shards parameters, or that cannot start this command.
+
+    Args:
+        strategy: ``trainer.strategy`` as it was parsed: a name, or a class path and its arguments.
+
+    Raises:
+        AlignkitError: It is none of those that are known to train right.
+    """
+    if strategy == "auto":
+        return
+    name = strategy if isinstance(strategy, str) else strategy["class_path"]
+    kind, options = _look_up(name)
+    if not isinstance(strategy, str):
+        options = {**options, **(strategy.get("init_args") or {})}
+        options.update(strategy.get("dict_kwargs") or {})
+    if kind is None:
+        raise AlignkitError(f"trainer.strategy={name}: no such strategy; use {_USABLE}")
+    theirs = next((each for each in kind.__mro__ if each.__module__.startswith("lightning.")), kind)
+    if theirs not in (DDPStrategy, SingleDeviceStrategy):
+        raise AlignkitError(
+            f"trainer.strategy={name}: adapters, reference and checkpoints need every parameter "
+            f"whole in every process, which {theirs.__name__} does not keep; use {_USABLE}"
+        )
+    if options.get("start_method", "popen") not in ("popen", "fork"):
+        raise AlignkitError(
+            f"trainer.strategy={name}: a command cannot be handed to spawned processes; use "
+            f"{_USABLE}"
+        )
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Refuse a run whose launcher started more or fewer processes than the trainer counts on.
+
+    Each of two processes with ``devices=1`` would train the whole run by itself, and write over
+    the other's files.
+
+    Raises:
+        AlignkitError: They differ; the line names both. Or more than one machine is wanted and
+            nothing says how they meet, or more processes than any CPU has use for.
+    """
+    total = trainer.num_devices * trainer.num_nodes
+    environment: ClusterEnvironment = trainer._accelerator_connector.cluster_environment
+    expected, advice = total, "start one process for each device"
+    if not isinstance(environment, LightningEnvironment):
+        started, told_by = environment.world_size(), type(environment).__name__
+        if isinstance(environment, SLURMEnvironment):
+            advice += " with srun, or, without srun, set SLURM_JOB_NAME=interactive"
+    elif environment.creates_processes_externally:
+        rank = environment.local_rank()
+        started, told_by = int(os.environ.get("WORLD_SIZE") or total), "WORLD_SIZE"
+        if rank >= trainer.num_devices:
+            started, told_by = max(started, rank + 1), f"LOCAL_RANK={rank}"
+    else:
+        # Lightning starts the others of each machine itself: one process there is the right number.
+        expected = trainer.num_nodes
+        started, told_by = _launched(total) or (expected, "")
+        _check_meeting(trainer.num_nodes)
+    if started != expected:
+        raise AlignkitError(
+            f"trainer.devices={trainer.num_devices} on trainer.num_nodes={trainer.num_nodes} makes "
+            f"{total} processes, but {started} were started ({told_by}); give trainer.devices the "
+            f"number of processes on each machine, and {advice}"
+        )
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(cores, _FEW):
+        raise AlignkitError(
+            f"trainer.devices={trainer.num_devices}: as many processes on a CPU of {cores} cores; "
+            f"give at most {max(cores, _FEW)}"
+        )
+
+
+def end_ranks(trainer: Trainer, error: BaseException) -> None:
+    """End the processes that Lightning started for other ranks, after this one failed.
+
+    Args:
+        trainer: Whose launcher holds them.
+        error: What failed here. If that is only the news of another rank's end, its own message
+            is waited for.
+
+    Raises:
+        RankFailed: Another rank failed first, and has said why.
+        AlignkitError: Another rank was killed, which leaves no message.
+    """
+    launched: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
+    children: list[Popen[bytes]] = [each for each in launched if isinstance(each, Popen)]
+    if not children:
+        return
+    launched.clear()  # Lightning's observer watches this list, and would kill this process too
+    second = is_lost_connection(error)
+    deadline = time.monotonic() + (_GRACE if second else 0)
+    while time.monotonic() < deadline and not any(child.poll() for child in children):
+        time.sleep(0.05)
+    ended = [(rank, child.poll()) for rank, child in enumerate(children, start=1)]
+    for child in children:
+        child.kill()  # a process inside a collective heeds nothing less
+        child.wait()
+    if not second:
+        return
+    for rank, status in ended:
+        if status and status < 0:
+            raise AlignkitError(
+                f"the process of rank {rank} was killed by signal {-status}; if memory ran out, "
+                "lower data.tokens_per_batch"
+            )
+        if status:
+            raise RankFailed(status)
+
+
+def _look_up(name: str) -> tuple[type[Strategy] | None, dict[str, Any]]:
+    """Return a strategy's class and the arguments its name stands for."""
+    if name.lower() in StrategyRegistry:
+        entry = StrategyRegistry[name.lower()]
+        return entry["strategy"], dict(entry["init_params"])
+    module, _, attribute = name.rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module or "lightning.pytorch.strategies"), attribute)
+    except (ImportError, AttributeError):
+        kind = None
+    return (kind if isinstance(kind, type) and issubclass(kind, Strategy) else None), {}
+
+
+def _launched(total: int) -> tuple[int, str] | None:
+    """Return how many processes a launcher that Lightning does not know started, and who says so.
+
+    The right ``WORLD_SIZE`` without a rank is a user's way of saying the same as the trainer.
+    """
+    for name in _LAUNCHED:
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name]), name
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdigit() and (os.environ.get("RANK", "").isdigit() or int(size) != total):
+        return int(size), "WORLD_SIZE"
+    return None
+
+
+def _check_meeting(nodes: int) -> None:
+    """Refuse several machines that would each wait for the others at an address of its own."""
+    wanted = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+    missing = [name for name in wanted if not os.environ.get(name)]
+    if nodes > 1 and missing:
+        raise AlignkitError(
+            f"trainer.num_nodes={nodes}: {', '.join(missing)} must be set on each machine; or "
+            "start the command with torchrun or srun"
+        )

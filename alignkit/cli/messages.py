@@ -1,0 +1,172 @@
+"""What a parser says, in one line: jsonargparse names every type it tried and dumps the value."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from argparse import Action
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from alignkit.cli.loss import unknown_loss_in
+from alignkit.errors import AlignkitError, find_user_error
+
+# Lines that only say which types were tried, or show the whole value.
+_NOISE = (
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Not a valid subclass of",
+    "Subclass types expect one of",
+    "a class path (str)",
+    "a dict with",
+    "Expected a path but",
+)
+_KEY = re.compile(r'^Parser key "(?P<key>.*?)":\s*')
+_NESTED = re.compile(r"Given value: NestedArg\(key='(?P<key>[^']*)'")
+_PLAIN_VALUE = re.compile(r"Given value type: <class '(?:str|int|float|bool)'>\s*Given value: (.*)")
+_UNKNOWN = re.compile(r"(?:Option|does not accept option) '(?P<name>[^']+)'")
+_TYPE = re.compile(r"^Expected an? (?P<what>.*?)(?:\. Got value: (?P<value>.*))?$")
+_NO_CLASS = re.compile(r"^Expected a dot import path string: (?P<name>\S+)$")
+_PROBLEM = re.compile(r"Problem with given class_path '(?P<path>[^']+)':\s*")
+_DUMP = re.compile(r"\s*\S*(?:Namespace|NestedArg)\(.*", re.DOTALL)
+
+
+@dataclass
+class OptionError(AlignkitError):
+    """A refused option; an outer parser puts its own name before it.
+
+    Args:
+        option: As one would write it after ``--``; empty where no single one is at fault.
+        complaint: What is wrong with it.
+        command: Whose ``--help`` says more.
+    """
+
+    option: str
+    complaint: str
+    command: str
+
+    def __str__(self) -> str:
+        where = f"{self.option}: " if self.option else ""
+        return f"{where}{self.complaint}; see {self.command} --help"
+
+
+class OneLineErrors:
+    """Makes a parser raise its complaint as one `AlignkitError` line, without the usage."""
+
+    prog: str
+    _actions: list[Action]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is left of jsonargparse's message without the types it tried."""
+        cause = find_user_error(ex) or unknown_loss_in(message)
+        if cause is not None and not isinstance(cause, OptionError):
+            raise cause from None
+        found = _KEY.match(message)
+        option = found["key"] if found else ""
+        message = message[found.end() if found else 0 :]
+        if cause is not None:
+            complaint = cause.complaint
+            nested = _NESTED.search(message)
+            option = ".".join(filter(None, [option, nested["key"] if nested else cause.option]))
+        else:
+            complaint = plain(message)
+            unknown = _UNKNOWN.search(complaint)
+            if unknown and not option:
+                option, complaint = unknown["name"], "no such option"
+            complaint += self._suggestion(message, option)
+        command = self.prog.replace(" [options]", "")
+        raise OptionError(option, complaint, command) from None
+
+    def _suggestion(self, message: str, option: str) -> str:
+        """Return ``; did you mean …?`` about an unknown option, command or class."""
+        missing = _missing_class(complaints(message))
+        if missing:
+            hints = [a.__dict__.get("_typehint") for a in self._actions if a.dest == option]
+            return did_you_mean(missing, set().union(*map(_class_names, hints)))
+        stray = re.match(r"unrecognized arguments: --([^\s=]+)", message)
+        unknown = stray[1] if stray else option if _UNKNOWN.search(message) else ""
+        parsers = [self, *_subparsers(self)]
+        return did_you_mean(unknown, {a.dest for parser in parsers for a in parser._actions})
+
+
+def plain(message: str) -> str:
+    """Return a parser's message as one line: the likeliest complaint, and the value if it is short.
+
+    The types that were merely tried and the dumps of whole configurations are left out.
+    """
+    found = complaints(message)
+    missing = _missing_class(found)
+    if missing:
+        return f"no class {missing!r}; give a name or package.module.Class"
+    given = _PLAIN_VALUE.search(message)
+    expected = [_TYPE.match(line) for line in found]
+    if not found or not all(expected):
+        said = "; ".join(found) or "not understood"
+        who = repr(given[1]) if given else "it"
+        return said.replace("Import path does not correspond to a", f"{who} names no").rstrip(".")
+    value = next((m["value"] for m in expected if m and m["value"]), None)
+    value = value if value is not None else given[1] if given else None
+    wanted = [kind for m in expected if m for kind in _type_names(m["what"])]
+    said = f"expected {' or '.join(dict.fromkeys(wanted))}"
+    return said if value is None or _DUMP.search(value) else f"{said}, got {value!r}"
+
+
+def complaints(message: str) -> list[str]:
+    """Return what a message says beyond the types that were tried, the most telling alone."""
+    kept: list[str] = []
+    telling = True  # whether continued lines belong to something that is kept
+    for line in map(str.strip, _PROBLEM.sub(r"\g<path>: ", message).splitlines()):
+        bare = _DUMP.sub("", line.removeprefix("- "))
+        if bare.startswith(_NOISE):
+            telling = False
+        elif line.startswith("- ") or not kept:
+            telling = True
+            kept += [bare] if bare else []
+        elif bare and telling:
+            kept[-1] += f" {bare}"
+    refused = [line for line in kept if not _TYPE.match(line)]
+    nameless = [line for line in kept if (m := _NO_CLASS.match(line)) and _is_class(m["name"])]
+    attempts = [line for line in kept if not _NO_CLASS.match(line)]
+    return list(dict.fromkeys(refused or nameless[:1] or attempts or kept))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean …?`` with the known name that is close, if one is."""
+    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if name and close else ""
+
+
+def _missing_class(found: Sequence[str]) -> str:
+    """Return the class that could not be found, if that is what the complaints are about."""
+    names = [m["name"] for line in found if (m := _NO_CLASS.match(line))]
+    return names[0] if names and len(names) == len(found) else ""
+
+
+def _is_class(name: str) -> bool:
+    return "." in name or name[:1].isupper()
+
+
+def _type_names(what: str) -> list[str]:
+    literal = re.match(r"typing\.Literal\[(.*)\]$", what)
+    if literal:
+        return [choice.strip().strip("'\"") for choice in literal[1].split(",")]
+    name = re.sub(r"<class '(?:.*\.)?(\w+)'>", r"\1", what)
+    return [{"NoneType": "null"}.get(name, name)]
+
+
+def _class_names(hint: Any) -> set[str]:
+    """Return the names of the classes that a type hint lets through, as far as imported."""
+    if isinstance(hint, type) and hint.__module__ != "builtins":
+        below: list[type] = type.__subclasses__(hint)
+        return {hint.__name__}.union(*map(_class_names, below))
+    parts: Sequence[Any] = hint if isinstance(hint, list) else typing.get_args(hint)
+    return set().union(*map(_class_names, parts))
+
+
+def _subparsers(parser: Any) -> list[Any]:
+    listed = getattr(parser, "_subcommands_action", None)
+    return list(listed.choices.values()) if listed else []

@@ -1,0 +1,86 @@
+"""What is wrong with a command before anything is loaded: its files, and the trainer's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alignkit.cli.launch import check_strategy
+from alignkit.errors import AlignkitError
+
+_CONFIG_FLAGS = ("--config", "-c")
+# Below these Lightning trains on, and does something else than what was meant: a negative clip
+# turns the gradient round, no accumulation never steps.
+_LEAST = {
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 0,
+    "num_sanity_val_steps": -1,
+    "check_val_every_n_epoch": 1,
+}
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Refuse a ``--config`` file that is no mapping in YAML, by its name and line.
+
+    What is no file is left to the parser, which takes YAML in a file's place too.
+
+    Raises:
+        AlignkitError: It cannot be read as YAML, or holds no options.
+    """
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, given, inline = flag.partition("=")
+        path = Path(inline if given else value)
+        if name in _CONFIG_FLAGS and path.is_file():
+            _check_yaml(path)
+
+
+def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of the trainer that Lightning takes without a word or finds out too late.
+
+    Args:
+        command: ``fit``, ``validate`` or ``test``.
+        settings: The ``trainer`` part of the configuration, as parsed.
+
+    Raises:
+        AlignkitError: The strategy cannot train right, a number is out of range, or nothing says
+            when training ends.
+    """
+    check_strategy(settings["strategy"])
+    for name, least in _LEAST.items():
+        value = settings[name]
+        if value is not None and not value >= least:
+            raise AlignkitError(f"trainer.{name}={value}: must be {least} or more")
+    steps, ends = settings["max_steps"], ("max_epochs", "max_time", "fast_dev_run")
+    if command == "fit" and steps == -1 and not any(_given(settings[name]) for name in ends):
+        raise AlignkitError(
+            "nothing says when training ends; give --trainer.max_epochs or --trainer.max_steps"
+        )
+
+
+def _given(value: Any) -> bool:
+    return value is not None and value is not False
+
+
+def _check_yaml(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise AlignkitError(
+            f"{path}: is not UTF-8 text ({error.reason}); give a YAML file"
+        ) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        raise AlignkitError(
+            f"{where}: is not valid YAML ({getattr(error, 'problem', None) or error}); mend it"
+        ) from None
+    if content is None:
+        raise AlignkitError(f"{path}: is empty; give a YAML file of options")
+    if not isinstance(content, dict):
+        raise AlignkitError(
+            f"{path}: holds a {type(content).__name__}, not options; write `name: value` lines"
+        )

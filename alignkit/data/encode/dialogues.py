@@ -1,0 +1,223 @@
+"""Dialogues to examples: policies, ids, and truncation that knows turns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.encode.chunks import chunks, one_ahead
+from alignkit.data.encode.code import code_identity
+from alignkit.data.encode.draft import Draft, rendered_defects
+from alignkit.data.encode.draft_ids import DraftIds
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.data.keep.store import StoreWriter
+from alignkit.data.read.rows import BadRow, Row, Source
+from alignkit.data.text.defects import Dropped, Judge
+from alignkit.data.text.dialogue import RowError
+from alignkit.data.text.formats import Format
+from alignkit.data.text.policies import Policies, Tally
+from alignkit.data.text.raw import reader
+from alignkit.data.text.shapes import Side, Sides, columns_read, last_trained
+from alignkit.data.text.templated import Templated
+from alignkit.engine import Example
+from alignkit.errors import AlignkitError
+from alignkit.models.text_format import PromptFormat, TextFormat
+
+_CHUNK = 256
+
+
+class DialogueEncoder:
+    """Encodes dialogue rows, each as one `Example` whose responses share one prompt.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        sides: Reads a row: `preference_sides` or `sft_sides`.
+        max_length: Most tokens of a prompt and one response together, EOS included.
+        prompt_format: See `alignkit.data.text.formats`.
+        all_turns: Score every turn of the assistant instead of the last alone.
+        policies: What to do about defects.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sides: Sides,
+        *,
+        max_length: int,
+        prompt_format: PromptFormat = "boundary",
+        all_turns: bool = False,
+        policies: Policies | None = None,
+    ) -> None:
+        policies = policies or Policies()
+        if policies.boundary == "auto":
+            policies = replace(policies, boundary="keep" if prompt_format == "seed" else "error")
+        if max_length < 2:
+            raise AlignkitError(f"max_length={max_length}: give at least 2")
+        self.policies = policies
+        self.max_length = max_length
+        self.masked = all_turns
+        self._encode_texts = TextEncoder(tokenizer)
+        self._format = Format(prompt_format, tokenizer, all_turns=all_turns)
+        self._templated = (
+            None if prompt_format == "raw" else Templated(tokenizer, specials=self._format.specials)
+        )
+        self._columns = columns_read(sides)
+        self._sides = reader(sides) if prompt_format == "raw" else sides
+        self._ids = DraftIds(self._encode_texts, self._format, masked=all_turns)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything beside the rows that decides the examples."""
+        return {
+            "tokens": self._encode_texts.fingerprint,
+            "format": self._format.identity,
+            "sides": code_identity(self._sides),
+            "max_length": self.max_length,
+            "policies": vars(self.policies),
+        }
+
+    def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
+        """Encode a source into a store.
+
+        Returns:
+            The counts of its rows and their defects, as `Tally.to_dict`, with ``systems``, the
+            system messages (an empty one for none; two at most), and ``ends``, the ids that end
+            its answers.
+
+        Raises:
+            AlignkitError: A defect whose policy is ``error``; for the boundary proof, after all
+                violations have been counted.
+        """
+        tally = Tally()
+        shown = ""
+        systems: set[str] = set()
+        ends: set[int] = set()
+        for draft in self.drafts(source, tally):
+            systems.add(self._format.system(draft.dialogue))
+            ends.update(response[-1] for response in draft.responses)
+            if draft.violation is not None:
+                shown = shown or f"{draft.text.prompt[-20:]!r} + {draft.violation[:20]!r}"
+            writer.add(self.example(draft), draft.line)
+        violations = tally.counts.get("boundary", 0)
+        if violations and self.policies.boundary == "error":
+            raise AlignkitError(
+                f"{source.name}:{tally.lines['boundary'][0]}: prompt and answer have other ids "
+                f"together than apart in {violations} of {writer.examples} examples ({shown}); "
+                "mend the rows, or set data.policies.boundary to drop or keep"
+            )
+        return {**tally.to_dict(), "systems": sorted(systems)[:2], "ends": sorted(ends)}
+
+    def text_format(self, systems: Sequence[str], ends: Sequence[int]) -> TextFormat:
+        """What generation must know of the examples; see `TextFormat`."""
+        return TextFormat(
+            self._format.name,
+            self.max_length,
+            chat_template=self._format.chat_template,
+            system=(systems[0] or None) if len(systems) == 1 else None,
+            turns="all" if self.masked else "last",
+            ends=tuple(ends),
+        )
+
+    def drafts(self, source: Source, tally: Tally) -> Iterator[Draft]:
+        """The source's finished examples, in order; ``tally`` counts rows and defects."""
+        judge = Judge(source.name, self.policies, tally)
+        for drafts in one_ahead(self._tokenize, chunks(self._settled(source, judge), _CHUNK)):
+            for draft in drafts:
+                try:
+                    self._finish(draft, judge)
+                except Dropped:
+                    continue
+                yield draft
+
+    def _tokenize(self, drafts: Sequence[Draft]) -> None:
+        """All that needs the tokenizer, which two threads may not use at once."""
+        self.encode(drafts)
+        self._drop_turns(drafts)
+
+    def example(self, draft: Draft) -> Example:
+        """A finished draft as the engine takes it."""
+        return Example(draft.prompt, draft.responses, draft.scored if self.masked else None)
+
+    def _settled(self, source: Source, judge: Judge) -> Iterator[Draft]:
+        for line, row in source.rows():
+            judge.tally.add("rows", line)
+            try:
+                sides: Sequence[Side] = read_row(row, self._sides, judge, line)
+                if self._columns is not None and not isinstance(row, BadRow):
+                    judge.tally.columns |= row.keys() - self._columns
+                if self.masked:
+                    sides = [last_trained(side) for side in sides]
+                if self._templated is not None:
+                    sides = self._templated.settle(sides, judge, line)
+                yield Draft(line, judge.settle(sides, line))
+            except Dropped:
+                continue
+
+    def encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
+        """Fill in the ids of drafts; see `DraftIds`."""
+        self._ids.fill(drafts, starts)
+
+    def _drop_turns(self, drafts: Sequence[Draft]) -> None:
+        """Drop old turns, whole, from the dialogues that are too long.
+
+        A dialogue restarts at a later turn of the human, as every published one starts with one;
+        what is left is encoded again, so its ids are those of its text.
+        """
+        pending = [draft for draft in drafts if draft.length > self.max_length]
+        for draft in pending:
+            draft.truncated = True
+            draft.restarts = self._format.restarts(draft.dialogue)
+        while restarting := [each for each in pending if each.restarts and self._too_long(each)]:
+            self.encode(restarting, [draft.restarts.pop(0) for draft in restarting])
+        for draft in pending:
+            if self._format.keeps_start and draft.text.content and self._too_long(draft):
+                draft.movable = self._ids.tokens_of(draft.text.prompt, *draft.text.content)
+
+    def _too_long(self, draft: Draft) -> bool:
+        return draft.length > self.max_length
+
+    def _finish(self, draft: Draft, judge: Judge) -> None:
+        """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
+        for name in rendered_defects(draft):
+            judge.count(name, draft.line)
+        start, end = draft.movable
+        excess = draft.length - self.max_length
+        if excess > end - start:
+            around = len(draft.prompt) - (end - start)
+            what = f" and the {around} tokens of its prompt that must stay" if around else ""
+            detail = f"an answer of {draft.answer_length} tokens{what} exceeds max_length"
+            judge.count("too_long", draft.line, f"{detail}={self.max_length}")
+        if draft.violation is not None:
+            if self.policies.boundary == "error":
+                judge.tally.add("boundary", draft.line)  # the run fails once all are counted
+            else:
+                judge.count("boundary", draft.line)
+        if draft.truncated:
+            judge.tally.add("truncated", draft.line)
+        if excess > 0:
+            draft.prompt = draft.prompt[:start] + draft.prompt[start + excess :]
+        judge.tally.add("examples", draft.line)
+
+
+def read_row(
+    row: Row,
+    sides: Sides,
+    judge: Judge,
+    line: int,
+) -> list[Side]:
+    """The sides of a row.
+
+    Raises:
+        AlignkitError: The row is bad and its policy is ``error``.
+        Dropped: The row is bad and its policy is ``drop``.
+    """
+    reason = row.reason if isinstance(row, BadRow) else ""
+    if not isinstance(row, BadRow):
+        try:
+            return sides(row)
+        except RowError as error:
+            reason = str(error)
+    judge.refuse("bad_rows", line, reason)

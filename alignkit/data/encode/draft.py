@@ -1,0 +1,66 @@
+"""An example on its way from text to ids, and what only its ids can tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from alignkit.data.text.dialogue import Dialogue
+from alignkit.data.text.formats import Rendered
+
+
+@dataclass
+class Draft:
+    """An example on its way from text to ids.
+
+    Attributes:
+        line: Its line in the source.
+        dialogue: Its text.
+        restarts: Where the prompt may start instead, once old turns are dropped.
+        text: What was encoded.
+        prompt: Ids of the prompt, BOS first where there is one.
+        responses: Ids of each response, EOS last.
+        scored: Which of them carry loss.
+        movable: The part of the prompt's ids that may be cut, from its left; what is before and
+            after (BOS, a template's markers) stays.
+        truncated: Whether the prompt was shortened.
+        proved: Whether the boundary proof was had at little cost.
+        blank: Whether nothing is left of an answer once it is rendered and encoded.
+        violation: The response's text whose ids change when prompt and response are encoded
+            together; ``None`` where all is well.
+    """
+
+    line: int
+    dialogue: Dialogue
+    restarts: list[int] = field(default_factory=list)
+    text: Rendered = field(default_factory=lambda: Rendered("", ()))
+    prompt: list[int] = field(default_factory=list)
+    responses: list[list[int]] = field(default_factory=list)
+    scored: list[list[bool]] = field(default_factory=list)
+    movable: tuple[int, int] = (0, 0)
+    truncated: bool = False
+    proved: bool = False
+    blank: bool = False
+    violation: str | None = None
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the longest response."""
+        return max(len(response) for response in self.responses)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt with the longest response."""
+        return len(self.prompt) + self.answer_length
+
+
+def rendered_defects(draft: Draft) -> list[str]:
+    """The defects that an encoded draft has and its text had not.
+
+    A template or a tokenizer may strip or normalise what made two answers differ.
+    """
+    answers = draft.dialogue.answers
+    found = {
+        "empty_answers": draft.blank and all(answer.strip() for answer in answers),
+        "identical_pairs": len({tuple(each) for each in draft.responses}) < len(set(answers)),
+    }
+    return [name for name, present in found.items() if present]

@@ -1,0 +1,130 @@
+"""Drafts to ids: a text is encoded as one, which proves where prompt and answer meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+
+from alignkit.data.encode.draft import Draft
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.data.text.dialogue import ASSISTANT
+from alignkit.data.text.formats import Format, Rendered
+
+
+class DraftIds:
+    """Renders drafts and fills in their ids.
+
+    Args:
+        encode: The tokenizer's.
+        form: Renders the dialogues.
+        masked: Whether only some of a response's tokens carry loss, by turns.
+    """
+
+    def __init__(self, encode: TextEncoder, form: Format, *, masked: bool) -> None:
+        self._encode = encode
+        self._format = form
+        self._masked = masked
+
+    @cached_property
+    def _lead(self) -> str:
+        """What precedes every answer, where it is enough of the prompt for the boundary proof."""
+        simple = self._format.name == "boundary" and not self._masked
+        apart = simple and self._encode.reads_words_apart
+        return f"\n\n{ASSISTANT}" if apart else ""
+
+    def fill(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
+        """Fill in the ids, each prompt once, with the boundary proof.
+
+        Args:
+            drafts: What to encode, from their dialogues.
+            starts: The turn that each prompt starts from; default: the first.
+        """
+        for draft, start in zip(drafts, starts or [0] * len(drafts), strict=True):
+            draft.text = self._format.render(draft.dialogue, start)
+            draft.proved, draft.violation = False, None
+        if self._lead:
+            self._fill_led([d for d in drafts if d.text.prompt.endswith(self._lead)])
+        self._fill_whole([draft for draft in drafts if not draft.proved])
+        for draft in drafts:
+            kept = len(self._encode.bos)
+            draft.movable = (0, 0) if self._format.keeps_start else (kept, len(draft.prompt))
+
+    def _fill_led(self, drafts: Sequence[Draft]) -> None:
+        """Encode each answer behind its label, which proves the boundary at little cost.
+
+        Where the prompt's ids end with the label's and the led answer's begin with them, the
+        two meet in the same text and the same tokens, so nothing changes when they are joined
+        (see `TextEncoder.reads_words_apart`). Other drafts stay unproved.
+        """
+        texts = [self._lead]
+        for draft in drafts:
+            texts.append(draft.text.prompt)
+            texts += [self._lead + answer for (answer,) in draft.text.responses]
+        lead, *encoded = self._encode(texts)
+        ids, size = iter(encoded), len(lead)
+        for draft in drafts:
+            prompt = next(ids)
+            answers = [next(ids) for _ in draft.text.responses]
+            draft.proved = all(part[:size] == lead for part in (prompt[-size:], *answers))
+            draft.prompt = self._encode.led(prompt, self._format.name)
+            draft.responses = [[*answer[size:], self._encode.eos] for answer in answers]
+            draft.blank = any(len(answer) == size for answer in answers)
+
+    def _fill_whole(self, drafts: Sequence[Draft]) -> None:
+        """Encode each prompt alone and then with each piece that follows it.
+
+        A text is encoded as one, as a tokenizer that puts something before every text wants it.
+        Where the ids so far lead the longer text's, the rest of those are the piece's; where
+        they do not, the boundary is violated and the piece is encoded by itself.
+        """
+        grown = [text for draft in drafts for text in _growing(draft.text)]
+        ids = iter(self._encode(grown, specials=self._format.specials))
+        apart: list[Draft] = []
+        for draft in drafts:
+            bare = next(ids)
+            pieces = []
+            for response in draft.text.responses:
+                before, split = bare, []
+                for _ in response:
+                    whole = next(ids)
+                    if whole[: len(before)] != before:
+                        draft.violation = draft.violation or "".join(response)
+                    split.append(whole[len(before) :])
+                    before = whole
+                pieces.append(split)
+            draft.prompt = self._encode.led(bare, self._format.name)
+            if draft.violation is None:
+                self._put(draft, pieces)
+            else:
+                apart.append(draft)
+        texts = [piece for draft in apart for each in draft.text.responses for piece in each]
+        ids = iter(self._encode(texts, specials=self._format.specials))
+        for draft in apart:
+            self._put(draft, [[next(ids) for _ in each] for each in draft.text.responses])
+
+    def _put(self, draft: Draft, pieces: Sequence[Sequence[list[int]]]) -> None:
+        """Put a draft's responses together from the ids of their pieces."""
+        draft.responses, draft.scored, draft.blank = [], [], draft.text.blank
+        for text, split in zip(draft.text.responses, pieces, strict=True):
+            *before, last = split
+            draft.blank |= not last
+            if not self._format.ended(text):
+                last = [*last, self._encode.eos]
+            draft.responses.append([token for piece in (*before, last) for token in piece])
+            if self._masked:
+                flags = [[i % 2 == 0] * len(piece) for i, piece in enumerate((*before, last))]
+                draft.scored.append([flag for piece in flags for flag in piece])
+
+    def tokens_of(self, text: str, start: int, end: int) -> tuple[int, int]:
+        """Which ids stand for a part of a text and for nothing else."""
+        places = self._encode.offsets(text, specials=self._format.specials)
+        inside = [i for i, (at, upto) in enumerate(places) if start <= at and upto <= end]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def _growing(text: Rendered) -> Iterator[str]:
+    """The prompt, and for each response the prompt with ever more of its pieces."""
+    yield text.prompt
+    for response in text.responses:
+        yield from accumulate((text.prompt + response[0], *response[1:]))

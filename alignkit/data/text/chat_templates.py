@@ -1,0 +1,50 @@
+"""Chat templates: a tokenizer's own, and those that say what our other formats write."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.models.text_format import TextFormat
+
+_BOUNDARY_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '\n\nHuman: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+_SEED_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'Human: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% if not loop.last %}{{ '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\nAssistant: ' }}{% endif %}"
+)
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that a tokenizer uses where none is named; ``None`` without one."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:  # none, or several and no default among them
+        return None
+
+
+def template_of(text_format: TextFormat, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A chat template that renders prompts as a model was trained on them.
+
+    Returns:
+        The one of ``chat``; for ``boundary`` and ``seed`` one that writes HH-RLHF's labels, behind
+        what the tokenizer puts before a text; ``None`` for formats without roles.
+    """
+    if text_format.prompt_format == "chat":
+        return text_format.chat_template
+    body = {"boundary": _BOUNDARY_TEMPLATE, "seed": _SEED_TEMPLATE}.get(text_format.prompt_format)
+    if body is None:
+        return None
+    bos = "".join(tokenizer.convert_ids_to_tokens(list(TextEncoder(tokenizer).bos)))
+    return (f"{{{{ {bos!r} }}}}" if bos else "") + body

@@ -1,0 +1,246 @@
+"""The shapes a row may have, each turned into one side or several: a prompt and an answer.
+
+Preference rows:
+    ``{"chosen": text, "rejected": text}``, whole dialogues as HH-RLHF publishes them;
+    ``{"prompt": …, "chosen": …, "rejected": …}``, the prompt apart;
+    ``{"prompt": …, "responses": [best, …, worst]}``, k ≥ 2 answers in order of preference.
+Rows for SFT:
+    any of the above (its first answer), ``{"messages": […]}``, or
+    ``{"prompt": …, "completion": …}``.
+Prompts, answers and dialogues are text, or lists of ``{"role": …, "content": …}`` messages, which
+may say ``"weight": 0`` where they are not to be trained on. In SFT, ``"label": false`` says so of
+the row. What else a row holds is judged in `alignkit.data.text.fields`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Message, RowError, last_label, split_last
+from alignkit.data.text.fields import is_set, read_weight, unread_columns
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+_LABELS = {"user": HUMAN, "assistant": ASSISTANT}
+
+PREFERENCE_COLUMNS = frozenset(("prompt", "chosen", "rejected", "responses"))
+SFT_COLUMNS = PREFERENCE_COLUMNS | {"messages", "completion", "label", "margin"}
+"""The columns that are read, or rightly left: of ranked answers SFT takes the first."""
+
+
+class Side(NamedTuple):
+    """One dialogue split into prompt and answer.
+
+    Attributes:
+        prompt: As in `Dialogue`, as for ``starts`` and ``messages``.
+        answer: As in `Dialogue`.
+        starts: Where the prompt's turns begin, where the row said so.
+        messages: The prompt as messages, where the row gave them.
+        content: The answer as a message's content; ``None`` where it is part of one text.
+        trained: Whether the answer may be trained on.
+        whole: Whether prompt and answer were one text, as HH-RLHF publishes them.
+        unread: What of the row would change what is trained, and is not read.
+    """
+
+    prompt: str
+    answer: str
+    starts: tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    content: str | None = None
+    trained: bool = True
+    whole: bool = False
+    unread: tuple[str, ...] = ()
+
+
+Sides = Callable[[Mapping[str, Any]], list[Side]]
+
+
+def preference_sides(row: Mapping[str, Any]) -> list[Side]:
+    """The sides of a preference row, the best first.
+
+    Raises:
+        RowError: A missing key, a value of the wrong type, a dialogue without ``Assistant:``.
+    """
+    if "responses" in row:
+        responses = row["responses"]
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise RowError("`responses` must be a list of two or more, best first")
+        prompt = _need(row, "prompt")
+        sides = [_joined(prompt, response, "responses") for response in responses]
+    else:
+        values = {key: _need(row, key) for key in ("chosen", "rejected")}
+        if row.get("prompt") is None:
+            sides = [_whole(value, key) for key, value in values.items()]
+        else:
+            sides = [_joined(row["prompt"], value, key) for key, value in values.items()]
+    return [_with_columns(side, row, PREFERENCE_COLUMNS) for side in sides]
+
+
+def sft_sides(row: Mapping[str, Any]) -> list[Side]:
+    """The one side of a row that SFT trains on.
+
+    Raises:
+        RowError: As `preference_sides`.
+    """
+    return [with_label(_with_columns(_sft_side(row), row, SFT_COLUMNS), row)]
+
+
+def with_label(side: Side, row: Mapping[str, Any]) -> Side:
+    """A side of SFT with what KTO's ``label`` says of it."""
+    label = row.get("label")
+    if is_set(label) and not isinstance(label, bool):
+        side = side._replace(unread=(*side.unread, "`label` that is not true or false"))
+    return side._replace(trained=side.trained and label is not False)
+
+
+def columns_read(sides: Sides) -> frozenset[str] | None:
+    """The columns that a reader knows; ``None`` for a user's own, which knows best."""
+    if sides is preference_sides:
+        return PREFERENCE_COLUMNS
+    return SFT_COLUMNS if sides is sft_sides else None
+
+
+def _sft_side(row: Mapping[str, Any]) -> Side:
+    if row.get("messages") is not None:
+        return _whole(row["messages"], "messages")
+    prompt = row.get("prompt")
+    if prompt is not None:
+        for key in ("completion", "chosen", "responses"):
+            if row.get(key) is not None:
+                value = row[key]
+                ranked = key == "responses" and isinstance(value, list) and value
+                return _joined(prompt, value[0] if ranked else value, key)
+    return _whole(_need(row, "chosen"), "chosen")
+
+
+def last_trained(side: Side) -> Side:
+    """The side up to the last answer that is to be trained on, where messages say which are."""
+    if side.trained or side.messages is None:
+        return side
+    for at in range(len(side.messages) - 1, -1, -1):
+        message = side.messages[at]
+        if message.role == "assistant" and message.trained:
+            return side_of((*side.messages[:at], message))._replace(unread=side.unread)
+    return side
+
+
+def side_of(messages: Sequence[Message]) -> Side:
+    """Messages as a side, the last one its answer."""
+    *asked, answer = messages
+    prompt, starts = _transcript(asked)
+    return Side(prompt, f" {answer.content}", starts, tuple(asked), answer.content, answer.trained)
+
+
+def _with_columns(side: Side, row: Mapping[str, Any], read: frozenset[str]) -> Side:
+    if row.keys() <= read:
+        return side
+    said = [side.prompt] if side.messages is None else [each.content for each in side.messages]
+    return side._replace(unread=(*side.unread, *unread_columns(row, read, said)))
+
+
+def _need(row: Mapping[str, Any], key: str) -> Any:
+    if row.get(key) is None:
+        found = ", ".join(f"`{name}`" for name in list(row)[:5]) or "nothing"
+        raise RowError(f"the row has no `{key}` (it has {found[:200]})")
+    return row[key]
+
+
+def _whole(value: Any, key: str) -> Side:
+    """A whole dialogue, prompt and answer in one."""
+    if isinstance(value, str):
+        return Side(*split_last(value), whole=True)
+    messages, unread = _messages(value, key)
+    if not messages or messages[-1].role != "assistant":
+        raise RowError(f"`{key}` must end with a message of the assistant")
+    return side_of(messages)._replace(unread=unread)
+
+
+def _joined(prompt: Any, answer: Any, key: str) -> Side:
+    """A prompt and an answer that came apart."""
+    unread: tuple[str, ...] = ()
+    if isinstance(answer, str):
+        text, reply = _spaced(answer), Message("assistant", _unspaced(answer))
+    else:
+        messages, unread = _messages(answer, key)
+        if len(messages) != 1 or messages[0].role != "assistant":
+            raise RowError(f"`{key}` must be text or one message of the assistant")
+        (reply,) = messages
+        text = f" {reply.content}"
+    side = _asked(prompt)
+    return side._replace(
+        answer=text,
+        content=reply.content,
+        trained=reply.trained,
+        unread=tuple(dict.fromkeys((*side.unread, *unread))),
+    )
+
+
+def _asked(prompt: Any) -> Side:
+    """A prompt that came apart, as a side without its answer."""
+    if not isinstance(prompt, str):
+        messages, unread = _messages(prompt, "prompt")
+        text, starts = _transcript(messages)
+        return Side(text, "", starts, messages, unread=unread)
+    body = prompt.rstrip(" ")
+    if last_label(body) == len(body):
+        # The label's trailing space belongs to the answer, or no token boundary would fall there.
+        return Side(body, "")
+    text, starts = _transcript([Message("user", prompt)])
+    return Side(text, "", starts, (Message("user", _unspaced(prompt)),))
+
+
+def _spaced(answer: str) -> str:
+    return answer if not answer or answer[0].isspace() else f" {answer}"
+
+
+def _unspaced(text: str) -> str:
+    """Text as a message's content: without the one space that joins it to a label, or the end's.
+
+    More than one space in front is an indentation, which stays.
+    """
+    joined = text[:1] == " " and not text[1:2].isspace()
+    return text[int(joined) :].rstrip()
+
+
+def _messages(value: Any, key: str) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """Checked messages, and those of their fields that are not understood."""
+    if not isinstance(value, list):
+        raise RowError(f"`{key}` must be text or a list of messages, not {type(value).__name__}")
+    messages: list[Message] = []
+    unread: list[str] = []
+    for message in value:
+        if not isinstance(message, Mapping):
+            raise RowError(f"`{key}` must hold messages with `role` and `content`")
+        role, content = message.get("role"), message.get("content")
+        trained, others = read_weight(message)
+        if not isinstance(role, str) or not isinstance(content, str):
+            beside = f" (beside {', '.join(others)})" if others else ""
+            raise RowError(f"`{key}` has a message whose `role` or `content` is not text{beside}")
+        if role not in _ROLES:
+            raise RowError(f"`{key}` has the unknown role {role[:40]!r}")
+        if role == "system" and messages:
+            raise RowError(f"`{key}` has a system message that is not the first")
+        messages.append(Message(_ROLES[role], content, trained))
+        unread += [each for each in others if each not in unread]
+    return tuple(messages), tuple(unread)
+
+
+def _transcript(messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
+    """Messages as an HH-RLHF prompt that asks for an answer, and where its turns begin."""
+    text = ""
+    starts = []
+    for message in messages:
+        if message.role in _LABELS:
+            starts.append(len(text))
+            text += f"\n\n{_LABELS[message.role]} {message.content}"
+        else:
+            text += message.content
+    starts.append(len(text))
+    return f"{text}\n\n{ASSISTANT}", tuple(starts)

@@ -1,7 +1,0 @@
-"""``python -m alignkit.demo``."""
-
-import sys
-
-from alignkit.demo.run import main
-
-sys.exit(main())

@@ -1,0 +1,205 @@
+"""Small checkpoints: what training changed, stamped with what it belongs to.
+
+A checkpoint holds the policy's trainable parameters, optimizer and loop state, never frozen base
+weights; its stamp says what they belong to. Everything loads with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.data.encode.tokens import vocabulary_size
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, inject_lora, load_adapter
+from alignkit.lora.adapter import FROZEN
+from alignkit.lora.identity import active_identity
+from alignkit.lora.peft_files import CONFIG_FILE, read_adapter
+from alignkit.lora.state import refuse_differences
+from alignkit.models.find import find_checkpoint, load_checkpoint
+from alignkit.models.fingerprint import base_identity
+from alignkit.models.load import load_model, load_tokenizer
+from alignkit.models.stamp import (
+    STAMP,
+    check_adapter,
+    check_adapter_base,
+    check_base,
+    check_content,
+)
+from alignkit.models.text_format import TextFormat, read_format
+from alignkit.modules.text import format_in, refuse_small_embedding
+
+_PREFIX = "model."
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that training changes, by name; a tied parameter appears once.
+
+    With them go the starts that PiSSA and OLoRA take away: computed again, from a base in another
+    dtype or by another library's decomposition, they would not be those that were trained against.
+    """
+    named = dict(model.named_parameters())
+    return {name: p.detach() for name, p in named.items() if p.requires_grad or _kept(name, named)}
+
+
+def _kept(name: str, named: Mapping[str, Tensor]) -> bool:
+    adapter, _, parameter = name.rpartition(".")
+    return parameter in FROZEN and named[f"{adapter}.lora_A"].requires_grad
+
+
+def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a checkpoint's policy parameters under the model's own names."""
+    state: Mapping[str, Tensor] = checkpoint["state_dict"]
+    return {n.removeprefix(_PREFIX): v for n, v in state.items() if n.startswith(_PREFIX)}
+
+
+def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Copy a state into the model's `trainable_state`, which it must match exactly.
+
+    Raises:
+        AlignkitError: Names or shapes differ; one line that starts with ``what``. The model is
+            then unchanged.
+    """
+    own = trainable_state(model)
+    refuse_differences(state, {name: tuple(value.shape) for name, value in own.items()}, what)
+    for name, value in own.items():
+        value.copy_(state[name])
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
+
+    Raises:
+        AlignkitError: The file is missing, damaged, holds more than plain values and tensors or
+            numbers that are not finite, or was not written by this alignkit.
+    """
+    checkpoint = load_checkpoint(path)
+    check_content(checkpoint, str(path))
+    return checkpoint
+
+
+def load_policy(
+    path: str, base: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what a run made, or a plain model, for generation and export.
+
+    Args:
+        path: A ``.ckpt`` of ours, a run's folder, a PEFT adapter directory, or anything
+            `load_model` takes.
+        base: Where the base model lies now, if not where the checkpoint or adapter says.
+        dtype: Of the base's weights.
+
+    Returns:
+        The model in eval mode on the CPU, adapters active, and its base's tokenizer.
+
+    Raises:
+        AlignkitError: Something is missing, damaged, or does not fit its base.
+    """
+    path = find_checkpoint(path)
+    base = base or policy_base(path)
+    tokenizer = base
+    # What float16 rounds would no longer be the base that a checkpoint names.
+    first = torch.float32 if dtype == torch.float16 else dtype
+    if path.endswith(".ckpt"):
+        checkpoint = read_checkpoint(path)
+        hparams = checkpoint["hyper_parameters"]
+        tokenizer = hparams.get("tokenizer") or base
+        # A model trained in full from random weights lies in the checkpoint, whole.
+        from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
+        model = load_model(base, dtype=first, random_init=from_scratch)
+        check_base(base_identity(model), checkpoint[STAMP], path, weights=not from_scratch)
+        if hparams["lora"] is None:
+            model.requires_grad_(True)
+        else:
+            model = inject_lora(model, LoRAConfig.from_dict(hparams["lora"]))
+        check_adapter(active_identity(model), checkpoint[STAMP], path)
+        load_trainable(model, model_state(checkpoint), path)
+    elif is_adapter(path):
+        model = load_model(base, dtype=first)
+        check_adapter_base(base_identity(model), Path(path), path)
+        # Whoever trained it chose to untie, where it touches tied embeddings.
+        load_adapter(model, path, untie=True)
+    else:
+        model = load_model(base, dtype=first)
+    nn.Module.to(model, dtype)  # transformers types its own override away
+    loaded = load_tokenizer(tokenizer)
+    refuse_small_embedding(model, vocabulary_size(loaded), tokenizer, base)
+    return model.requires_grad_(False).train(False), loaded
+
+
+def policy_base(path: str) -> str:
+    """Return where the base of a checkpoint or adapter lies; any other path is a base itself.
+
+    Raises:
+        AlignkitError: The file is unreadable, or an adapter that names no base.
+    """
+    path = find_checkpoint(path)
+    if path.endswith(".ckpt"):
+        return str(read_checkpoint(path)[STAMP]["base"])
+    if is_adapter(path):
+        base = read_adapter(Path(path)).config.get("base_model_name_or_path")
+        if not base:
+            raise AlignkitError(f"{path}: names no base model; pass it as base")
+        return str(base)
+    return path
+
+
+def policy_format(path: str) -> TextFormat | None:
+    """Return how the text was put that a checkpoint, adapter or export was trained on.
+
+    Returns:
+        ``None`` where it says nothing: a plain model, or a run with data of its own.
+
+    Raises:
+        AlignkitError: The file is unreadable.
+    """
+    path = find_checkpoint(path)
+    if path.endswith(".ckpt"):
+        return format_in(read_checkpoint(path), path)
+    return read_format(Path(path))
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Return whether a path is an adapter in PEFT's format: its directory, or one file."""
+    path = Path(path)
+    return (path / CONFIG_FILE).is_file() or (path.suffix == ".safetensors" and path.is_file())
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Return torch's random states on the host and on the device."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def of_all_ranks(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return every rank's `random_state`; a collective that all of them call."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [state]
+    states: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(states, state)
+    return states
+
+
+def restore_random_state(
+    states: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor], device: torch.device, rank: int
+) -> None:
+    """Restore this rank's state of `of_all_ranks`.
+
+    A rank that the saving run did not have draws a stream of its own.
+    """
+    if isinstance(states, Mapping):  # of an earlier alignkit: rank 0's alone
+        states = [states]
+    state = states[min(rank, len(states) - 1)]
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if rank >= len(states):
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank)

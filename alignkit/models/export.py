@@ -1,0 +1,142 @@
+"""Write an adapted model for others to read."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, get_args
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.inject import adapter_configs
+from alignkit.lora.io import save_adapter, save_adapter_file
+from alignkit.lora.merge import merged_plain
+from alignkit.lora.peft_files import CONFIG_FILE
+from alignkit.lora.state import refuse_differences
+from alignkit.models.dropout import own_dropout
+from alignkit.utils.bars import without_bars
+from alignkit.utils.finite import first_nonfinite
+
+Format = Literal["peft", "merged", "safetensors"]
+
+ADAPTER_FILE = "adapter.safetensors"
+
+
+class Saveable(Protocol):
+    """Anything with transformers' ``save_pretrained``, a tokenizer."""
+
+    def save_pretrained(self, save_directory: str) -> object:
+        """Write into a directory."""
+
+
+def export(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    to: Format = "peft",
+    *,
+    name: str | None = None,
+    base: str | None = None,
+    plain: bool = False,
+    tokenizer: Saveable | None = None,
+    header: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """Write a model in a form that needs no alignkit to be read.
+
+    Args:
+        model: A causal LM, with adapters or (``merged`` only) fully fine-tuned.
+        directory: Made if missing.
+        to: ``peft``: the adapter in PEFT's directory format. ``merged``: a transformers directory
+            of the whole model with the adapter folded in, which ``AutoModelForCausalLM``, vLLM,
+            lm-eval and llama.cpp's converter read. ``safetensors``: the adapter as the one file
+            ``adapter.safetensors``, PEFT's tensors with PEFT's config in the header; `load_adapter`
+            reads it too.
+        name: The adapter, for ``peft`` and ``safetensors``; the active one by default. ``merged``
+            writes the model as it answers now.
+        base: Recorded as the adapter's base model.
+        plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank, for readers such
+            as vLLM that take every adapter for ordinary.
+        tokenizer: Saved beside a merged model.
+        header: Further entries of an adapter file's header.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AlignkitError: An unknown format, a model without adapters, an option that the format
+            cannot express, numbers that are not finite, or a reader that would not find all.
+    """
+    directory = Path(directory)
+    if to not in get_args(Format):
+        raise AlignkitError(f"export: to is {to!r}; choose one of {', '.join(get_args(Format))}")
+    if to == "peft":
+        return save_adapter(model, directory, name=name, base=base, plain=plain, header=header)
+    if to == "safetensors":
+        place = directory / ADAPTER_FILE
+        return save_adapter_file(model, place, name=name, base=base, plain=plain, header=header)
+    if not isinstance(model, PreTrainedModel):
+        raise AlignkitError(
+            f"export: {type(model).__name__} is no transformers model; 'merged' writes those only"
+        )
+    if (directory / CONFIG_FILE).exists():
+        raise AlignkitError(
+            f"export: {directory} holds an adapter, which transformers would add to the merged "
+            "model; choose another directory"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place first: what does not read back is never there.
+    with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as written:
+        with own_dropout(model), merged_plain(model) if adapter_configs(model) else nullcontext():
+            _write_model(model, written)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        directory.mkdir(exist_ok=True)
+        for file in sorted(Path(written).iterdir()):
+            shutil.move(file, directory / file.name)
+    return directory
+
+
+def _write_model(model: PreTrainedModel, directory: str) -> None:
+    """Write a plain model, and see that transformers finds every parameter again."""
+    bad = first_nonfinite(model.named_parameters())
+    if bad is not None:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise AlignkitError(
+            f"export: {bad} holds NaN or infinity once merged, in {dtype}; use an earlier "
+            "checkpoint, or another dtype"
+        )
+    with without_bars():
+        # The class's own: a model that had adapters refuses (see `inject_lora`).
+        type(model).save_pretrained(model, directory)
+        _refuse_losses(model, directory)
+
+
+def _refuse_losses(model: PreTrainedModel, directory: str) -> None:
+    # Reads names and shapes alone where accelerate is there to say so.
+    on = {"device_map": "meta"} if importlib.util.find_spec("accelerate") else {}
+    kind: Any = type(model)
+    try:
+        again, info = kind.from_pretrained(
+            directory, dtype=model.dtype, output_loading_info=True, use_safetensors=True, **on
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise AlignkitError(f"export: transformers cannot read it back: {reason}") from error
+    lost = [str(name) for names in info.values() for name in names]
+    if lost:
+        raise AlignkitError(
+            f"export: transformers reads it back without {len(lost)} of its parameters, such as "
+            f"{lost[0]}; export --to peft instead"
+        )
+    refuse_differences(
+        dict(again.named_parameters()),
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
+        "export: what transformers reads back",
+    )

@@ -1,0 +1,64 @@
+"""The model that a stage trains: a base with adapters, or the whole base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, inject_lora
+from alignkit.models.dropout import zero_dropout
+from alignkit.models.fingerprint import BaseIdentity, base_identity
+from alignkit.models.load import load_model
+from alignkit.models.start import Choice, Start
+
+
+def build_policy(
+    base: str,
+    choice: Choice,
+    start: Start | None = None,
+    *,
+    dtype: Literal["float32", "bfloat16"],
+    random_init: bool,
+    dropout: bool,
+) -> tuple[PreTrainedModel, BaseIdentity, LoRAConfig | None]:
+    """Load a base, make what is to be trained of it trainable, and start from given weights.
+
+    Args:
+        base: As in `AlignmentModule`, and so the others that are not described here.
+        choice: What adapter to train.
+        start: The weights to start from.
+        dtype: Of the base.
+        random_init: Draw its weights.
+        dropout: Keep its dropout.
+
+    Returns:
+        The model, the identity of its base as loaded, and the adapter it got.
+
+    Raises:
+        AlignkitError: The base cannot be loaded, adapters or start do not fit it, or the whole
+            model is to be trained in bfloat16.
+    """
+    model = load_model(base, dtype=getattr(torch, dtype), random_init=random_init)
+    identity = base_identity(model)
+    if not dropout:
+        zero_dropout(model)
+    if start is not None:
+        lora = start.lora(model, identity, choice)
+    else:
+        lora = LoRAConfig() if choice == "auto" else choice
+    if lora is not None:
+        inject_lora(model, lora)
+    elif dtype != "float32":
+        raise AlignkitError(
+            "model.dtype: full fine-tuning (model.lora: null) keeps master weights, which "
+            "bfloat16 would round away; set model.dtype to float32 and trainer.precision to "
+            "bf16-mixed"
+        )
+    else:
+        model.requires_grad_(True)
+    if start is not None:
+        start.fill(model)
+    return model, identity, lora

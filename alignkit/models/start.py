@@ -1,0 +1,171 @@
+"""The weights a stage starts from: a checkpoint of any stage, or an adapter in PEFT's format.
+
+Either says by itself what adapter it holds, so ``model.lora`` need not repeat it. Where it does
+say something, that is compared: equal names and shapes under another scale are another model.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, load_adapter
+from alignkit.lora.identity import Identity, difference, identity
+from alignkit.lora.io import adapter_config
+from alignkit.lora.peft_files import CONFIG_FILE
+from alignkit.models import checkpoint as ckpt
+from alignkit.models.fingerprint import BaseIdentity
+from alignkit.models.hub import adapter_on_hub
+from alignkit.models.stamp import STAMP, check_adapter_base, check_base
+from alignkit.models.text_format import TextFormat, read_format
+from alignkit.modules.text import format_in
+
+Choice = LoRAConfig | Literal["auto"] | None
+"""What ``model.lora`` may be: ``auto`` takes what the start has, or `LoRAConfig`'s defaults."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class Start(ABC):
+    """Weights to start from.
+
+    Attributes:
+        where: Names them in messages.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.where = f"init_from {place}"
+
+    def lora(self, model: PreTrainedModel, base: BaseIdentity, choice: Choice) -> LoRAConfig | None:
+        """Return the adapter to put into a base, so that `fill` finds what it holds.
+
+        Args:
+            model: The base, nothing injected yet.
+            base: The base's identity.
+            choice: What was asked for.
+
+        Raises:
+            AlignkitError: It belongs to another base, or another adapter was asked for.
+        """
+        self.check_base(base)
+        own = self.own(model)
+        chosen = own if choice == "auto" else choice
+        differs = difference(
+            self.identity(model), None if chosen is None else identity(model, chosen)
+        )
+        if differs is None:
+            return chosen
+        if chosen is None:
+            raise AlignkitError(
+                f"{self.where}: is an adapter, and model.lora: null trains the whole model; export "
+                "it --to merged and pass that as model.base"
+            )
+        raise AlignkitError(f"{self.where}: {differs}, or --model.lora auto to take what is there")
+
+    @abstractmethod
+    def own(self, model: PreTrainedModel) -> LoRAConfig | None:
+        """Return the config of the adapter it holds, ``None`` for a whole model."""
+
+    @abstractmethod
+    def identity(self, model: PreTrainedModel) -> Identity | None:
+        """Return what its tensors mean, see `alignkit.lora.identity`."""
+
+    @abstractmethod
+    def check_base(self, base: BaseIdentity) -> None:
+        """Refuse another base than it was trained on, where it says which."""
+
+    @abstractmethod
+    def text_format(self) -> TextFormat | None:
+        """Return how the text was put that it was trained on, where it says so."""
+
+    @abstractmethod
+    def fill(self, model: PreTrainedModel) -> None:
+        """Copy its tensors into a model built as `lora` says."""
+
+
+class CheckpointStart(Start):
+    """A ``.ckpt`` of any stage."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.checkpoint: Mapping[str, Any] = ckpt.read_checkpoint(place)
+
+    def own(self, model: PreTrainedModel) -> LoRAConfig | None:
+        """Return what its hyper-parameters say."""
+        settings = self.checkpoint["hyper_parameters"]["lora"]
+        return None if settings is None else LoRAConfig.from_dict(settings)
+
+    def identity(self, model: PreTrainedModel) -> Identity | None:
+        """Return what its stamp says."""
+        meant: Identity | None = self.checkpoint[STAMP]["adapter"]
+        return meant
+
+    def check_base(self, base: BaseIdentity) -> None:
+        """Hold the base against the stamp."""
+        check_base(base, self.checkpoint[STAMP], self.where)
+
+    def text_format(self) -> TextFormat | None:
+        """Return what the checkpoint keeps."""
+        return format_in(self.checkpoint, self.where)
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Copy the policy's tensors."""
+        ckpt.load_trainable(model, ckpt.model_state(self.checkpoint), self.where)
+
+
+class AdapterStart(Start):
+    """An adapter in PEFT's directory format, or the one file that ``export`` writes."""
+
+    def __init__(self, place: str, path: Path) -> None:
+        super().__init__(place)
+        self.path = path
+
+    def own(self, model: PreTrainedModel) -> LoRAConfig:
+        """Return PEFT's settings as ours."""
+        # Whoever trained it chose to untie, where it touches tied embeddings.
+        return adapter_config(model, self.path, untie=True)
+
+    def identity(self, model: PreTrainedModel) -> Identity:
+        """Return what PEFT's settings mean on the model."""
+        return identity(model, self.own(model))
+
+    def check_base(self, base: BaseIdentity) -> None:
+        """Hold the base against the file's header, where alignkit wrote it."""
+        check_adapter_base(base, self.path, self.where)
+
+    def text_format(self) -> TextFormat | None:
+        """Return what lies beside the adapter, if anything."""
+        return read_format(self.path if self.path.is_dir() else self.path.parent)
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Copy the adapter's tensors."""
+        load_adapter(model, self.path, untie=True)
+
+
+def find_start(place: str) -> Start:
+    """Return the start that a path or a Hub id stands for.
+
+    Args:
+        place: A ``.ckpt`` file, an adapter's directory or ``.safetensors`` file, or the Hub id of
+            an adapter.
+
+    Raises:
+        AlignkitError: There is nothing there, or it is damaged.
+    """
+    path = Path(place)
+    if ckpt.is_adapter(place):
+        return AdapterStart(place, path)
+    if path.is_dir():
+        raise AlignkitError(
+            f"init_from {place}: holds no {CONFIG_FILE}; pass a .ckpt file or an adapter's "
+            "directory, and a whole model as model.base"
+        )
+    if not path.exists() and path.suffix != ".ckpt" and _HUB_ID.fullmatch(place):
+        return AdapterStart(place, adapter_on_hub(place, "init_from"))
+    return CheckpointStart(place)

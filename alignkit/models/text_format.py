@@ -1,0 +1,121 @@
+"""How text became tokens in training: kept with the weights, so that generation does likewise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from alignkit.errors import AlignkitError
+from alignkit.utils.atomic import write_atomically
+
+PromptFormat = Literal["boundary", "seed", "chat", "raw"]
+"""How a dialogue is put; see `alignkit.data.text.formats`."""
+
+TextKind = Literal["boundary", "seed", "chat", "raw", "text"]
+"""A prompt format, or ``text``: documents, which have no prompt."""
+
+FORMAT_FILE = "alignkit.json"
+"""Where exports keep the format, beside the weights."""
+
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "prompt_format": (str,),
+    "max_length": (int,),
+    "chat_template": (str, type(None)),
+    "system": (str, type(None)),
+    "turns": (str,),
+    "ends": (tuple, list),
+}
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """What generation must know of the text that a model was trained on.
+
+    Attributes:
+        prompt_format: How dialogues were put; ``text`` for language modelling.
+        max_length: Most tokens of an example (of a row, for text).
+        chat_template: The template that ``chat`` was rendered with.
+        system: The system message that every training example had; ``None`` where they differ or
+            have none.
+        turns: Whether the ``last`` answer or ``all`` of them were trained on.
+        ends: Ids that ended an answer or a document in training; empty where nobody counted.
+    """
+
+    prompt_format: TextKind
+    max_length: int
+    chat_template: str | None = None
+    system: str | None = None
+    turns: Literal["last", "all"] = "last"
+    ends: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as checkpoints and JSON can hold them."""
+        return {**asdict(self), "ends": list(self.ends)}
+
+    @classmethod
+    def from_dict(cls, values: object, where: str) -> TextFormat:
+        """Read what `to_dict` gives.
+
+        Args:
+            values: As it was read.
+            where: The file, for the message.
+
+        Raises:
+            AlignkitError: It is something else.
+        """
+        known = {field.name for field in fields(cls)}
+        if (
+            not isinstance(values, Mapping)
+            or not {"prompt_format", "max_length"} <= set(values) <= known
+            or not all(isinstance(values[name], _TYPES[name]) for name in values)
+            or values["prompt_format"] not in get_args(TextKind)
+            or not all(isinstance(end, int) for end in values.get("ends", ()))
+        ):
+            raise AlignkitError(
+                f"{where}: its text format is not one this alignkit knows; it was changed by hand "
+                "or written by a newer version"
+            )
+        return cls(**{**values, "ends": tuple(values.get("ends", ()))})
+
+    def differences(self, other: TextFormat, *names: str) -> list[str]:
+        """Name the attributes, of ``names``, in which two formats differ, with both values."""
+        told = []
+        for name in names:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs and name == "chat_template" and mine and theirs:
+                told.append("another chat_template")
+            elif mine != theirs:
+                told.append(f"{name}={_shown(mine)} instead of {_shown(theirs)}")
+        return told
+
+
+def write_format(text_format: TextFormat, directory: Path) -> None:
+    """Write the format beside exported weights."""
+    text = json.dumps({"text_format": text_format.to_dict()}, indent=2, ensure_ascii=False)
+    write_atomically(directory / FORMAT_FILE, text + "\n")
+
+
+def read_format(directory: Path) -> TextFormat | None:
+    """Read what `write_format` left in a directory; ``None`` where there is nothing.
+
+    Raises:
+        AlignkitError: The file cannot be read, or holds something else.
+    """
+    path = directory / FORMAT_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AlignkitError(f"{path}: cannot be read ({error}); export the model again") from error
+    return TextFormat.from_dict(
+        values.get("text_format") if isinstance(values, dict) else None, str(path)
+    )
+
+
+def _shown(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]!r}…"

@@ -1,0 +1,111 @@
+"""``alignkit audit``: every defect of a data set, counted, placed and shown, without a model."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from alignkit.data.text.policies import MEANING
+from alignkit.models.text_format import PromptFormat
+from alignkit.tools.audit.page import page, sentences
+from alignkit.tools.audit.scan import Kind, scan
+from alignkit.utils.atomic import check_output, write_atomically
+
+_ROWS_SHOWN = 8
+_WIDE = 120
+
+
+def audit(
+    path: str,
+    *,
+    kind: Kind = "auto",
+    split: str | None = None,
+    tokenizer: str | None = None,
+    max_length: int = 512,
+    prompt_format: PromptFormat = "boundary",
+    examples: int = 3,
+    json: str | None = None,
+    html: str | None = None,
+) -> dict[str, Any]:
+    """Report every defect of a data set.
+
+    Args:
+        path: A file, a directory or a Hub id, as the data modules take it.
+        kind: What the rows are; ``auto`` looks at the first one.
+        split: Audit this split alone (``train``, ``validation`` or ``test``); default: all.
+        tokenizer: A Hub id or a local directory. Without one, lengths are estimated as a token
+            for every four bytes, and the boundary proof is left out.
+        max_length: Most tokens of a prompt with one answer, EOS included; of a document, for text.
+        prompt_format: How dialogues become text; see `alignkit.data.text.formats`.
+        examples: How many examples of each defect to show.
+        json: Write the report to this file: counts as numbers under ``rows`` and each defect's
+            name, and the rows, by line number from 1, under ``row_numbers`` by the same names.
+            Rows of a second file are numbered on from the first one's last.
+        html: Write a page with plots, everything in one file.
+
+    Returns:
+        The report, as in the JSON file.
+
+    Raises:
+        AlignkitError: Nothing can be read there, or an output cannot be written.
+    """
+    json_file = check_output(json, "--json")
+    html_file = check_output(html, "--html")
+    found = scan(
+        path,
+        kind=kind,
+        split=split,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        prompt_format=prompt_format,
+        examples=examples,
+    )
+    report = found.to_dict()
+    _print(report)
+    if json_file is not None:
+        write_atomically(json_file, jsonlib.dumps(report, indent=1) + "\n")
+    if html_file is not None:
+        write_atomically(html_file, page(report, found))
+    return report
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `audit`; the path comes first and bare."""
+    parser.add_argument("path", type=str, help="A file, a directory or a Hub id.")
+    parser.add_function_arguments(audit, skip={"path"})
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console()
+    rows = report["rows"]
+    table = Table(title=f"{report['path']}: {rows:,} rows ({report['kind']})")
+    table.add_column("defect", no_wrap=True)
+    table.add_column("rows", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("which")
+    wide = console.width >= _WIDE
+    if wide:
+        table.add_column("meaning")
+    for name in MEANING:
+        if name in report:
+            places = report["row_numbers"][name]
+            listed = ", ".join(map(str, places[:_ROWS_SHOWN]))
+            more = ", …" if len(places) > _ROWS_SHOWN else ""
+            share = f"{report[name] / rows:.1%}" if rows else ""
+            meaning = [MEANING[name]] if wide else []
+            table.add_row(name, f"{report[name]:,}", share, listed + more, *meaning)
+    console.print(table)
+    lengths = Table(title=f"lengths in {report['unit']} (max_length {report['max_length']})")
+    lengths.add_column("of")
+    for name in next(iter(report["lengths"].values()), {}):
+        lengths.add_column(name, justify="right")
+    for part, summary in report["lengths"].items():
+        lengths.add_row(part, *(f"{value:,.0f}" for value in summary.values()))
+    if report["lengths"]:
+        console.print(lengths)
+    for line in sentences(report):
+        console.print(line, highlight=False)

@@ -1,0 +1,181 @@
+"""``alignkit compare``: the same prompts to several models, side by side."""
+
+from __future__ import annotations
+
+import gc
+import html
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+from alignkit.errors import AlignkitError
+from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
+from alignkit.tools.generate.request import Request, as_json, asking_of, printable
+from alignkit.utils.atomic import check_output, write_atomically
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
+
+
+@dataclass
+class Comparison:
+    """What several models answered to the same prompts.
+
+    Attributes:
+        prompts: As the user gave them.
+        answers: Model name to one answer a prompt, in the order the models were asked.
+        asked: Model name to how it was asked: prompt format and system message.
+        failures: Model name to the line that says why it gave no answers.
+    """
+
+    prompts: list[str]
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    asked: dict[str, dict[str, str | None]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def to_markdown(self) -> str:
+        """A Markdown table, one row a prompt and one column a model, and any failures below."""
+        header = ["Prompt", *self.answers]
+        rows = [[_cell(text) for text in row] for row in (header, *self._rows())]
+        rows.insert(1, ["---"] * len(header))
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines += [f"\n{_cell(name)} failed: {_cell(why)}" for name, why in self.failures.items()]
+        return "\n".join(lines) + "\n"
+
+    def to_table(self) -> Table:
+        """The same table for the terminal."""
+        table = Table(show_lines=True, expand=True)
+        for header in ("Prompt", *self.answers):
+            table.add_column(printable(header), ratio=1, overflow="fold")
+        for row in self._rows():
+            table.add_row(*map(printable, row))
+        return table
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        return list(zip(self.prompts, *self.answers.values(), strict=True))
+
+
+def compare(
+    models: Sequence[str] | Mapping[str, str],
+    *,
+    markdown: str | None = None,
+    json: str | None = None,
+    **options: Any,
+) -> Comparison:
+    """Ask several models the same and print their answers side by side.
+
+    Both files are written again after every model, so a later failure or interruption leaves
+    all that was computed; a model that cannot be loaded is reported and the others still run.
+
+    Args:
+        models: NAME=PATH or PATH each, or a mapping of names to paths; a path is a checkpoint
+            (.ckpt), a run's folder, a PEFT adapter directory, a transformers directory, a Hub id or
+            a GGUF file.
+        markdown: A file for the table as Markdown.
+        json: A file for the prompts, the answers and the settings that made them.
+        **options: As in `alignkit.tools.generate.request.Request`; the same noise for every model.
+
+    Returns:
+        The answers of every model.
+
+    Raises:
+        AlignkitError: Bad prompts, options or paths, before anything is computed; or, when all
+            models were tried, that some of them failed.
+    """
+    markdown_file = check_output(markdown, "markdown")
+    json_file = check_output(json, "json")
+    named = name_models(models)
+    request = Request(**options)
+    comparison = Comparison(request.questions)
+    console = Console()
+    try:
+        for name, path in named.items():
+            with console.status(f"asking {name}"):
+                _ask(request, name, path, comparison)
+            if markdown_file is not None:
+                write_atomically(markdown_file, comparison.to_markdown())
+            if json_file is not None:
+                found = {"models": named, "settings": request.to_dict(), **asdict(comparison)}
+                write_atomically(json_file, as_json(found))
+    finally:
+        if comparison.answers:
+            console.print(comparison.to_table())
+    if comparison.failures:
+        whose = "; ".join(f"{name}: {why}" for name, why in comparison.failures.items())
+        raise AlignkitError(f"models: {len(comparison.failures)} of {len(named)} failed: {whose}")
+    return comparison
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `compare`, which takes what ``parser`` returns as keyword arguments."""
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        type=str,
+        required=True,
+        metavar="[NAME=]PATH",
+        help="Checkpoints, runs' folders, PEFT adapters, transformers directories, Hub ids, GGUF.",
+    )
+    add_request(parser)
+    parser.add_function_arguments(compare, skip={"models", *REQUEST_FLAGS})
+
+
+def _ask(request: Request, name: str, path: str, comparison: Comparison) -> None:
+    """Load one model, add its answers or its failure, and let it go again."""
+    try:
+        model, tokenizer = request.load(path)
+        asked = request.how(path, tokenizer)
+        comparison.answers[name] = list(request.answers(model, tokenizer, asked, name))
+        comparison.asked[name] = asking_of(asked)
+        del model
+    except AlignkitError as error:
+        comparison.failures[name] = str(error)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def name_models(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Read ``NAME=PATH`` and plain paths; a plain path is named after its last part.
+
+    A path may hold an equals sign itself, as in Lightning's ``epoch=0-step=10.ckpt``: what
+    exists as it stands is a path.
+
+    Raises:
+        AlignkitError: No model, or two of one name.
+    """
+    pairs = list(models.items()) if isinstance(models, Mapping) else [_split(m) for m in models]
+    if not pairs:
+        raise AlignkitError("models: none was given; pass --models NAME=PATH …")
+    named: dict[str, str] = {}
+    for name, path in pairs:
+        if name in named:
+            raise AlignkitError(
+                f"models: '{named[name]}' and '{path}' are both called '{name}'; "
+                "name them as NAME=PATH"
+            )
+        named[name] = path
+    return named
+
+
+def _split(model: str) -> tuple[str, str]:
+    match = _NAMED.fullmatch(model)
+    if match and not Path(model).exists():
+        return match[1], match[2]
+    path = Path(model)
+    # runs/dpo/version_1/last.ckpt is better known by its run than as last.ckpt
+    run = path.parent if path.suffix == ".ckpt" else path
+    name = f"{run.parent.name}/{run.name}" if run.name.startswith("version_") else run.name
+    return name or model, model
+
+
+def _cell(text: str) -> str:
+    """Text as one Markdown table cell that shows exactly that text."""
+    escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(text, quote=False))
+    return escaped.replace("\r", "").replace("\n", "<br>")

@@ -1,0 +1,137 @@
+"""Curves of runs: TensorBoard event files read back and drawn.
+
+``python -m alignkit.tools.curves --runs sft=runs/sft --tags train/loss val/loss --out sft.png``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from matplotlib.axes import Axes
+
+from alignkit.errors import AlignkitError
+from alignkit.tools.plots import COLORS, new_figure, save
+from alignkit.utils.atomic import check_output
+
+_SMOOTH_FROM = 30  # fewer points are drawn as they are
+
+Scalars = dict[str, list[tuple[int, float]]]
+
+
+def read_scalars(run_dir: str | Path) -> Scalars:
+    """Read every scalar of a run.
+
+    Args:
+        run_dir: A directory with event files, or one above it: of several versions below, the
+            one written to last is read.
+
+    Returns:
+        Tag to (step, value) in order of steps. Where a resumed run logged a step again, the
+        later value counts.
+
+    Raises:
+        AlignkitError: There are no event files.
+    """
+    # Imported late: it takes a second that drawing other things need not pay.
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
+
+    events = sorted(Path(run_dir).rglob("events.out.tfevents.*"))
+    if not events:
+        raise AlignkitError(f"run '{run_dir}': no TensorBoard event files; pass a run's directory")
+    here = [event for event in events if event.parent == Path(run_dir)]
+    newest = max(here or events, key=lambda event: event.stat().st_mtime)
+    accumulator = EventAccumulator(str(newest.parent), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {
+        tag: sorted(
+            {
+                point.step: float(point.value)
+                for point in sorted(accumulator.Scalars(tag), key=lambda p: p.wall_time)
+            }.items()
+        )
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def plot_curves(runs: Mapping[str, str | Path], tags: Sequence[str], out: str | Path) -> None:
+    """Draw tags of runs as a PNG, one panel a quantity.
+
+    ``train/loss`` and ``val/loss`` share the panel *loss*: training thin, its moving average over
+    it, validation dashed with a marker at every point.
+
+    Args:
+        runs: Name in the legend to run directory.
+        tags: Such as ``train/loss``; a run without one of them is left out of that panel.
+        out: The picture's path.
+
+    Raises:
+        AlignkitError: A run has no event files, no run has one of the tags (those there are get
+            listed), or the picture cannot be written.
+    """
+    target = check_output(str(out), "out")
+    scalars = {name: read_scalars(directory) for name, directory in runs.items()}
+    for tag in tags:
+        if not any(tag in found for found in scalars.values()):
+            known = ", ".join(sorted({tag for found in scalars.values() for tag in found}))
+            raise AlignkitError(f"tags: no run has '{tag}'; there are {known or 'none'}")
+    panels: dict[str, list[str]] = {}
+    for tag in tags:
+        panels.setdefault(tag.partition("/")[2] or tag, []).append(tag)
+    figure, axes = new_figure(len(panels))
+    for axis, (quantity, group) in zip(axes, panels.items(), strict=True):
+        for color, (name, found) in zip(COLORS * len(runs), scalars.items(), strict=False):
+            for tag in group:
+                if tag in found:
+                    _draw(axis, found[tag], tag, name if len(runs) > 1 else "", color)
+        axis.set(title=quantity, xlabel="step")
+        axis.legend()
+    if target is not None:
+        save(figure, target)
+
+
+def _draw(axis: Axes, points: list[tuple[int, float]], tag: str, run: str, color: str) -> None:
+    steps, values = zip(*points, strict=True)
+    label = " ".join(filter(None, [run, tag.partition("/")[0]]))
+    if not tag.startswith("train/"):
+        axis.plot(steps, values, "--o", color=color, markersize=4, label=label)
+    elif len(values) < _SMOOTH_FROM:
+        axis.plot(steps, values, color=color, label=label)
+    else:
+        axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+        axis.plot(steps, smooth(values), color=color, label=label)
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average without a bias towards zero (Adam's correction).
+
+    Args:
+        values: In order.
+        weight: Of the past, in [0, 1).
+    """
+    average, smoothed = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed
+
+
+def main(args: list[str] | None = None) -> None:
+    """Draw curves from the command line."""
+    parser = ArgumentParser(prog="python -m alignkit.tools.curves", description=__doc__)
+    parser.add_argument("--runs", nargs="+", type=str, required=True, metavar="NAME=DIR")
+    parser.add_argument("--tags", nargs="+", type=str, default=["train/loss", "val/loss"])
+    parser.add_argument("--out", type=str, required=True)
+    options = parser.parse_args(args)
+    runs = dict(run.partition("=")[::2] for run in options.runs)
+    try:
+        plot_curves(runs, options.tags, options.out)
+    except AlignkitError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""``make demo``: the three stages on a small real model, through the real command line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from alignkit.cli import command as cli
+from alignkit.errors import AlignkitError
+from alignkit.tools.curves import read_scalars
+from alignkit.tools.demo.accuracy import preference_accuracy
+from alignkit.tools.demo.model import prepare_model
+from alignkit.tools.demo.preferences import write_preferences
+from alignkit.tools.demo.prose import write_prose
+from alignkit.utils.atomic import write_atomically
+
+RUNS = Path("runs/demo")
+CONFIGS = Path("configs/demo")
+STAGES = ("lora", "sft", "dpo")
+_PROMPTS = 4
+_LAST = 5  # steps averaged for the loss at the end: one batch's says little
+
+console = Console()
+
+
+@dataclass
+class Stage:
+    """What the summary says of a stage."""
+
+    name: str
+    seconds: float
+    train_start: float
+    train_end: float
+    held_out: float
+
+
+def demo(base: str | None = None, max_steps: int | None = None) -> None:
+    """Run LoRA, SFT and DPO in turn, compare the answers and print a summary.
+
+    Args:
+        base: A model to use instead of SmolLM2-135M-Instruct: anything ``model.base`` takes.
+        max_steps: Optimizer steps of each stage, instead of what the configs say.
+
+    Raises:
+        AlignkitError: No configs here, a missing package, or a command that failed.
+    """
+    if not CONFIGS.is_dir():
+        raise AlignkitError(f"demo: no {CONFIGS} here; run it in a clone of the repository")
+    started = time.monotonic()
+    for name in STAGES:  # what an earlier demo left
+        shutil.rmtree(RUNS / name, ignore_errors=True)
+    RUNS.mkdir(parents=True, exist_ok=True)
+
+    console.rule("model and data")
+    base = base or str(prepare_model(RUNS / "model"))
+    write_prose(RUNS / "prose")
+    write_preferences(RUNS / "preferences")
+    dtype = faster_dtype()
+    console.print(f"model {base} in {dtype}, data in {RUNS}")
+
+    options = ["--model.base", base, "--model.dtype", dtype]
+    options += ["--trainer.precision", "bf16-mixed" if dtype == "bfloat16" else "32-true"]
+    if max_steps is not None:
+        options += ["--trainer.max_steps", str(max_steps)]
+        options += ["--trainer.val_check_interval", str(max_steps)]
+    done: list[Stage] = []
+    for name in STAGES:
+        chained = ["--model.init_from", checkpoint(done[-1].name)] if done else []
+        done.append(fit(name, options + chained))
+
+    console.rule("answers, and held-out pairs")
+    accuracies = [
+        preference_accuracy(checkpoint(name), RUNS / "preferences", getattr(torch, dtype))
+        for name in ("sft", "dpo")
+    ]
+    compare(base, dtype)
+    console.rule(f"done in {(time.monotonic() - started) / 60:.1f} minutes")
+    summarise(done, *accuracies)
+
+
+def fit(name: str, options: list[str]) -> Stage:
+    """Train one stage and read its losses back from its TensorBoard run."""
+    console.rule(f"stage {name}")
+    started = time.monotonic()
+    alignkit("fit", "--config", str(CONFIGS / f"{name}.yaml"), *options)
+    scalars = read_scalars(RUNS / name)
+    train = [loss for _, loss in scalars["train/loss"]]
+    last = train[-_LAST:]
+    held_out = scalars["val/loss"][-1][1]
+    return Stage(name, time.monotonic() - started, train[0], sum(last) / len(last), held_out)
+
+
+def compare(base: str, dtype: str) -> None:
+    """Ask the model about subjects of the test pairs, as it came and after SFT and DPO."""
+    models = [f"base={base}", f"sft={checkpoint('sft')}", f"dpo={checkpoint('dpo')}"]
+    prompts = RUNS / "prompts.jsonl"
+    lines = (RUNS / "preferences" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    dialogues = [json.loads(line)["chosen"] for line in lines]
+    turns = [dialogue.split("\n\n")[1:] for dialogue in dialogues]
+    asked = [t[0] for t in turns if len(t) == 2 and t[0].count("?") == 1][:_PROMPTS]
+    rows = (json.dumps({"prompt": question.removeprefix("Human: ")}) for question in asked)
+    write_atomically(prompts, "\n".join(rows) + "\n")
+    flags = {
+        "--prompts_file": str(prompts),
+        "--temperature": "0",
+        "--repetition_penalty": "1.1",
+        "--max_new_tokens": "64",
+        "--dtype": dtype,
+        "--markdown": str(RUNS / "compare.md"),
+    }
+    (RUNS / "compare.md").unlink(missing_ok=True)
+    alignkit("compare", "--models", *models, *(part for flag in flags.items() for part in flag))
+
+
+def summarise(stages: list[Stage], before: float, after: float) -> None:
+    """Print what the runs came to, and how to look at them."""
+    table = Table("stage", "minutes", "training loss, start", "end", "held-out loss, end")
+    for stage in stages:
+        losses = (stage.train_start, stage.train_end, stage.held_out)
+        table.add_row(stage.name, f"{stage.seconds / 60:.1f}", *(f"{loss:.3f}" for loss in losses))
+    console.print(table)
+    reward = read_scalars(RUNS / "dpo")["val/rewards/accuracies"][-1][1]
+    console.print(
+        f"held-out pairs whose helpful answer is the likelier one: {before:.1%} before DPO, "
+        f"{after:.1%} after"
+    )
+    console.print(
+        f"held-out pairs that DPO's reward ranks right: 50.0% by chance before, {reward:.1%} after"
+    )
+    console.print(f"side by side: {RUNS / 'compare.md'}")
+    tensorboard = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
+    console.print(f"curves: {tensorboard} --logdir {RUNS}", soft_wrap=True)
+
+
+def alignkit(*arguments: str) -> None:
+    """Run an ``alignkit`` command here, and show it as one would type it."""
+    console.print("$ alignkit " + " ".join(arguments), style="bold", soft_wrap=True)
+    if cli.main(arguments) != 0:
+        raise AlignkitError(f"demo: alignkit {arguments[0]} failed, for the reason above")
+
+
+def checkpoint(name: str) -> str:
+    """Return what stands for a stage's last checkpoint: the folder of its runs."""
+    return str(RUNS / name)
+
+
+def faster_dtype(size: int = 768) -> str:
+    """Return the dtype that this CPU multiplies faster; without bf16 units that is float32."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(size, size, dtype=dtype)
+        return min(_timed(lambda: a @ a) for _ in range(5))
+
+    return "bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+
+
+def _timed(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    """Run the demo; the exit status is 2 after a line on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        demo()
+    except AlignkitError as error:
+        print(f"alignkit: error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,86 @@
+"""``alignkit export``: a checkpoint in a form that needs no alignkit to be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.data.text.chat_templates import template_of
+from alignkit.errors import AlignkitError
+from alignkit.models.checkpoint import load_policy, policy_base, policy_format
+from alignkit.models.export import Format
+from alignkit.models.export import export as write_model
+from alignkit.models.fingerprint import base_identity
+from alignkit.models.text_format import TextFormat, write_format
+
+
+def export(
+    model: str,
+    output: str,
+    *,
+    to: Format = "peft",
+    base: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    plain: bool = False,
+) -> Path:
+    """Write a checkpoint for use elsewhere.
+
+    How its text was put goes along, in ``alignkit.json``, and a merged model's tokenizer gets it
+    as its chat template, so that other readers ask the model as it was trained.
+
+    Args:
+        model: A checkpoint of any stage (.ckpt), a run's folder or a PEFT adapter directory.
+        output: The directory to write; made if missing, never written into if it holds files.
+        to: ``peft``, the adapter as PEFT writes it; ``merged``, a whole transformers model with the
+            adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or
+            llama.cpp's converter; ``safetensors``, the adapter as one file.
+        base: Where the base model lies now, if not where the checkpoint says.
+        dtype: Of the weights of a merged model.
+        plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AlignkitError: The checkpoint or its base cannot be read, the output holds files, the format
+            cannot express the adapter, or its reader would not find all of it.
+    """
+    place = Path(output)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise AlignkitError(f"output {output}: exists and is not empty; choose another directory")
+    # Adapters stay fp32 whatever the base's dtype; only a merged model takes it.
+    kept = "float32" if to != "merged" and dtype == "float16" else dtype
+    policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, kept))
+    name = base or policy_base(model)
+    trained = policy_format(model)
+    if trained is not None and to == "merged":
+        _teach(policy, tokenizer, trained)
+    header = {} if to == "merged" else base_identity(policy).header()
+    write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
+    if trained is not None:
+        write_format(trained, place)
+    Console().print(f"wrote {place} ({to})", highlight=False)
+    return place
+
+
+def _teach(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: TextFormat
+) -> None:
+    """Let transformers' own chat and generation do what training did."""
+    tokenizer.chat_template = template_of(trained, tokenizer) or tokenizer.chat_template
+    config = policy.generation_config
+    if config is not None and trained.ends:
+        known = config.eos_token_id
+        theirs = known if isinstance(known, list) else [known]
+        ends = sorted({end for end in (*theirs, *trained.ends) if end is not None})
+        config.eos_token_id = ends[0] if len(ends) == 1 else ends
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `export`, which takes what ``parser`` returns as keyword arguments."""
+    parser.add_function_arguments(export)

@@ -1,0 +1,121 @@
+"""Prompts from the command line and from files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.text.dialogue import HUMAN, Dialogue
+from alignkit.data.text.formats import Format
+from alignkit.data.text.shapes import Side, sft_sides
+from alignkit.data.text.templated import Templated
+from alignkit.errors import AlignkitError
+from alignkit.models.text_format import TextKind
+
+TURN = f"\n\n{HUMAN}"
+
+_log = logging.getLogger(__name__)
+
+
+def as_prompts(
+    questions: Sequence[str],
+    kind: TextKind,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: str | None = None,
+    system: str | None = None,
+) -> list[str]:
+    """Ask questions as training asked them.
+
+    Args:
+        questions: What the human says, or a whole dialogue that ends with ``Assistant:``.
+        kind: The format the model was trained with, see `alignkit.data.text.formats`; ``raw`` and
+            ``text`` take the questions as they are.
+        tokenizer: The model's.
+        chat_template: For ``chat``, instead of the tokenizer's own.
+        system: A system message to put before each.
+
+    Raises:
+        AlignkitError: The tokenizer lacks what the format needs.
+    """
+    if kind == "raw" or kind == "text":
+        return list(questions)
+    form = Format(kind, tokenizer, chat_template=chat_template)
+    templated = Templated(tokenizer, specials=form.specials)
+    prompts = []
+    for index, question in enumerate(questions, start=1):
+        side = _side(question.strip(), system)
+        if (sign := templated.find([side])) and sign.grave:
+            _log.warning(
+                "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
+                "rendered already", index, sign.told, kind,
+            )  # fmt: skip
+        dialogue = Dialogue(side.prompt, (), side.starts, side.messages)
+        prompts.append(form.render(dialogue).prompt)
+    return prompts
+
+
+def _side(question: str, system: str | None) -> Side:
+    """A question as training reads the prompt of a row."""
+    side = sft_sides({"prompt": question, "completion": ""})[0]
+    if system is None:
+        return side
+    if side.starts is None:  # a dialogue already
+        return Side(f"{system}\n\n{side.prompt.lstrip()}", "")
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return sft_sides({"prompt": messages, "completion": ""})[0]
+
+
+def gather_prompts(prompts: str | Sequence[str] | None, prompts_file: str | None) -> list[str]:
+    """Collect the prompts given as arguments, then those of a file.
+
+    Args:
+        prompts: One prompt or several.
+        prompts_file: A ``.jsonl`` file of ``{"prompt": ...}`` rows, or a text file with one
+            prompt a line. Blank lines are skipped.
+
+    Raises:
+        AlignkitError: No prompt at all, an empty one, a file that cannot be read, or a row
+            without a prompt (with its line number).
+    """
+    given = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    for index, prompt in enumerate(given):
+        if not prompt.strip():
+            raise AlignkitError(f"prompts: prompt {index + 1} is empty; give it some text")
+    found = given + (list(_read(prompts_file)) if prompts_file is not None else [])
+    if not found:
+        where = f"prompts_file '{prompts_file}' holds none" if prompts_file else "none was given"
+        raise AlignkitError(f"prompts: {where}; pass --prompts TEXT or --prompts_file FILE")
+    return found
+
+
+def _read(name: str) -> Iterator[str]:
+    path = Path(name).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise AlignkitError(
+            f"prompts_file '{name}': {error.strerror}; pass a .jsonl or text file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise AlignkitError(
+            f"prompts_file '{name}': byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield _row(line, f"{name}:{number}") if path.suffix == ".jsonl" else line
+
+
+def _row(line: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise AlignkitError(f'{where}: not JSON; write {{"prompt": "..."}}') from error
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise AlignkitError(f'{where}: no prompt; write {{"prompt": "..."}}')
+    return prompt

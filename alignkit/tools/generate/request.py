@@ -1,0 +1,197 @@
+"""What ``generate`` and ``compare`` have in common: prompts, how to answer them, and where."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+import torch
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.errors import AlignkitError
+from alignkit.models.text_format import TextFormat, TextKind
+from alignkit.tools.generate.asking import PLAIN, how_to_ask, warn_of_length
+from alignkit.tools.generate.prompts import TURN, as_prompts, gather_prompts
+from alignkit.tools.generate.sampling import Sampling, complete
+
+
+@dataclass
+class Request:
+    """Questions and how to answer them; checked when made, before any model is loaded.
+
+    Args:
+        prompts: A prompt, or a list of them.
+        prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, or one a line.
+        base: The base model under a checkpoint or adapter, where it has moved since training.
+        prompt_format: How a question is put: as the published dialogues (boundary), as the seed
+            report's (seed), by the tokenizer's chat template (chat), as it is (text), or as it is
+            with special tokens read as such (raw). By default as the model was trained; boundary
+            for a model that does not say.
+        system: A system message before each question; by default the one that all of the model's
+            training examples had, if they did; an empty text for none.
+        raw: Short for prompt_format raw.
+        stop_at_turn: End an answer where the model starts to write the human's next turn, in the
+            formats that write turns as plain text.
+        temperature: Divides the logits; 0 always takes the likeliest token.
+        top_p: Draw from the smallest set of tokens that holds this probability.
+        repetition_penalty: Above 1 discourages tokens that were there before.
+        max_new_tokens: The longest answer.
+        seed: Of the draws. Answers do not depend on batch_size, up to rounding: in bfloat16 two
+            nearly equal tokens may change places.
+        batch_size: Prompts computed side by side.
+        dtype: Precision of the model.
+        device: Such as cpu or cuda:0; auto takes a GPU where there is one.
+
+    Attributes:
+        questions: Every prompt, as given.
+        sampling: How the answers are drawn.
+        target: The device.
+
+    Raises:
+        AlignkitError: Bad prompts or options, or a device that is not there.
+    """
+
+    prompts: list[str] | str | None = None
+    prompts_file: str | None = None
+    base: str | None = None
+    prompt_format: TextKind | None = None
+    system: str | None = None
+    raw: bool = False
+    stop_at_turn: bool = True
+    temperature: float = Sampling.temperature
+    top_p: float = Sampling.top_p
+    repetition_penalty: float = Sampling.repetition_penalty
+    max_new_tokens: int = Sampling.max_new_tokens
+    seed: int = Sampling.seed
+    batch_size: int = 8
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+
+    questions: list[str] = field(init=False)
+    sampling: Sampling = field(init=False)
+    target: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.raw and self.prompt_format not in (None, "raw"):
+            raise AlignkitError(f"raw: contradicts prompt_format={self.prompt_format}; pass one")
+        self.questions = gather_prompts(self.prompts, self.prompts_file)
+        drawn = {f.name: getattr(self, f.name) for f in fields(Sampling) if f.name != "stop"}
+        self.sampling = Sampling(**drawn)
+        self.target = resolve_device(self.device)
+
+    def load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load whatever ``path`` names, in evaluation mode on the device."""
+        # Imported late: with the modules comes Lightning, which --help need not wait for.
+        from alignkit.models.checkpoint import load_policy
+
+        model, tokenizer = load_policy(path, base=self.base, dtype=getattr(torch, self.dtype))
+        torch.nn.Module.to(model, self.target)  # transformers types its own override away
+        return model.train(False), tokenizer
+
+    def how(self, path: str, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+        """How the model that ``path`` names is asked: as it was trained, or as the user says."""
+        from alignkit.models.checkpoint import policy_format
+
+        return how_to_ask(
+            policy_format(path),
+            tokenizer,
+            name=path,
+            prompt_format="raw" if self.raw else self.prompt_format,
+            system=self.system,
+        )
+
+    def answers(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: TextFormat,
+        name: str = "model",
+    ) -> Iterator[str]:
+        """Answer the questions with a loaded model, one after the other."""
+        stops = self.stop_at_turn and asked.prompt_format in ("boundary", "seed", "raw")
+        sampling = replace(self.sampling, stop=TURN if stops else None)
+        return ask(
+            model,
+            tokenizer,
+            self.questions,
+            sampling,
+            asked,
+            name=name,
+            batch_size=self.batch_size,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What an answer depends on besides the model, how it was asked, and the prompt."""
+        drawn = {f.name: getattr(self.sampling, f.name) for f in fields(Sampling)}
+        drawn["stop"] = TURN if self.stop_at_turn else None
+        return {**drawn, "dtype": self.dtype}
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    sampling: Sampling,
+    asked: TextFormat = PLAIN,
+    *,
+    name: str = "model",
+    batch_size: int = 8,
+) -> Iterator[str]:
+    """Answer questions; as `alignkit.tools.generate.sampling.complete` otherwise.
+
+    Args:
+        model: On the device to compute on.
+        tokenizer: The model's.
+        questions: What the human says.
+        sampling: How to draw.
+        asked: How the questions are put; see `how_to_ask`.
+        name: The model, for the log.
+        batch_size: Questions computed side by side.
+    """
+    kind = asked.prompt_format
+    texts = as_prompts(
+        questions, kind, tokenizer, chat_template=asked.chat_template, system=asked.system
+    )
+    lengths = [len(ids) for ids in TextEncoder(tokenizer).prompts(texts, kind)]
+    warn_of_length(lengths, asked, name)
+    return complete(
+        model, tokenizer, texts, sampling, batch_size=batch_size, kind=kind, ends=asked.ends
+    )
+
+
+def asking_of(asked: TextFormat) -> dict[str, str | None]:
+    """How a model was asked, for a file of its answers."""
+    return {"prompt_format": asked.prompt_format, "system": asked.system}
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1``, … into a device that is there.
+
+    Raises:
+        AlignkitError: There is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    # torch without CUDA raises an AssertionError, other backends a NotImplementedError.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise AlignkitError(
+            f"device '{device}': not available on this machine; pass cpu or auto"
+        ) from error
+    return found
+
+
+def printable(text: str) -> Text:
+    """Text for a terminal: no markup, and none of the control codes a model may have learned."""
+    return Text("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+
+
+def as_json(value: object) -> str:
+    """JSON for people: indented, in their own script."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,264 @@
+"""Text from a causal language model, the same whatever else is in the batch.
+
+Each prompt draws its noise from a generator of its own, and padding takes no part in anything, so
+an answer depends on the seed, the prompt and its place in the list, and not on ``batch_size``.
+
+Shape letters: B prompts of one batch, L padded tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.errors import AlignkitError
+from alignkit.models.load import embedding_size
+from alignkit.models.text_format import TextKind
+
+_GenerationConfig: Any = GenerationConfig  # upstream's signature is untyped
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text is drawn.
+
+    Attributes:
+        temperature: Divides the logits; 0 always takes the likeliest token.
+        top_p: Draw from the smallest set of tokens that holds this probability, in (0, 1].
+        repetition_penalty: Divides the positive (multiplies the negative) logits of every token
+            of the prompt and the answer so far; 1 changes nothing (Keskar et al. 2019, CTRL,
+            arXiv:1909.05858, section 4.1).
+        max_new_tokens: The longest answer.
+        seed: Of the noise; with temperature 0 it changes nothing.
+        stop: Text that ends an answer and is cut off with all that follows; ``None`` for EOS
+            alone.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    repetition_penalty: float = 1.1
+    max_new_tokens: int = 128
+    seed: int = 0
+    stop: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, valid, rule in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+        ):
+            if not valid:
+                raise AlignkitError(f"{name}: must be {rule}, got {getattr(self, name)}")
+
+
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    batch_size: int = 8,
+    kind: TextKind = "boundary",
+    ends: Sequence[int] = (),
+) -> Iterator[str]:
+    """Continue each prompt, in order, yielding every batch as it is done.
+
+    Args:
+        model: On the device to compute on; its mode and generation config are left as they were.
+        tokenizer: With a padding token; EOS ends an answer.
+        prompts: Exactly as the model is to read them; encoded as in training.
+        sampling: How to draw.
+        batch_size: Prompts computed side by side.
+        kind: How the prompts were rendered, which decides about BOS and special tokens in them.
+        ends: Ids that ended answers in training, beside EOS.
+
+    Yields:
+        One answer a prompt, without EOS, ``sampling.stop`` and surrounding white space.
+
+    Raises:
+        AlignkitError: A prompt is empty, or with the answer passes the model's context; found
+            before anything is computed.
+    """
+    if batch_size < 1:
+        raise AlignkitError(f"batch_size: must be 1 or more, got {batch_size}")
+    encoder = TextEncoder(tokenizer)
+    rows = encoder.prompts(prompts, kind)
+    _check_ids(model, rows)
+    _check_lengths(model, [len(row) for row in rows], sampling.max_new_tokens)
+    for start in range(0, len(rows), batch_size):
+        yield from _complete_batch(
+            model, tokenizer, rows[start : start + batch_size], sampling, start, ends
+        )
+
+
+def _check_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
+    size = embedding_size(model)
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= size:
+        raise AlignkitError(
+            f"prompts: the tokenizer gives the id {largest:,} and the model has {size:,} "
+            "embeddings; pass the tokenizer that belongs to the model"
+        )
+
+
+def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], new: int) -> None:
+    context = getattr(model.config, "max_position_embeddings", None)
+    for index, length in enumerate(lengths):
+        if length == 0:
+            raise AlignkitError(f"prompts: prompt {index + 1} is empty; give it some text")
+        if context is not None and length + new > context:
+            raise AlignkitError(
+                f"prompts: prompt {index + 1} has {length} tokens, and with max_new_tokens {new} "
+                f"passes the model's context of {context}; shorten it or max_new_tokens"
+            )
+
+
+@torch.no_grad()
+def _complete_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    sampling: Sampling,
+    first: int,
+    ends: Sequence[int],
+) -> list[str]:
+    width = max(len(row) for row in rows)
+    pad: int = tokenizer.pad_token_id
+    ids_BL = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask_BL = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids_BL, mask_BL = ids_BL.to(model.device), mask_BL.to(model.device)
+    eos = _eos_ids(model, tokenizer) | set(ends)
+    config = _GenerationConfig(
+        do_sample=False,  # the last processor adds the noise that makes the argmax a draw
+        max_new_tokens=sampling.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=sorted(eos),
+    )
+    stopping = [] if sampling.stop is None else [_StopText(tokenizer, sampling.stop, width)]
+    generator: Any = model  # `generate` is mixed in where type checkers cannot see it
+    with _as_generator(model):
+        output_BL = generator.generate(
+            ids_BL,
+            attention_mask=mask_BL,
+            generation_config=config,
+            logits_processor=_processors(sampling, mask_BL, first),
+            stopping_criteria=StoppingCriteriaList(stopping),
+        )
+    return [_text(tokenizer, row, eos, sampling.stop) for row in output_BL[:, width:].tolist()]
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's EOS and whatever else the model's authors end a text with."""
+    theirs = model.generation_config.eos_token_id if model.generation_config else None
+    ids = theirs if isinstance(theirs, list) else [theirs]
+    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def _text(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: set[int], stop: str | None
+) -> str:
+    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
+    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
+    return (text.split(stop)[0] if stop else text).strip()
+
+
+@contextmanager
+def _as_generator(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and none of the checkpoint's own sampling defaults, for a while.
+
+    transformers fills what a generation config leaves open (minimal lengths, forbidden n-grams)
+    from the model's, which would be part of the result and nowhere in the command.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    config = model.generation_config
+    model.train(False)
+    model.generation_config = _GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = config
+        for module, training in modes:
+            module.training = training
+
+
+def _processors(sampling: Sampling, mask_BL: Tensor, first: int) -> LogitsProcessorList:
+    processors: list[LogitsProcessor] = []
+    if sampling.repetition_penalty != 1:
+        processors.append(_RepetitionPenalty(sampling.repetition_penalty, mask_BL))
+    if sampling.temperature > 0:
+        if sampling.temperature != 1:
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_GumbelNoise(sampling.seed, range(first, first + len(mask_BL))))
+    return LogitsProcessorList(processors)
+
+
+class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
+    """transformers' penalty, blind to padding.
+
+    Where EOS pads, the original would make shorter prompts of a batch less willing to end.
+    """
+
+    def __init__(self, penalty: float, mask_BL: Tensor) -> None:
+        super().__init__(penalty)
+        self.mask_BL = mask_BL.bool()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        width = self.mask_BL.shape[1]
+        prompt_BL = input_ids[:, :width]
+        # The last column is a real token of every left-padded row: seen twice, penalised once.
+        prompt_BL = torch.where(self.mask_BL, prompt_BL, prompt_BL[:, -1:])
+        seen = torch.cat([prompt_BL, input_ids[:, width:]], dim=1)
+        return super().__call__(seen, scores)  # type: ignore[no-any-return]
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise, whose argmax is a draw from softmax(scores).
+
+    One generator a prompt, on the CPU, so that neither the batch nor the device changes a draw.
+    """
+
+    def __init__(self, seed: int, prompts: Sequence[int]) -> None:
+        # A string seed mixes both numbers; torch's CPU generator keeps 32 bits.
+        seeds = [Random(f"{seed} {prompt}").getrandbits(32) for prompt in prompts]
+        self.generators = [torch.Generator().manual_seed(value) for value in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        exponential_BV = torch.empty(scores.shape)
+        for row, generator in zip(exponential_BV, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - exponential_BV.log().to(scores.device)
+
+
+class _StopText(StoppingCriteria):
+    """Ends a row once its answer contains a text, read off its last tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        # A token holds at least a byte: the text of these tokens is at least as long as `stop`.
+        start = max(self.width, input_ids.shape[1] - len(self.stop.encode()) - 1)
+        tails = self.tokenizer.batch_decode(input_ids[:, start:])
+        return torch.tensor([self.stop in tail for tail in tails], device=input_ids.device)

@@ -1,0 +1,34 @@
+"""One look for every picture; no global matplotlib state, so notebooks keep theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from alignkit.utils.atomic import write_atomically
+
+# Okabe and Ito's palette, told apart with any colour vision, in print and on screens.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+_PANEL_INCHES = (4.8, 3.4)
+
+
+def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
+    """Make a figure with panels side by side, at most three a row and the rows evenly filled."""
+    rows = -(-panels // 3)
+    columns = -(-panels // rows)
+    width, height = _PANEL_INCHES
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(panels)]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of its suffix, PNG without one."""
+    kind = path.suffix.removeprefix(".") or "png"
+    write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=150))

@@ -1,0 +1,226 @@
+"""The functions behind ``alignkit generate`` and ``alignkit compare``, flags included."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, inject_lora, save_adapter
+from alignkit.models import load_model, load_tokenizer
+from alignkit.tools import compare as compare_module
+from alignkit.tools.compare import Comparison, compare, name_models
+from alignkit.tools.generate import command as generate_module
+from alignkit.tools.generate.command import generate
+from alignkit.tools.generate.request import Request, printable
+from alignkit.tools.generate.sampling import Sampling, complete
+
+SHORT = {"max_new_tokens": 8, "temperature": 0.0, "device": "cpu"}
+
+
+def as_dialogue(question: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant:"
+
+
+@pytest.fixture
+def base(model_dir: Callable[[str], Path]) -> str:
+    return str(model_dir("gpt2"))
+
+
+def test_generate_prints_and_saves_what_the_model_says(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "new" / "answers.json"
+    answers = generate(base, prompts=["Why?", "[bold]How?"], json=str(output), **SHORT)
+    sampling = Sampling(temperature=0, max_new_tokens=8, stop="\n\nHuman:")
+    texts = [as_dialogue("Why?"), as_dialogue("[bold]How?")]
+    assert answers == list(complete(load_model(base), load_tokenizer(base), texts, sampling))
+    printed = capsys.readouterr().out
+    assert "Why?" in printed
+    assert "[bold]How?" in printed, "a prompt is text, not markup"
+    saved = json.loads(output.read_text(encoding="utf-8"))
+    assert saved["answers"] == [
+        {"prompt": "Why?", "answer": answers[0]},
+        {"prompt": "[bold]How?", "answer": answers[1]},
+    ]
+    assert saved["settings"]["temperature"] == 0
+    assert saved["settings"]["repetition_penalty"] == 1.1
+
+
+def test_an_adapter_answers_otherwise_than_its_base(base: str, tmp_path: Path) -> None:
+    model = inject_lora(load_model(base), LoRAConfig())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_adapter(model, tmp_path)
+    answers = generate(str(tmp_path), base=base, prompts="Why?", **SHORT)
+    text = as_dialogue("Why?")
+    sampling = Sampling(temperature=0, max_new_tokens=8, stop="\n\nHuman:")
+    assert answers == list(complete(model, load_tokenizer(base), [text], sampling))
+    assert answers != generate(base, prompts="Why?", **SHORT)
+
+
+def test_raw_prompts_are_given_as_they_are(base: str) -> None:
+    dialogue = generate(base, prompts="Why?", **SHORT)
+    assert generate(base, prompts=as_dialogue("Why?"), raw=True, **SHORT) == dialogue
+    assert generate(base, prompts="Why?", raw=True, **SHORT) != dialogue
+
+
+def parse(module: ModuleType, args: list[str]) -> dict[str, Any]:
+    parser = ArgumentParser(exit_on_error=False)
+    module.add_arguments(parser)
+    return dict(vars(parser.parse_args(args)))
+
+
+def test_generate_flags(base: str, tmp_path: Path) -> None:
+    """Prompts that read as YAML are text; options shared with compare are flags of their own."""
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("Who?\n", encoding="utf-8")
+    args = ["--model", base, "--prompts", "What: is it?", "[1]", "null", "--temperature", "0"]
+    args += ["--prompts_file", str(prompts), "--max_new_tokens", "8", "--device", "cpu"]
+    answers = generate_module.generate(**parse(generate_module, args))
+    prompts_given = ["What: is it?", "[1]", "null", "Who?"]
+    assert answers == generate(base, prompts=prompts_given, **SHORT)
+    raw = generate_module.generate(**parse(generate_module, [*args, "--raw"]))
+    assert raw == generate(base, prompts=prompts_given, raw=True, **SHORT)
+
+
+def test_compare_flags(base: str) -> None:
+    args = ["--models", f"a={base}", f"b={base}", "--prompts", "Why?", "--max_new_tokens=8"]
+    comparison = compare_module.compare(**parse(compare_module, [*args, "--temperature=0"]))
+    assert list(comparison.answers) == ["a", "b"]
+    assert comparison.answers["a"] == generate(base, prompts="Why?", **SHORT)
+
+
+@pytest.mark.parametrize("module", [generate_module, compare_module])
+def test_every_flag_has_its_help(module: ModuleType) -> None:
+    parser = ArgumentParser()
+    module.add_arguments(parser)
+    flags = {action.dest: action.help for action in parser._actions}
+    assert all(flags.values())
+    assert {"prompts", "prompts_file", "base", "raw", "top_p", "seed", "json"} <= set(flags)
+    assert not {"questions", "sampling", "target", "options"} & set(flags)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": None}, "prompts: none was given"),
+        ({"temperature": -1.0}, "temperature: must be 0 or more"),
+        ({"device": "cuda:99"}, "device 'cuda:99': not available"),
+        ({"device": "cpu:x"}, "device 'cpu:x': not available"),
+        ({"json": "."}, r"json '\.': is a directory"),
+    ],
+)
+def test_bad_options_are_found_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], message: str
+) -> None:
+    monkeypatch.setattr(Request, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(AlignkitError, match=message) as error:
+        generate("model", **{"prompts": "Why?", **options})  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_compare_puts_models_side_by_side(
+    model_dir: Callable[[str], Path], base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(model_dir("llama"))
+    table, saved = tmp_path / "table.md", tmp_path / "table.json"
+    comparison = compare(
+        [f"base={base}", f"other={other}"],
+        prompts=["Why?", "How?"],
+        markdown=str(table),
+        json=str(saved),
+        **SHORT,
+    )
+    assert comparison.answers["base"] == generate(base, prompts=["Why?", "How?"], **SHORT)
+    assert comparison.answers["other"] == generate(other, prompts=["Why?", "How?"], **SHORT)
+    assert comparison.answers["base"] != comparison.answers["other"]
+    assert table.read_text(encoding="utf-8") == comparison.to_markdown()
+    assert json.loads(saved.read_text(encoding="utf-8"))["answers"] == comparison.answers
+    printed = capsys.readouterr().out
+    assert "base" in printed
+    assert "other" in printed
+
+
+def test_a_model_that_cannot_be_loaded_costs_only_itself(base: str, tmp_path: Path) -> None:
+    table = tmp_path / "table.md"
+    with pytest.raises(AlignkitError, match=r"1 of 3 failed: gone: base '\./gone'") as error:
+        compare(
+            {"base": base, "gone": "./gone", "again": base},
+            prompts="Why?",
+            markdown=str(table),
+            **SHORT,
+        )
+    assert "\n" not in str(error.value)
+    text = table.read_text(encoding="utf-8")
+    assert text.startswith("| Prompt | base | again |\n| --- | --- | --- |\n| Why? |")
+    assert "gone failed: base './gone': no such file" in text
+
+
+def test_a_crash_leaves_what_was_computed(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(self: Request, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if path == "crash":
+            raise torch.OutOfMemoryError("no memory")
+        return load_model(path), load_tokenizer(path)
+
+    monkeypatch.setattr(Request, "load", load)
+    table = tmp_path / "table.md"
+    with pytest.raises(torch.OutOfMemoryError):
+        compare({"base": base, "b": "crash"}, prompts="Why?", markdown=str(table), **SHORT)
+    assert table.read_text(encoding="utf-8").startswith("| Prompt | base |")
+    assert "Why?" in capsys.readouterr().out
+
+
+def test_markdown_shows_the_text_and_nothing_else() -> None:
+    """Pipes, newlines, tags and emphasis in an answer stay text inside one cell."""
+    comparison = Comparison(["a|b"], {"m": ["x\n<b>*y*</b> $1$ `z`"]})
+    assert comparison.to_markdown() == (
+        "| Prompt | m |\n| --- | --- |\n"
+        "| a\\|b | x<br>&lt;b&gt;\\*y\\*&lt;/b&gt; \\$1\\$ \\`z\\` |\n"
+    )
+
+
+def test_terminal_text_carries_no_control_codes() -> None:
+    assert printable("a\x1b[31mb\n\tü\x07").plain == "a\ufffd[31mb\n\tü\ufffd"
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "dpo" / "epoch=0-step=10.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.write_text("")
+    assert name_models(["base=org/model", str(checkpoint), "a/b/adapter", "sft=x=1.ckpt"]) == {
+        "base": "org/model",
+        "dpo": str(checkpoint),
+        "adapter": "a/b/adapter",
+        "sft": "x=1.ckpt",
+    }
+    assert name_models({"a": "b"}) == {"a": "b"}
+
+
+def test_a_lightning_checkpoint_name_is_no_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``epoch=0.ckpt`` reads as NAME=PATH, unless a file of that name exists."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "epoch=0.ckpt").write_text("")
+    assert list(name_models(["epoch=0.ckpt"]).values()) == ["epoch=0.ckpt"]
+    assert name_models(["epoch=1.ckpt"]) == {"epoch": "1.ckpt"}
+
+
+def test_names_collide_or_are_missing() -> None:
+    with pytest.raises(AlignkitError, match="'a/m' and 'b/m' are both called 'm'"):
+        name_models(["a/m", "b/m"])
+    with pytest.raises(AlignkitError, match="models: none was given"):
+        name_models([])

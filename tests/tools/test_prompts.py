@@ -1,0 +1,74 @@
+"""Prompts from arguments and files, and what is said about bad ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from alignkit.errors import AlignkitError
+from alignkit.models import load_tokenizer
+from alignkit.tools.generate.prompts import as_prompts, gather_prompts
+
+
+def test_questions_are_asked_as_in_training(tokenizer_dir: Path) -> None:
+    """No space after the last colon but in the seed report's format."""
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    expected = {
+        "boundary": "\n\nHuman: Why?\n\nAssistant:",
+        "seed": "Human: Why?\nAssistant: ",
+        "chat": "<user>Why?<assistant>",
+    }
+    for prompt_format, prompt in expected.items():
+        assert as_prompts([" Why?\n"], prompt_format, tokenizer) == [prompt]  # type: ignore[arg-type]
+
+
+def test_a_chat_needs_a_template(tokenizer_dir: Path) -> None:
+    with pytest.raises(AlignkitError, match="has no chat template"):
+        as_prompts(["Why?"], "chat", load_tokenizer(str(tokenizer_dir)))
+
+
+def test_one_several_and_a_file(tmp_path: Path) -> None:
+    text = tmp_path / "prompts.txt"
+    text.write_text("first\n\n  second \n", encoding="utf-8")
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": "a\\nb", "id": 1}\n\n{"prompt": "ü"}\n', encoding="utf-8")
+    assert gather_prompts("one", None) == ["one"]
+    assert gather_prompts(["one", "two"], str(rows)) == ["one", "two", "a\nb", "ü"]
+    assert gather_prompts(None, str(text)) == ["first", "  second "]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": "a"}\n{"prompt"', r"p\.jsonl:2: not JSON"),
+        (b'{"prompt": "a"}\n\n{"text": "b"}', r"p\.jsonl:3: no prompt"),
+        (b'{"prompt": 5}', r"p\.jsonl:1: no prompt"),
+        (b'{"prompt": "  "}', r"p\.jsonl:1: no prompt"),
+        (b'["prompt"]', r"p\.jsonl:1: no prompt"),
+        (b"[" * 100_000, r"p\.jsonl:1: not JSON"),
+        (b'{"prompt": "\xff"}', r"byte 12 is not UTF-8"),
+        (b"\n\n", "holds none"),
+    ],
+)
+def test_bad_files_name_the_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(AlignkitError, match=message) as error:
+        gather_prompts(None, str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_none_and_empty(tmp_path: Path) -> None:
+    with pytest.raises(AlignkitError, match="No such file or directory"):
+        gather_prompts(None, str(tmp_path / "none.txt"))
+    with pytest.raises(AlignkitError, match="Is a directory"):
+        gather_prompts(None, str(tmp_path))
+    with pytest.raises(AlignkitError, match="none was given; pass --prompts"):
+        gather_prompts([], None)
+    with pytest.raises(AlignkitError, match="prompt 2 is empty"):
+        gather_prompts(["a", " "], None)
