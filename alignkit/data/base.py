@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler
-from alignkit.data.encode.tokens import vocabulary_size
 from alignkit.data.keep.cache import cache_root
 from alignkit.data.keep.position import Plan
 from alignkit.data.keep.splits import RowEncoder, open_splits
@@ -25,6 +24,7 @@ from alignkit.engine import PackedBatch, collate
 from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
 from alignkit.models.text_format import TextFormat
+from alignkit.models.tokenizer import vocabulary_size
 from alignkit.utils.interrupts import ignore_signals
 
 

@@ -13,8 +13,8 @@ from alignkit.data.deal.stream import ExampleStream, head, tail
 from alignkit.data.encode.chunks import chunks
 from alignkit.data.encode.packing import Document, Packing, rows
 from alignkit.data.encode.tokens import TextEncoder
+from alignkit.data.encode.writer import ExampleWriter
 from alignkit.data.keep.position import SOURCES, check_plan
-from alignkit.data.keep.store import StoreWriter
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.read.sources import DataPath, find_splits
 from alignkit.data.text.defects import Dropped, Judge, character_defects, readable
@@ -69,7 +69,7 @@ class DocumentEncoder:
             "policies": vars(self.policies),
         }
 
-    def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
+    def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
         """Encode a source into a store; returns its counts as `Tally.to_dict`."""
         tally = Tally()
         for line, example in self.examples(source, tally):

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alignkit.data.encode.tokens import vocabulary_size
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, load_adapter
 from alignkit.lora.adapter import FROZEN
 from alignkit.lora.identity import active_identity
 from alignkit.lora.peft_files import CONFIG_FILE, read_adapter
 from alignkit.lora.state import refuse_differences
+from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import base_identity
 from alignkit.models.load import load_model, load_tokenizer
@@ -32,8 +32,8 @@ from alignkit.models.stamp import (
     check_base,
     check_content,
 )
-from alignkit.models.text_format import TextFormat, read_format
-from alignkit.modules.text import format_in, refuse_small_embedding
+from alignkit.models.text_format import TextFormat, format_in, read_format
+from alignkit.models.tokenizer import vocabulary_size
 
 _PREFIX = "model."
 

@@ -23,8 +23,7 @@ from alignkit.models import checkpoint as ckpt
 from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.hub import adapter_on_hub
 from alignkit.models.stamp import STAMP, check_adapter_base, check_base
-from alignkit.models.text_format import TextFormat, read_format
-from alignkit.modules.text import format_in
+from alignkit.models.text_format import TextFormat, format_in, read_format
 
 Choice = LoRAConfig | Literal["auto"] | None
 """What ``model.lora`` may be: ``auto`` takes what the start has, or `LoRAConfig`'s defaults."""

@@ -17,6 +17,12 @@ PromptFormat = Literal["boundary", "seed", "chat", "raw"]
 TextKind = Literal["boundary", "seed", "chat", "raw", "text"]
 """A prompt format, or ``text``: documents, which have no prompt."""
 
+SPECIALS = ("chat", "raw")
+"""The formats whose texts hold special tokens that are meant as such."""
+
+KEY = "text_format"
+"""Where a checkpoint keeps the format, as plain values."""
+
 FORMAT_FILE = "alignkit.json"
 """Where exports keep the format, beside the weights."""
 
@@ -90,6 +96,16 @@ class TextFormat:
             elif mine != theirs:
                 told.append(f"{name}={_shown(mine)} instead of {_shown(theirs)}")
         return told
+
+
+def format_in(checkpoint: Mapping[str, Any], where: str) -> TextFormat | None:
+    """Return the text format that a checkpoint keeps; ``None`` where its data module told none.
+
+    Raises:
+        AlignkitError: It is none this alignkit knows; the message starts with ``where``.
+    """
+    values = checkpoint.get(KEY)
+    return None if values is None else TextFormat.from_dict(values, where)
 
 
 def write_format(text_format: TextFormat, directory: Path) -> None:

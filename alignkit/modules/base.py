@@ -16,14 +16,15 @@ from transformers import PreTrainedModel
 
 from alignkit.engine import PackedBatch, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
+from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.noise import prove_quiet
 from alignkit.models.policy import build_policy
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
+from alignkit.models.text_format import KEY as TEXT
 from alignkit.models.text_format import TextFormat
-from alignkit.modules import text
 from alignkit.modules.checkpoint_io import seal_checkpoints
 from alignkit.modules.hosted import Hosted
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
@@ -32,6 +33,7 @@ from alignkit.modules.resume import KEY as SETTINGS
 from alignkit.modules.resume import merge, settings
 from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
+from alignkit.modules.text import format_of_checkpoint, format_of_run
 
 log = logging.getLogger(__name__)
 
@@ -144,12 +146,12 @@ class AlignmentModule(Hosted):
         """
         super().setup(stage)
         seal_checkpoints(self.trainer)
-        text.take_over(self, stage)
+        self.text_format = format_of_run(self.trainer, self.model, self.base, self.text_format)
         self._settings = None
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Refuse ids that the model does not know, while they are still on the CPU."""
-        text.refuse_unknown_ids(self.model, batch.input_ids)
+        refuse_unknown_ids(self.model, batch.input_ids)
         return batch
 
     def on_fit_start(self) -> None:
@@ -202,7 +204,7 @@ class AlignmentModule(Hosted):
         """
         refuse_nonfinite(checkpoint, self.global_step)
         checkpoint[STAMP] = self.checkpoint_stamp()
-        checkpoint[text.KEY] = self.text_format and self.text_format.to_dict()
+        checkpoint[TEXT] = self.text_format and self.text_format.to_dict()
         checkpoint[SETTINGS] = self._settings
         super().on_save_checkpoint(checkpoint)
 
@@ -210,7 +212,7 @@ class AlignmentModule(Hosted):
         """Refuse a checkpoint of another class, base or adapter before anything is changed."""
         check_content(checkpoint, "ckpt_path")
         check_stamp(self.checkpoint_stamp(), self.base_identity, checkpoint[STAMP])
-        text.hold_against(self, checkpoint)
+        self.text_format = format_of_checkpoint(self._trainer, checkpoint, self.text_format)
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         super().on_load_checkpoint(checkpoint)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,10 +23,8 @@ from alignkit.batch import Span
 from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
 from alignkit.models.archive import read_archive, write_archive
+from alignkit.modules.hook import HasLoss
 from alignkit.modules.window import MicroBatch, WindowTotals
-
-if TYPE_CHECKING:
-    from alignkit.modules.steps import ExactSteps
 
 OnNonFinite = Literal["stop", "skip"]
 MOST_SKIPPED_IN_A_ROW = 25
@@ -54,7 +52,7 @@ class StepGuard:
         self.skipped = 0
         self._in_a_row = 0
 
-    def admits(self, module: ExactSteps, totals: WindowTotals, norm: Tensor | None) -> bool:
+    def admits(self, module: HasLoss, totals: WindowTotals, norm: Tensor | None) -> bool:
         """Tell whether a step may be taken. Waits for the device, once.
 
         Args:
@@ -147,7 +145,7 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(item, f"{name} {key}".strip())
 
 
-def _blame(module: ExactSteps, micro_batches: list[MicroBatch]) -> str:
+def _blame(module: HasLoss, micro_batches: list[MicroBatch]) -> str:
     """Say which rows of all ranks' micro-batches did it, and where they are kept; a collective."""
     found = [m for m in micro_batches if not _is_finite(module, m.batch)]
     place = Path(module.trainer.log_dir or module.trainer.default_root_dir)  # a collective
@@ -160,7 +158,7 @@ def _blame(module: ExactSteps, micro_batches: list[MicroBatch]) -> str:
     return "; ".join(reports) or "no micro-batch of it is at fault alone"
 
 
-def _report(module: ExactSteps, micro: MicroBatch, place: Path) -> str:
+def _report(module: HasLoss, micro: MicroBatch, place: Path) -> str:
     count = micro.batch.num_examples
     guilty = [i for i in range(count) if count > 1 and not _is_finite(module, _one(micro.batch, i))]
     rows = _rows(module, micro.number, count)
@@ -180,7 +178,7 @@ def _one(batch: PackedBatch, index: int) -> PackedBatch:
     return batch.to("cpu").take([index]).to(batch.input_ids.device)
 
 
-def _rows(module: ExactSteps, number: int, count: int) -> list[str]:
+def _rows(module: HasLoss, number: int, count: int) -> list[str]:
     """Return ``file:line`` of each example of a micro-batch, where the data module knows."""
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     rows = getattr(data, "rows_of_batch", None)
@@ -189,7 +187,7 @@ def _rows(module: ExactSteps, number: int, count: int) -> list[str]:
     return [f"{name}:{line}" for name, line in rows(number)]
 
 
-def _is_finite(module: ExactSteps, batch: PackedBatch) -> bool:
+def _is_finite(module: HasLoss, batch: PackedBatch) -> bool:
     """Compute loss and gradient of a batch again and tell whether they are finite."""
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices), module.trainer.precision_plugin.train_step_context():

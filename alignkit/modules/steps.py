@@ -11,11 +11,11 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from alignkit.engine import PackedBatch
+from alignkit.modules.hook import HasLoss
 from alignkit.modules.metrics import EpochMetrics, EpochSums
 from alignkit.modules.nonfinite import OnNonFinite, StepGuard
 from alignkit.modules.position import Position
@@ -26,7 +26,7 @@ from alignkit.modules.window import LossOutput, Window, scale_gradients
 log = logging.getLogger(__name__)
 
 
-class ExactSteps(LightningModule):
+class ExactSteps(HasLoss):
     """Training, validation and test steps over `compute_loss`, and the logging of their means.
 
     Args:
@@ -48,14 +48,6 @@ class ExactSteps(LightningModule):
         self.position = Position()
         self.guard = StepGuard(on_nonfinite)
         self._epoch_state: Mapping[str, Tensor] = {}
-
-    def compute_loss(self, batch: PackedBatch) -> LossOutput:
-        """Return the batch's summed loss, its weight and its summed metrics: for a subclass to say.
-
-        Args:
-            batch: On the module's device; ``self.training`` tells training from validation.
-        """
-        raise TypeError(f"{type(self).__name__} must override compute_loss(batch) -> LossOutput")
 
     # Batches --------------------------------------------------------------------------------
 

@@ -229,7 +229,7 @@ def test_the_package_is_known_by_its_source(tmp_path: Path, tokenizer_dir: Path)
     sets = len(list((tmp_path / "cache" / "encoded").iterdir()))
     assert run() == before
     assert len(list((tmp_path / "cache" / "encoded").iterdir())) == sets
-    path = tmp_path / "alignkit" / "data" / "shapes.py"
+    path = tmp_path / "alignkit" / "data" / "text" / "shapes.py"
     text = path.read_text()
     path.write_text(
         text + "\n\n_old = sft_sides\n\n\ndef sft_sides(row):\n    return _old(row) and "

@@ -13,7 +13,7 @@ from alignkit.data.encode.code import code_identity
 from alignkit.data.encode.draft import Draft, rendered_defects
 from alignkit.data.encode.draft_ids import DraftIds
 from alignkit.data.encode.tokens import TextEncoder
-from alignkit.data.keep.store import StoreWriter
+from alignkit.data.encode.writer import ExampleWriter
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.text.defects import Dropped, Judge
 from alignkit.data.text.dialogue import RowError
@@ -79,7 +79,7 @@ class DialogueEncoder:
             "policies": vars(self.policies),
         }
 
-    def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
+    def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
         """Encode a source into a store.
 
         Returns:

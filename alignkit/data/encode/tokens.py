@@ -16,12 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.read.hashes import add_file
 from alignkit.errors import AlignkitError
-from alignkit.models.text_format import PromptFormat, TextKind
-
-SPECIALS = ("chat", "raw")
-"""The formats whose texts hold special tokens that are meant as such."""
-
-_PROBES = ("a", "1", ".", "\u4e00", " ")
+from alignkit.models.text_format import SPECIALS, PromptFormat, TextKind
+from alignkit.models.tokenizer import added_around
 
 
 class TextEncoder:
@@ -51,23 +47,12 @@ class TextEncoder:
         self.eos: int = tokenizer.eos_token_id
         self._backend: Any = tokenizer.backend_tokenizer
         self._take_text(specials=False)
-        self.bos, after = self._around()
+        self.bos, after = added_around(tokenizer)
         if after not in ((), (self.eos,)):
             raise AlignkitError(
                 f"tokenizer {self._name}: it ends a text with {tokenizer.decode(list(after))!r}, "
                 f"but its EOS is {tokenizer.eos_token!r}; set eos_token in tokenizer_config.json"
             )
-
-    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the tokenizer puts before and after a text of its own accord."""
-        for probe in _PROBES:
-            encoding = self._backend.encode(probe, add_special_tokens=True)
-            text = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
-            if text:
-                return tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :])
-        raise AlignkitError(
-            f"tokenizer {self._name}: it has no token for any of {', '.join(_PROBES)}"
-        )
 
     def __call__(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
         """Ids of each text, without BOS or EOS.
@@ -161,24 +146,6 @@ class TextEncoder:
         )
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokenizer's special tokens and their ids."""
-    added = {
-        str(token): index
-        for index, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-    }
-    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return {**added, **{str(token): index for token, index in named}}
-
-
-def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The special tokens that may end an answer: EOS, and all without another role."""
-    others = ("bos_token", "unk_token", "pad_token", "mask_token", "cls_token")
-    roles = {str(getattr(tokenizer, name, None)) for name in others} - {str(tokenizer.eos_token)}
-    return tuple(token for token in special_tokens(tokenizer) if token not in roles)
-
-
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, text: str, prompt_format: PromptFormat = "boundary"
 ) -> list[int]:
@@ -193,8 +160,3 @@ def encode_prompt(
         BOS where the tokenizer adds one and no template does, then the text's ids.
     """
     return TextEncoder(tokenizer).prompts([text], prompt_format)[0]
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One above the largest id that a tokenizer may give."""
-    return max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.encode.tokens import TextEncoder
 from alignkit.models.text_format import TextFormat
+from alignkit.models.tokenizer import added_around
 
 _BOUNDARY_TEMPLATE = (
     "{% for message in messages %}"
@@ -46,5 +46,5 @@ def template_of(text_format: TextFormat, tokenizer: PreTrainedTokenizerBase) -> 
     body = {"boundary": _BOUNDARY_TEMPLATE, "seed": _SEED_TEMPLATE}.get(text_format.prompt_format)
     if body is None:
         return None
-    bos = "".join(tokenizer.convert_ids_to_tokens(list(TextEncoder(tokenizer).bos)))
+    bos = "".join(tokenizer.convert_ids_to_tokens(list(added_around(tokenizer)[0])))
     return (f"{{{{ {bos!r} }}}}" if bos else "") + body

@@ -26,11 +26,11 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.encode.tokens import SPECIALS, end_tokens
 from alignkit.data.text.chat_templates import own_template
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Dialogue, Message
 from alignkit.errors import AlignkitError
-from alignkit.models.text_format import PromptFormat
+from alignkit.models.text_format import SPECIALS, PromptFormat
+from alignkit.models.tokenizer import end_tokens
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.encode.tokens import special_tokens
 from alignkit.data.text.chat_templates import own_template
 from alignkit.data.text.defects import Judge
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Message
 from alignkit.data.text.formats import Format
 from alignkit.data.text.shapes import Side
 from alignkit.errors import AlignkitError
+from alignkit.models.tokenizer import special_tokens
 
 _KNOWN = r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>]{1,40}｜>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
 """Markers of the chat templates people use, whatever the tokenizer."""

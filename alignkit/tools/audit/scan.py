@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.encode.chunks import chunks
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import Draft, rendered_defects
-from alignkit.data.encode.tokens import SPECIALS, TextEncoder
+from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.openwebtext import TEXT_COLUMNS
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.read.sources import find_splits, not_read
@@ -38,7 +38,7 @@ from alignkit.data.text.shapes import (
 from alignkit.data.text.templated import Templated
 from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
-from alignkit.models.text_format import PromptFormat
+from alignkit.models.text_format import SPECIALS, PromptFormat
 from alignkit.tools.audit.findings import Findings
 
 Kind = Literal["auto", "preference", "sft", "text"]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.errors import AlignkitError
+from alignkit.models.checkpoint import load_policy, policy_format
 from alignkit.models.text_format import TextFormat, TextKind
 from alignkit.tools.generate.asking import PLAIN, how_to_ask, warn_of_length
 from alignkit.tools.generate.prompts import TURN, as_prompts, gather_prompts
@@ -85,17 +86,12 @@ class Request:
 
     def load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load whatever ``path`` names, in evaluation mode on the device."""
-        # Imported late: with the modules comes Lightning, which --help need not wait for.
-        from alignkit.models.checkpoint import load_policy
-
         model, tokenizer = load_policy(path, base=self.base, dtype=getattr(torch, self.dtype))
         torch.nn.Module.to(model, self.target)  # transformers types its own override away
         return model.train(False), tokenizer
 
     def how(self, path: str, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
         """How the model that ``path`` names is asked: as it was trained, or as the user says."""
-        from alignkit.models.checkpoint import policy_format
-
         return how_to_ask(
             policy_format(path),
             tokenizer,

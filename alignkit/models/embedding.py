@@ -1,0 +1,55 @@
+"""Token ids that a model has no embedding for, refused before they are looked up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from alignkit.errors import AlignkitError
+from alignkit.models.load import embedding_size
+
+
+def refuse_small_embedding(
+    model: PreTrainedModel, vocabulary: int, tokenizer: str, base: str
+) -> None:
+    """Refuse a tokenizer with ids beyond the model's embedding.
+
+    Args:
+        model: With or without adapters.
+        vocabulary: One above the tokenizer's largest id; 0 where nobody knows.
+        tokenizer: Its name, for the message.
+        base: The model's.
+
+    Raises:
+        AlignkitError: There are such ids, used or not; the message names both sizes.
+    """
+    embeddings = embedding_size(model)
+    if vocabulary > embeddings:
+        raise AlignkitError(
+            f"tokenizer '{tokenizer}': has {vocabulary:,} token ids and the model '{base}' "
+            f"{embeddings:,} embeddings; pass the tokenizer that belongs to the model, or resize "
+            "the model's embeddings first (transformers' resize_token_embeddings)"
+        )
+
+
+def refuse_unknown_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Refuse a batch with ids that the model has no embedding for.
+
+    Data modules of ours are refused before they start; this is for data of one's own.
+
+    Args:
+        model: With or without adapters.
+        input_ids: [T]; looked at on the CPU alone, as a look elsewhere would wait for the device.
+
+    Raises:
+        AlignkitError: There is one; a bare index error, or a stuck device, otherwise.
+    """
+    if input_ids.is_cpu and input_ids.numel():
+        least, most = (int(value) for value in torch.aminmax(input_ids))
+        size = embedding_size(model)
+        if not 0 <= least <= most < size:
+            raise AlignkitError(
+                f"data: a batch holds the token id {most if least >= 0 else least:,}, and the "
+                f"model has {size:,} embeddings; encode with the model's own tokenizer"
+            )
