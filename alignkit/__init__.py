@@ -6,7 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alignkit.data import HHPreferenceDataModule, HHSFTDataModule, OpenWebTextDataModule
+    from alignkit.data import (
+        HHPreferenceDataModule,
+        HHSFTDataModule,
+        OpenWebTextDataModule,
+        PreferenceDataModule,
+        SFTDataModule,
+        TextDataModule,
+    )
     from alignkit.errors import AlignkitError
     from alignkit.modules import AlignmentModule, DPOModule, LoRAModule, LossOutput, SFTModule
 
@@ -21,7 +28,10 @@ __all__ = [
     "LoRAModule",
     "LossOutput",
     "OpenWebTextDataModule",
+    "PreferenceDataModule",
+    "SFTDataModule",
     "SFTModule",
+    "TextDataModule",
 ]
 
 _HOMES = {
@@ -29,6 +39,9 @@ _HOMES = {
     "HHPreferenceDataModule": "alignkit.data",
     "HHSFTDataModule": "alignkit.data",
     "OpenWebTextDataModule": "alignkit.data",
+    "PreferenceDataModule": "alignkit.data",
+    "SFTDataModule": "alignkit.data",
+    "TextDataModule": "alignkit.data",
 }
 
 

@@ -2,9 +2,14 @@
 
 from alignkit.data.base import AlignmentDataModule
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler
+from alignkit.data.dialogues import (
+    HHPreferenceDataModule,
+    HHSFTDataModule,
+    PreferenceDataModule,
+    SFTDataModule,
+)
+from alignkit.data.documents import OpenWebTextDataModule, TextDataModule
 from alignkit.data.encode.tokens import encode_prompt
-from alignkit.data.hh_rlhf import HHPreferenceDataModule, HHSFTDataModule
-from alignkit.data.openwebtext import OpenWebTextDataModule
 from alignkit.data.text.policies import Policies
 
 __all__ = [
@@ -13,6 +18,9 @@ __all__ = [
     "HHSFTDataModule",
     "OpenWebTextDataModule",
     "Policies",
+    "PreferenceDataModule",
+    "SFTDataModule",
+    "TextDataModule",
     "TokenBudgetBatchSampler",
     "encode_prompt",
 ]

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 from alignkit.errors import AlignkitError
 from alignkit.utils.atomic import write_atomically
 
-PromptFormat = Literal["boundary", "seed", "chat", "raw"]
+PromptFormat = Literal["boundary", "stripped", "chat", "raw"]
 """How a dialogue is put; see `alignkit.data.text.formats`."""
 
-TextKind = Literal["boundary", "seed", "chat", "raw", "text"]
+TextKind = Literal["boundary", "stripped", "chat", "raw", "text"]
 """A prompt format, or ``text``: documents, which have no prompt."""
 
 SPECIALS = ("chat", "raw")

@@ -194,7 +194,7 @@ def test_a_merged_export_speaks_hhs_form_to_every_reader(
     expected = {
         "boundary": "Be kind.\n\nHuman: Hello\n\nAssistant: Hi, what is it?"
         f"\n\nHuman: {QUESTION}\n\nAssistant:",
-        "seed": "Be kind.\n\nHuman: Hello\n\nAssistant: Hi, what is it?"
+        "stripped": "Be kind.\n\nHuman: Hello\n\nAssistant: Hi, what is it?"
         f"\n\nHuman: {QUESTION}\nAssistant: ",
     }
     for prompt_format, text in expected.items():

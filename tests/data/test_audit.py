@@ -104,7 +104,7 @@ def test_lengths_against_a_plain_count(tokenizer_dir: Path, tmp_path: Path) -> N
 def test_the_seed_format_fails_the_proof(bad_file: Path, tokenizer_dir: Path) -> None:
     options: dict[str, Any] = {"tokenizer": str(tokenizer_dir)}
     assert audit(str(bad_file), **options)["boundary"] == 0
-    row_numbers = audit(str(bad_file), prompt_format="seed", **options)["row_numbers"]
+    row_numbers = audit(str(bad_file), prompt_format="stripped", **options)["row_numbers"]
     assert 7 in row_numbers["boundary"], "` bread` is one token, `bread` after `: ` is not"
 
 

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from alignkit.data import encode_prompt
 from alignkit.data.encode.dialogues import DialogueEncoder
-from alignkit.data.openwebtext import DocumentEncoder
+from alignkit.data.encode.documents import DocumentEncoder
 from alignkit.data.read.rows import Source
 from alignkit.data.text.policies import Tally
 from alignkit.data.text.shapes import preference_sides, sft_sides

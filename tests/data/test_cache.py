@@ -211,7 +211,7 @@ def test_the_address_follows_everything_that_matters(
     for count, options in enumerate(
         [
             {"max_length": 100},
-            {"prompt_format": "seed"},
+            {"prompt_format": "stripped"},
             {"policies": Policies(empty_answers="keep")},
             {"cls": HHSFTDataModule},
             {"cls": HHSFTDataModule, "turns": "all"},

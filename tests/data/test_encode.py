@@ -71,7 +71,7 @@ def test_k_ranked_responses(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_seed_format_is_the_reports_and_trips_the_proof(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    (example,), tally = encode(tokenizer, PAIR, prompt_format="seed")
+    (example,), tally = encode(tokenizer, PAIR, prompt_format="stripped")
     stem = (OLD + LAST).removesuffix("Assistant:").strip()
     assert example.prompt == ids(tokenizer, stem + "\nAssistant: ")
     assert example.responses[1] == [*ids(tokenizer, "no."), tokenizer.eos_token_id]
@@ -80,7 +80,7 @@ def test_seed_format_is_the_reports_and_trips_the_proof(
         tokenizer,
         preference_sides,
         max_length=500,
-        prompt_format="seed",
+        prompt_format="stripped",
         policies=Policies(boundary="error"),
     )
     with pytest.raises(
@@ -165,7 +165,7 @@ class TestAllTurns:
 
     def test_seed_refuses(self, tokenizer: PreTrainedTokenizerBase) -> None:
         with pytest.raises(AlignkitError, match="turns=all"):
-            encode(tokenizer, PAIR, all_turns=True, prompt_format="seed")
+            encode(tokenizer, PAIR, all_turns=True, prompt_format="stripped")
 
 
 class TestChat:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from alignkit.data.encode.dialogues import DialogueEncoder
-from alignkit.data.openwebtext import DocumentEncoder
+from alignkit.data.encode.documents import DocumentEncoder
 from alignkit.data.read.rows import Source, file_source
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.shapes import preference_sides, sft_sides

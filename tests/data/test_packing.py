@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from alignkit.data import Policies
 from alignkit.data.encode import packing
+from alignkit.data.encode.documents import DocumentEncoder
 from alignkit.data.encode.packing import rows
-from alignkit.data.openwebtext import DocumentEncoder
 from alignkit.data.read.rows import Source
 from alignkit.data.text.policies import Tally
 from alignkit.errors import AlignkitError

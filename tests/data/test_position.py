@@ -97,7 +97,10 @@ class TestPairs:
             ({"examples_per_batch": 4}, "examples_per_batch None → 4"),
             ({"seed": 3}, "seed 0 → 3"),
             ({"max_length": 30}, r"tokens changed .* → .*max_length 512 → 30"),
-            ({"prompt_format": "seed"}, r"tokens changed .*format \['boundary'.* → \['seed'"),
+            (
+                {"prompt_format": "stripped"},
+                r"tokens changed .*format \['boundary'.* → \['stripped'",
+            ),
             (
                 {"max_train_examples": 39},
                 r"examples taken from .*max_train_examples None → 39",

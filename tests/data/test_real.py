@@ -135,7 +135,7 @@ def test_what_repairs_change(pairs: Path) -> None:
 def test_the_seed_formats_figure(tokenizer: Any, pairs: Path) -> None:
     """The share of rows that `alignkit.data.text.formats` names in its documentation."""
     tally = Tally()
-    kept = list(drafts(tokenizer, pairs, tally, max_length=512, prompt_format="seed"))
+    kept = list(drafts(tokenizer, pairs, tally, max_length=512, prompt_format="stripped"))
     assert tally.counts["boundary"] / len(kept) > 0.998
 
 

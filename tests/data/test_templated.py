@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.dialogues import DialogueEncoder
-from alignkit.data.openwebtext import DocumentEncoder
+from alignkit.data.encode.documents import DocumentEncoder
 from alignkit.data.read.rows import Source
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.shapes import preference_sides, sft_sides

@@ -12,7 +12,7 @@ from alignkit.tools.generate.prompts import as_prompts, gather_prompts
 
 
 def test_questions_are_asked_as_in_training(tokenizer_dir: Path) -> None:
-    """No space after the last colon but in the seed report's format."""
+    """No space after the last colon but in the stripped format."""
     tokenizer = load_tokenizer(str(tokenizer_dir))
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -20,7 +20,7 @@ def test_questions_are_asked_as_in_training(tokenizer_dir: Path) -> None:
     )
     expected = {
         "boundary": "\n\nHuman: Why?\n\nAssistant:",
-        "seed": "Human: Why?\nAssistant: ",
+        "stripped": "Human: Why?\nAssistant: ",
         "chat": "<user>Why?<assistant>",
     }
     for prompt_format, prompt in expected.items():

@@ -53,7 +53,9 @@ class DialogueEncoder:
     ) -> None:
         policies = policies or Policies()
         if policies.boundary == "auto":
-            policies = replace(policies, boundary="keep" if prompt_format == "seed" else "error")
+            policies = replace(
+                policies, boundary="keep" if prompt_format == "stripped" else "error"
+            )
         if max_length < 2:
             raise AlignkitError(f"max_length={max_length}: give at least 2")
         self.policies = policies

@@ -15,7 +15,7 @@ _BOUNDARY_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-_SEED_TEMPLATE = (
+_STRIPPED_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'Human: ' + message['content'] }}"
     "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] }}"
@@ -38,12 +38,14 @@ def template_of(text_format: TextFormat, tokenizer: PreTrainedTokenizerBase) -> 
     """A chat template that renders prompts as a model was trained on them.
 
     Returns:
-        The one of ``chat``; for ``boundary`` and ``seed`` one that writes HH-RLHF's labels, behind
-        what the tokenizer puts before a text; ``None`` for formats without roles.
+        The one of ``chat``; for ``boundary`` and ``stripped`` one that writes HH-RLHF's labels,
+        behind what the tokenizer puts before a text; ``None`` for formats without roles.
     """
     if text_format.prompt_format == "chat":
         return text_format.chat_template
-    body = {"boundary": _BOUNDARY_TEMPLATE, "seed": _SEED_TEMPLATE}.get(text_format.prompt_format)
+    body = {"boundary": _BOUNDARY_TEMPLATE, "stripped": _STRIPPED_TEMPLATE}.get(
+        text_format.prompt_format
+    )
     if body is None:
         return None
     bos = "".join(tokenizer.convert_ids_to_tokens(list(added_around(tokenizer)[0])))

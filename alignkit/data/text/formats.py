@@ -3,8 +3,8 @@ r"""How a dialogue becomes text for the tokenizer: four formats, one interface.
 ``boundary`` (the default)
     The published text. The prompt ends right after ``Assistant:`` and the answer keeps its space,
     so both have the same tokens apart as together.
-``seed``
-    The seed report's template, ``prompt + "\nAssistant: " + response``, both stripped. The prompt
+``stripped``
+    A template of its own, ``prompt + "\nAssistant: " + response``, both stripped. The prompt
     ends with a space token that the whole text does not have, so it fails the boundary proof: of
     2,000 HH-RLHF pairs 2,000 with GPT-2's tokenizer and 1,999 with GPT-NeoX's (99.8 % of single
     answers). It is here to reproduce the report; asking for it by name allows the violations,
@@ -90,7 +90,7 @@ class Format:
         if name not in get_args(PromptFormat):
             known = ", ".join(get_args(PromptFormat))
             raise AlignkitError(f"prompt_format={name!r}: choose one of {known}")
-        if name in ("seed", "raw") and all_turns:
+        if name in ("stripped", "raw") and all_turns:
             raise AlignkitError(
                 f"turns=all: prompt_format={name} knows the last answer only; "
                 "use prompt_format=boundary"
@@ -132,7 +132,7 @@ class Format:
         """The dialogue's texts, its prompt from the character ``start`` on (a turn's start)."""
         if self.name == "chat":
             return self._chat(dialogue, start)
-        if self.name == "seed":
+        if self.name == "stripped":
             stem = dialogue.since(start).removesuffix(ASSISTANT).strip()
             answers = tuple((answer.strip(),) for answer in dialogue.answers)
             return Rendered(f"{stem}\n{ASSISTANT} ", answers)

@@ -61,7 +61,7 @@ class Policies:
             policy whose memory grows with the file, and only where it is not ``keep``.
         too_long: An answer longer than max_length is never cut, so its row can only go.
         boundary: A prompt whose ids change when the answer follows. ``auto`` is ``error``,
-            except for the prompt format ``seed``, which cannot be had otherwise.
+            except for the prompt format ``stripped``, which cannot be had otherwise.
     """
 
     bad_rows: Literal["drop", "error"] = "error"

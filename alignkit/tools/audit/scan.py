@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.chunks import chunks
 from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.encode.documents import TEXT_COLUMNS
 from alignkit.data.encode.draft import Draft, rendered_defects
 from alignkit.data.encode.tokens import TextEncoder
-from alignkit.data.openwebtext import TEXT_COLUMNS
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.read.sources import find_splits, not_read
 from alignkit.data.text.defects import (

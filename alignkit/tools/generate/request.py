@@ -108,7 +108,7 @@ class Request:
         name: str = "model",
     ) -> Iterator[str]:
         """Answer the questions with a loaded model, one after the other."""
-        stops = self.stop_at_turn and asked.prompt_format in ("boundary", "seed", "raw")
+        stops = self.stop_at_turn and asked.prompt_format in ("boundary", "stripped", "raw")
         sampling = replace(self.sampling, stop=TURN if stops else None)
         return ask(
             model,

@@ -1,4 +1,4 @@
-"""HH-RLHF for SFT and for preference training."""
+"""Data modules for dialogues: prompts with one answer (SFT) or with ranked ones (preferences)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DialogueDataModule(AlignmentDataModule):
         path: See `AlignmentDataModule`.
         max_length: Most tokens of a prompt with one answer, EOS included. Old turns go first,
             whole, then the left of the last one; an answer is never cut.
-        prompt_format: ``boundary`` (the published text), ``seed``, ``chat``, or ``raw`` for rows
+        prompt_format: ``boundary`` (HH-RLHF's text), ``stripped``, ``chat``, or ``raw`` for rows
             that were rendered before; see `alignkit.data.text.formats`.
         policies: What to do with each defect; see `Policies`.
         **options: Passed to `AlignmentDataModule`.
@@ -38,7 +38,7 @@ class DialogueDataModule(AlignmentDataModule):
     def __init__(
         self,
         tokenizer: str,
-        path: DataPath = HH_RLHF,
+        path: DataPath,
         *,
         max_length: int = 512,
         prompt_format: PromptFormat = "boundary",
@@ -62,8 +62,8 @@ class DialogueDataModule(AlignmentDataModule):
         )
 
 
-class HHPreferenceDataModule(DialogueDataModule):
-    """Prompts with ranked answers, the best first: HH-RLHF's pairs, or any k ≥ 2.
+class PreferenceDataModule(DialogueDataModule):
+    """Prompts with ranked answers, the best first: pairs, or any k ≥ 2.
 
     Args:
         tokenizer: See `DialogueDataModule`, as for every argument not named here.
@@ -74,8 +74,8 @@ class HHPreferenceDataModule(DialogueDataModule):
     sides = staticmethod(preference_sides)
 
 
-class HHSFTDataModule(DialogueDataModule):
-    """Prompts with the answer to imitate: the chosen one of HH-RLHF.
+class SFTDataModule(DialogueDataModule):
+    """Prompts with the answer to imitate: of pairs, the chosen one.
 
     Args:
         tokenizer: See `DialogueDataModule`, as for every argument not named here.
@@ -89,10 +89,36 @@ class HHSFTDataModule(DialogueDataModule):
     def __init__(
         self,
         tokenizer: str,
-        path: DataPath = HH_RLHF,
+        path: DataPath,
         *,
         turns: Literal["last", "all"] = "last",
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, path, **options)
         self.all_turns = turns == "all"
+
+
+class HHSFTDataModule(SFTDataModule):
+    """HH-RLHF's chosen answers: `SFTDataModule` with its path.
+
+    Args:
+        tokenizer: See `AlignmentDataModule`.
+        path: Where the dialogues lie, if not on the Hub.
+        **options: Passed to `SFTDataModule`.
+    """
+
+    def __init__(self, tokenizer: str, path: DataPath = HH_RLHF, **options: Any) -> None:
+        super().__init__(tokenizer, path, **options)
+
+
+class HHPreferenceDataModule(PreferenceDataModule):
+    """HH-RLHF's pairs: `PreferenceDataModule` with its path.
+
+    Args:
+        tokenizer: See `AlignmentDataModule`.
+        path: Where the pairs lie, if not on the Hub.
+        **options: Passed to `PreferenceDataModule`.
+    """
+
+    def __init__(self, tokenizer: str, path: DataPath = HH_RLHF, **options: Any) -> None:
+        super().__init__(tokenizer, path, **options)

@@ -1,0 +1,119 @@
+"""Documents to rows of tokens, for language modelling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.batch import Example
+from alignkit.data.encode.chunks import chunks
+from alignkit.data.encode.packing import Document, Packing, rows
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.data.encode.writer import ExampleWriter
+from alignkit.data.read.rows import BadRow, Row, Source
+from alignkit.data.text.defects import Dropped, Judge, character_defects, readable
+from alignkit.data.text.fields import unread_columns
+from alignkit.data.text.policies import Policies, Tally
+from alignkit.data.text.templated import Templated
+from alignkit.models.text_format import TextFormat
+
+TEXT_COLUMNS = frozenset(("text",))
+_CHUNK = 64
+
+
+class DocumentEncoder:
+    """Encodes ``{"text": …}`` rows as rows of ``block_size`` tokens.
+
+    Args:
+        tokenizer: A fast tokenizer; what it puts before a text begins every document, and its EOS
+            ends it.
+        block_size: Tokens of a row.
+        packing: See `alignkit.data.encode.packing.rows`.
+        policies: What to do about rows that are bad, empty or hold control characters.
+    """
+
+    masked = False
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        block_size: int,
+        packing: Packing,
+        policies: Policies | None = None,
+    ) -> None:
+        self.policies = policies or Policies()
+        self._encode = TextEncoder(tokenizer)
+        self._templated = Templated(tokenizer)
+        self._block_size = block_size
+        self._packing = packing
+        rows([], block_size, packing)  # refuses what it does not know, before any work
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything beside the documents that decides the rows."""
+        return {
+            "tokens": self._encode.fingerprint,
+            "block_size": self._block_size,
+            "packing": self._packing,
+            "policies": vars(self.policies),
+        }
+
+    def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
+        """Encode a source into a store; returns its counts as `Tally.to_dict`."""
+        tally = Tally()
+        for line, example in self.examples(source, tally):
+            writer.add(example, line)
+        return {**tally.to_dict(), "systems": [], "ends": [self._encode.eos]}
+
+    def text_format(self, systems: Sequence[str], ends: Sequence[int]) -> TextFormat:
+        """What generation must know of the rows; see `TextFormat`."""
+        return TextFormat("text", self._block_size, ends=(self._encode.eos,))
+
+    def examples(self, source: Source, tally: Tally) -> Iterator[tuple[int, Example]]:
+        """The source's rows of tokens, with the line of each one's first document."""
+        documents = self._documents(source, tally)
+        for line, example in rows(documents, self._block_size, self._packing):
+            tally.add("examples", line)
+            yield line, example
+
+    def _documents(self, source: Source, tally: Tally) -> Iterator[Document]:
+        judge = Judge(source.name, self.policies, tally)
+        for texts in chunks(self._texts(source, judge), _CHUNK):
+            encoded = self._encode.prompts([text for _, text in texts], "text")
+            for (line, _), ids in zip(texts, encoded, strict=True):
+                yield line, [*ids, self._encode.eos]
+
+    def _texts(self, source: Source, judge: Judge) -> Iterator[tuple[int, str]]:
+        for line, row in source.rows():
+            judge.tally.add("rows", line)
+            try:
+                text = self._templated.settle_document(_text(row, judge, line), judge, line)
+                if not text.strip():
+                    judge.refuse("empty_answers", line, "an empty document")
+            except Dropped:
+                continue
+            yield line, text
+
+
+def _text(row: Row, judge: Judge, line: int) -> str:
+    """A row's text.
+
+    Raises:
+        AlignkitError: The row has a defect whose policy is ``error``.
+        Dropped: The row has a defect whose policy is ``drop``.
+    """
+    reason = row.reason if isinstance(row, BadRow) else "the row has no `text`"
+    text = None if isinstance(row, BadRow) else row.get("text")
+    if isinstance(row, BadRow) or not isinstance(text, str):
+        judge.refuse("bad_rows", line, reason)
+    judge.tally.columns |= row.keys() - TEXT_COLUMNS
+    judge.unread(unread_columns(row, TEXT_COLUMNS, None), line)
+    for name in character_defects(text):
+        judge.count(name, line)
+    text = readable(text)
+    if text.strip():
+        judge.repeated(text, line)
+    return text
