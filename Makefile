@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test check clean
 
 demo: $(STAMP)
-	$(BIN)/python -m alignkit.demo
+	$(BIN)/alignkit demo
 
 # One thread a worker: more workers than threads is what keeps small models quick.
 test: $(STAMP)

@@ -71,7 +71,7 @@ def test_malicious_releases_of_lightning_are_out_of_reach() -> None:
 
 
 def test_a_dry_run_of_each_make_target_installs_first() -> None:
-    for target, runs in {"demo": "alignkit.demo", "test": "pytest", "check": "pip-audit"}.items():
+    for target, runs in {"demo": "alignkit demo", "test": "pytest", "check": "pip-audit"}.items():
         made = subprocess.run(
             ["make", "--no-print-directory", "--dry-run", "VENV=/no/such/venv", target],
             cwd=ROOT,
@@ -99,6 +99,7 @@ def test_a_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
     assert {
         "alignkit/py.typed",
         "alignkit/tools/demo/knowledge.txt",
+        "alignkit/configs/demo/dpo.yaml",
         "alignkit/models/load.py",
     } <= {*names}
     assert any(name.endswith("licenses/LICENSE") for name in names)

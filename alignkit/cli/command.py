@@ -42,6 +42,8 @@ TOOLS = {
     "generate": ("Answer prompts with a model.", "alignkit.tools.generate.command"),
     "compare": ("Put several models' answers side by side.", "alignkit.tools.compare"),
     "export": ("Write a checkpoint for use elsewhere.", "alignkit.tools.export"),
+    "demo": ("Run the three stages on a small model, offline.", "alignkit.tools.demo.run"),
+    "configs": ("List the configurations that come along; copy one.", "alignkit.tools.configs"),
     "audit": ("Report every defect of a data set.", "alignkit.tools.audit.command"),
     "profile": ("Time LoRA against full fine-tuning.", "alignkit.tools.profile.command"),
 }

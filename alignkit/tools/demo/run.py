@@ -1,9 +1,8 @@
-"""``make demo``: the three stages on a small real model, through the real command line."""
+"""``alignkit demo``: the three stages on a small real model, through the real command line."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -13,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from alignkit.cli import command as cli
 from alignkit.errors import AlignkitError
+from alignkit.tools.configs import folder
 from alignkit.tools.curves import read_scalars
 from alignkit.tools.demo.accuracy import preference_accuracy
 from alignkit.tools.demo.model import prepare_model
@@ -26,7 +27,6 @@ from alignkit.tools.demo.prose import write_prose
 from alignkit.utils.atomic import write_atomically
 
 RUNS = Path("runs/demo")
-CONFIGS = Path("configs/demo")
 STAGES = ("lora", "sft", "dpo")
 _PROMPTS = 4
 _LAST = 5  # steps averaged for the loss at the end: one batch's says little
@@ -53,10 +53,8 @@ def demo(base: str | None = None, max_steps: int | None = None) -> None:
         max_steps: Optimizer steps of each stage, instead of what the configs say.
 
     Raises:
-        AlignkitError: No configs here, a missing package, or a command that failed.
+        AlignkitError: A missing package, or a command that failed.
     """
-    if not CONFIGS.is_dir():
-        raise AlignkitError(f"demo: no {CONFIGS} here; run it in a clone of the repository")
     started = time.monotonic()
     for name in STAGES:  # what an earlier demo left
         shutil.rmtree(RUNS / name, ignore_errors=True)
@@ -93,7 +91,7 @@ def fit(name: str, options: list[str]) -> Stage:
     """Train one stage and read its losses back from its TensorBoard run."""
     console.rule(f"stage {name}")
     started = time.monotonic()
-    alignkit("fit", "--config", str(CONFIGS / f"{name}.yaml"), *options)
+    alignkit("fit", "--config", str(folder() / "demo" / f"{name}.yaml"), *options)
     scalars = read_scalars(RUNS / name)
     train = [loss for _, loss in scalars["train/loss"]]
     last = train[-_LAST:]
@@ -171,12 +169,6 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> int:
-    """Run the demo; the exit status is 2 after a line on standard error."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        demo()
-    except AlignkitError as error:
-        print(f"alignkit: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `demo`, which takes what ``parser`` returns as keyword arguments."""
+    parser.add_function_arguments(demo)

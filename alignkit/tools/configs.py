@@ -1,0 +1,71 @@
+"""``alignkit configs``: the training configurations that come with the package."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.table import Table
+
+import alignkit
+from alignkit.errors import AlignkitError
+from alignkit.utils.atomic import write_atomically
+
+
+def configs(name: str | None = None, output: str | None = None) -> None:
+    """List the configurations that come with alignkit, or copy one to start from.
+
+    Args:
+        name: The one to copy, as listed, such as ``sft_hh_pythia`` or ``demo/dpo``.
+        output: The file to write, ``<name>.yaml`` in the working folder by default; an existing
+            one is never written over.
+
+    Raises:
+        AlignkitError: No configuration of this name, or the file exists.
+    """
+    known = {str(p.relative_to(folder()).with_suffix("")): p for p in folder().rglob("*.yaml")}
+    console = Console()
+    if name is None:
+        table = Table("name", "what it trains", box=None)
+        for each, path in sorted(known.items()):
+            table.add_row(each, _summary(path))
+        console.print(table)
+        console.print("copy one with: alignkit configs NAME", highlight=False)
+        return
+    wanted = name.removesuffix(".yaml").removeprefix("configs/")
+    if wanted not in known:
+        close = difflib.get_close_matches(wanted, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise AlignkitError(f"configs {name}: there are {', '.join(sorted(known))}{hint}")
+    place = Path(output or f"{Path(wanted).name}.yaml")
+    if place.exists():
+        raise AlignkitError(f"output {place}: exists; choose another --output")
+    write_atomically(place, known[wanted].read_text(encoding="utf-8"))
+    console.print(f"wrote {place}; run it with: alignkit fit --config {place}", highlight=False)
+
+
+def folder() -> Path:
+    """Return where the configurations lie: inside the installed package, or in the clone.
+
+    Raises:
+        AlignkitError: Neither has them.
+    """
+    home = Path(alignkit.__file__).parent
+    for place in (home / "configs", home.parent / "configs"):
+        if (place / "demo").is_dir():
+            return place
+    raise AlignkitError("configs: this installation holds none; install alignkit again")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the flags of `configs`, its name also without one."""
+    parser.add_argument("name", nargs="?", help="the one to copy, as listed (default: list all)")
+    parser.add_argument("--output", "-o", help="the file to write (default: NAME.yaml here)")
+
+
+def _summary(path: Path) -> str:
+    """Return a configuration's first comment, up to its first full stop."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip().partition(". ")[0]
