@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignkit.engine.attention import backbone, use_packed_attention
 from alignkit.engine.batch import Example, PackedBatch, collate
 from alignkit.engine.fp32 import in_fp32
+from alignkit.engine.interface import backbone, use_packed_attention
 from alignkit.engine.lengths import longest_position, named_lengths, text_config
 from alignkit.errors import AlignkitError
 
@@ -271,7 +271,8 @@ def _loud(model: PreTrainedModel, example: Example) -> Iterator[None]:
 
     # The innermost model that makes hidden states: some heads pass over what wraps it.
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]
-    decoder = backbone(model) if decoder is model else decoder
+    if decoder is model or not isinstance(decoder, PreTrainedModel):
+        decoder = backbone(model)
     handle = decoder.register_forward_hook(scale)
     try:
         yield

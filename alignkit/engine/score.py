@@ -10,12 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.autocast import compute_dtype
-from alignkit.engine.attention import backbone, make_plan, use_packed_attention
+from alignkit.engine.attention import make_plan
 from alignkit.engine.batch import PackedBatch
 from alignkit.engine.compile import padded_for
 from alignkit.engine.head import TokenScores, token_scores
+from alignkit.engine.interface import backbone, use_packed_attention
 from alignkit.engine.lengths import longest_position
 from alignkit.engine.proof import prove, require_proof
+from alignkit.engine.row import PackedRow, row_in_flight
 from alignkit.errors import AlignkitError
 
 
@@ -64,13 +66,16 @@ def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     use_packed_attention(model)
     batch = padded_for(model, batch)
     device = batch.input_ids.device
-    output = backbone(model)(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device),
-        use_cache=False,
-        plan=make_plan(batch.spans, device, compute_dtype(device.type, model.dtype)),
-    )
+    dtype = compute_dtype(device.type, model.dtype)
+    row = PackedRow(batch.spans, device, dtype, make_plan(batch.spans, device, dtype))
+    with row_in_flight(row):
+        output = backbone(model)(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            # With a mask, all of ones, transformers does not guess sequences from positions.
+            attention_mask=torch.ones(1, batch.num_tokens, dtype=torch.bool, device=device),
+            use_cache=False,
+        )
     hidden: Tensor = output.last_hidden_state
     return hidden[0]
 

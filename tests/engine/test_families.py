@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -33,14 +33,19 @@ EXAMPLES = [
 
 # What must not fall back to being refused.
 _EXACT = """
-apertus arcee aria_text axk1 biogpt bitnet ctrl dbrx deepseek_v2 deepseek_v3
-deepseek_v3+values diffllama emu3 ernie4_5 ernie4_5_moe flex_olmo fuyu gemma glm glm4
-glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt2+scale gpt_bigcode gpt_bigcode+heads gpt_neox
-granite granitemoe granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe
-hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe llama llama+dynamic llama+llama3
-llama+yarn longcat_flash minimax_m2 minimax_m3_vl_text ministral3 ministral3+scale
-mistral-window mixtral mllama moshi olmo olmo2 olmoe opt persimmon phi phi3 phimoe qwen2
-qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open starcoder2 whisper youtu
+afmoe apertus arcee aria_text axk1 biogpt bitnet cohere_compass_text ctrl cwm dbrx deepseek_v2
+deepseek_v3 deepseek_v3+values diffllama dots1 emu3 ernie4_5 ernie4_5_moe exaone4 exaone4+window
+exaone_moe flex_olmo flint fuyu gemma gemma2+softcap gemma3 gemma3_text gemma4 gemma4_text
+gemma4_unified gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt-sw3 gpt2 gpt2+scale
+gpt_bigcode gpt_bigcode+heads gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa
+granitemoeshared helium hrm_text hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3
+iquestcoder jais2 jetmoe kolibri1 laguna llama llama+dynamic llama+llama3 llama+yarn llama4
+llama4_text longcat_flash mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral
+ministral3 ministral3+scale mistral mistral+wide mistral-window mixtral mixtral+window mllama
+moshi nemotron olmo olmo2 olmo3 olmo3+window olmoe opt persimmon phi phi3 phi3+window phimoe
+phimoe+window qwen2 qwen2+window qwen2_moe qwen2_moe+window qwen3 qwen3+window qwen3_moe
+qwen3_moe+window seed_oss smollm3 smollm3+window solar_open stablelm stablelm+parallel
+starcoder2 starcoder2+window whisper youtu
 """
 EXACT = set(_EXACT.split())
 
@@ -56,11 +61,11 @@ def _quiet() -> Iterator[None]:
     hf_logging.set_verbosity(before)
 
 
-def plain_scores(model: PreTrainedModel) -> Tensor:
+def plain_scores(model: PreTrainedModel, examples: Sequence[Example] = EXAMPLES) -> Tensor:
     """Score every response in a forward of its own, with transformers' attention."""
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     scores = []
-    for example in EXAMPLES:
+    for example in examples:
         for response in example.responses:
             row = torch.tensor([[*example.prompt, *response]])
             logp_LV = model(row, use_cache=False).logits[0].log_softmax(-1)

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from alignkit.engine import Example, check_engine, collate, score
-from alignkit.engine.attention import packed_attention_forward
+from alignkit.engine.attention import make_plan
 from alignkit.engine.fp32 import in_fp32
+from alignkit.engine.interface import packed_attention_forward
 from alignkit.engine.lengths import named_lengths
+from alignkit.engine.row import PackedRow
 from alignkit.engine.tiles import TiledAttention
 from alignkit.errors import AlignkitError
 from alignkit.modules import SFTModule
@@ -95,7 +97,9 @@ def test_a_soft_cap_is_noticed_before_logits_grow_into_it() -> None:
     refusal(tiny_family("nanochat", spread=0.0))
 
 
-@pytest.mark.parametrize("kind", ["mamba", "jamba", "bamba", "llama4", "xlstm", "qwen4_exp_text"])
+@pytest.mark.parametrize(
+    "kind", ["mamba", "jamba", "bamba", "falcon_h1", "xlstm", "bloom", "qwen4_exp_text"]
+)
 def test_architectures_that_rows_break_end_in_one_line(kind: str) -> None:
     """Each was a traceback from inside transformers, or neighbours' tokens in the state."""
     model = tiny_family(kind)
@@ -109,19 +113,22 @@ def test_the_command_refuses_them_in_one_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_keyword_of_attention_is_refused_by_name() -> None:
-    module, plan = torch.nn.Module(), TiledAttention(collate([SHORT]).spans, torch.float32)
-    q = torch.randn(1, 2, 8, 4)
+    spans, cpu = collate([SHORT]).spans, torch.device("cpu")
+    mask = PackedRow(spans, cpu, torch.float32, make_plan(spans, cpu, torch.float32)).mask({})
+    module, q = torch.nn.Module(), torch.randn(1, 2, 8, 4)
     positions = torch.arange(8)[None]
     for known in ({"position_ids": positions}, {"anything": None}, {"use_cache": False}):
-        packed_attention_forward(module, q, q, q, None, plan=plan, **known)
+        packed_attention_forward(module, q, q, q, mask, **known)
     for name, value in {
         "some_future_bias": torch.zeros(1),
         "is_causal": False,
         "use_cache": True,
-        "softcap": 0.0,
+        "indices": torch.zeros(1),
     }.items():
         with pytest.raises(AlignkitError, match=name):
-            packed_attention_forward(module, q, q, q, None, plan=plan, **{name: value})
+            packed_attention_forward(module, q, q, q, mask, **{name: value})
+    with pytest.raises(AlignkitError, match="other tokens"):
+        packed_attention_forward(module, q, q[:, :, :5], q[:, :, :5], mask)
 
 
 def test_an_untested_family_is_proved_before_its_first_score() -> None:

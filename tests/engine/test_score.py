@@ -201,22 +201,6 @@ def test_check_engine_accepts_the_families_and_refuses_a_scaled_head(
         check_engine(model)
 
 
-def test_unsupported_attention_is_refused() -> None:
-    from transformers import AutoModelForCausalLM, MistralConfig
-
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        sliding_window=4,
-    )
-    with pytest.raises(AlignkitError, match="sliding_window"):
-        score(AutoModelForCausalLM.from_config(config), collate([Example([1], [[2, 3]])]))
-
-
 def test_more_tokens_than_positions_is_one_line(
     tiny_model: Callable[..., PreTrainedModel], family: str
 ) -> None:
