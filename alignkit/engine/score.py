@@ -13,11 +13,12 @@ from alignkit.autocast import compute_dtype
 from alignkit.engine.attention import make_plan
 from alignkit.engine.batch import PackedBatch
 from alignkit.engine.compile import padded_for
-from alignkit.engine.head import TokenScores, token_scores
+from alignkit.engine.head import TokenScores
 from alignkit.engine.interface import backbone, use_packed_attention
 from alignkit.engine.lengths import longest_position
 from alignkit.engine.proof import prove, require_proof
 from alignkit.engine.row import PackedRow, row_in_flight
+from alignkit.engine.tail import head_scores
 from alignkit.errors import AlignkitError
 
 
@@ -58,8 +59,7 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
 
 def _token_scores(model: PreTrainedModel, batch: PackedBatch, stats: bool) -> TokenScores:
     hidden_TD = _last_hidden_state(model, batch)
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return token_scores(head, hidden_TD[batch.score_from], batch.target_ids, stats)
+    return head_scores(model, hidden_TD[batch.score_from], batch.target_ids, stats)
 
 
 def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -111,9 +111,8 @@ def response_means(logps_N: Tensor, batch: PackedBatch) -> Tensor:
 def check_engine(model: PreTrainedModel) -> None:
     """Prove on a few tokens that packed scores equal the model's own per-sequence forward.
 
-    Catches, before any training, a model whose head does more than one matmul (soft-capping,
-    scaling), whose attention is not what the plan computes, or whose tokens depend on their
-    neighbours in the row. Lengths at which the model may change and that are too long to try now
+    Catches, before any training, a model whose attention is not what the plan computes, or whose
+    tokens depend on their neighbours in the row. Lengths at which the model may change and that are too long to try now
     are tried when a sequence first reaches them.
 
     Raises:
