@@ -147,12 +147,23 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     name = IMPLEMENTATION if model._supports_sdpa else OVER_EAGER
     if model.config._attn_implementation == name:
         return
-    model.set_attn_implementation(name)
+    if model._can_set_attn_implementation():  # if not, trying logs a warning and does nothing
+        model.set_attn_implementation(name)
     if model.config._attn_implementation != name:
         raise AlignkitError(
             f"model: {type(model).__name__} does not support transformers' AttentionInterface; "
             "use a gpt2, gpt_neox or llama-like model"
         )
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Let a model attend as transformers has it; a no-op where it does.
+
+    Some layers ask for the name of their implementation and know ours as little as their rows.
+    """
+    own = "sdpa" if model._supports_sdpa else "eager"
+    if model.config._attn_implementation != own:
+        model.set_attn_implementation(own)
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)

@@ -18,6 +18,7 @@ from alignkit.engine.fp32 import in_fp32
 from alignkit.engine.head import PLAIN, Curve
 from alignkit.engine.interface import packed_attention_forward
 from alignkit.engine.lengths import named_lengths
+from alignkit.engine.proof import set_packing
 from alignkit.engine.row import PackedRow
 from alignkit.engine.tail import _CURVE
 from alignkit.engine.tiles import TiledAttention
@@ -39,9 +40,10 @@ def _quiet() -> Iterator[None]:
 
 
 def refusal(model: PreTrainedModel, example: Example | None = None) -> str:
-    """The one line that check_engine, or a score without it, ends in."""
+    """The one line that check_engine, or a score without it, ends in where rows are required."""
+    set_packing(model, "require")
     with pytest.raises(AlignkitError) as caught, torch.no_grad():
-        check_engine(model) if example is None else score(model, collate([SHORT, example]))
+        score(model, collate([SHORT, example])) if example else check_engine(model, "require")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -114,7 +116,7 @@ def test_architectures_that_rows_break_end_in_one_line(kind: str) -> None:
 def test_the_command_refuses_them_in_one_line(tmp_path: Path) -> None:
     tiny_family("mamba").save_pretrained(tmp_path)
     with pytest.raises(AlignkitError, match="MambaForCausalLM"):
-        SFTModule(str(tmp_path), lora=None)
+        SFTModule(str(tmp_path), lora=None, packing="require")
 
 
 def test_an_unknown_keyword_of_attention_is_refused_by_name() -> None:
