@@ -4,6 +4,7 @@ from alignkit.batch import Example, PackedBatch, Span, collate
 from alignkit.engine.compile import compile_blocks
 from alignkit.engine.head import TokenScores
 from alignkit.engine.onednn import bound_caches
+from alignkit.engine.proof import Packing
 from alignkit.engine.score import (
     check_engine,
     response_lengths,
@@ -18,6 +19,7 @@ bound_caches()
 __all__ = [
     "Example",
     "PackedBatch",
+    "Packing",
     "Span",
     "TokenScores",
     "check_engine",

@@ -38,8 +38,32 @@ class TokenScores:
     entropy: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Curve:
+    """How logits follow from a head's outputs z: ``scale z``, or ``cap tanh(scale z / cap)``."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Bend a head's outputs; in fp32 at least, unless there is nothing to do."""
+        if self == PLAIN:
+            return output
+        wide = torch.promote_types(output.dtype, torch.float32)
+        scaled = output.to(wide) * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+
+PLAIN = Curve()
+"""Logits are what the head returns."""
+
+
 def token_scores(
-    head: nn.Module, hidden_ND: Tensor, target_N: Tensor, stats: bool = False
+    head: nn.Module,
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    stats: bool = False,
+    curve: Curve = PLAIN,
 ) -> TokenScores:
     """Score tokens with a model's output head.
 
@@ -52,6 +76,7 @@ def token_scores(
         hidden_ND: [N, D] hidden states that predict the tokens.
         target_N: [N] int64 token ids.
         stats: Also return ``correct`` and ``entropy``.
+        curve: From the head's outputs to logits.
 
     Returns:
         The scores; ``logps`` carries gradients, the statistics do not.
@@ -62,12 +87,12 @@ def token_scores(
         bias_V = None if head.bias is None else head.bias.to(dtype)
         needs_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
         logps, correct, entropy = _FrozenHead.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, weight_VD, bias_V, target_N, needs_grad, stats
+            hidden_ND, weight_VD, bias_V, target_N, curve, needs_grad, stats
         )
         return TokenScores(logps, *((correct, entropy) if stats else (None, None)))
 
     def chunk(hidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        logp_nV = head(hidden_nD).log_softmax(-1, dtype=torch.float32)
+        logp_nV = curve(head(hidden_nD)).log_softmax(-1, dtype=torch.float32)
         logps = logp_nV.gather(1, target_n[:, None])[:, 0]
         return (logps, *(_statistics(logp_nV.detach(), target_n) if stats else (None, None)))
 
@@ -93,10 +118,11 @@ def _statistics(logp_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """log softmax(h Wᵀ + b)[target] for a frozen W, with its gradient made in the forward pass.
+    """log softmax(c(h Wᵀ + b))[target] for a frozen W, with its gradient made in the forward pass.
 
-    ∂ log p_t / ∂h = W_t − Σ_v p_v W_v. Both terms are known while a chunk's logits exist, so the
-    forward pass keeps G = W[target] − softmax(z) W, [N, D], and the backward pass is g · G.
+    ∂ log p_t / ∂h = c'(z_t) W_t − Σ_v p_v c'(z_v) W_v. Both terms are known while a chunk's logits
+    exist, so the forward pass keeps G = c'(z_t) W[target] − (softmax(c(z)) ∘ c'(z)) W, [N, D], and
+    the backward pass is g · G. The slope c' is ``scale``, times 1 − (c(z) / cap)² under a cap.
     """
 
     @staticmethod
@@ -106,6 +132,7 @@ class _FrozenHead(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         target_N: Tensor,
+        curve: Curve,
         needs_grad: bool,
         stats: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,6 +141,7 @@ class _FrozenHead(torch.autograd.Function):
         correct = hidden_ND.new_empty(count if stats else 0, dtype=torch.bool)
         entropy = hidden_ND.new_empty(count if stats else 0, dtype=torch.float32)
         gradient_ND = torch.empty_like(hidden_ND) if needs_grad else None
+        slope_N1 = hidden_ND.new_empty(count if curve.cap else 0, 1, dtype=torch.float32)
         buffer_nV = hidden_ND.new_empty(min(count, CHUNK), vocabulary)
         size = CACHED if hidden_ND.device.type == "cpu" else CHUNK
         for chunk in _slices(0, count, CHUNK):
@@ -123,7 +151,8 @@ class _FrozenHead(torch.autograd.Function):
             else:
                 torch.addmm(bias_V, hidden_ND[chunk], weight_VD.t(), out=logits_nV)
             for rows in _slices(chunk.start, chunk.stop, size):
-                logits_mV = logits_nV[rows.start - chunk.start : rows.stop - chunk.start]
+                product_mV = logits_nV[rows.start - chunk.start : rows.stop - chunk.start]
+                logits_mV = curve(product_mV)
                 probability_mV = logits_mV.softmax(-1, dtype=torch.float32)
                 # The largest probability is 1 / Σ exp(z - max z), which never underflows.
                 log_sum_m = logits_mV.amax(-1).float() - probability_mV.amax(-1).log()
@@ -132,10 +161,20 @@ class _FrozenHead(torch.autograd.Function):
                 if stats:
                     correct[rows] = logits_mV.argmax(-1) == target_m1[:, 0]
                     entropy[rows] = log_sum_m - (probability_mV * logits_mV).sum(-1)
-                if needs_grad:
-                    logits_mV.copy_(probability_mV)
+                if not needs_grad:
+                    continue
+                if curve.cap is not None:
+                    slope_mV = 1 - (logits_mV / curve.cap).square()
+                    slope_N1[rows] = slope_mV.gather(1, target_m1)
+                    probability_mV *= slope_mV
+                product_mV.copy_(probability_mV)
             if gradient_ND is not None:
-                torch.sub(weight_VD[target_N[chunk]], logits_nV @ weight_VD, out=gradient_ND[chunk])
+                wanted_nD = weight_VD[target_N[chunk]]
+                if curve.cap is not None:
+                    wanted_nD = wanted_nD * slope_N1[chunk].to(wanted_nD.dtype)
+                torch.sub(wanted_nD, logits_nV @ weight_VD, out=gradient_ND[chunk])
+        if gradient_ND is not None and curve.scale != 1:
+            gradient_ND *= curve.scale
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND)
         ctx.mark_non_differentiable(correct, entropy)
@@ -144,4 +183,4 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
-        return (grads[0][:, None] * gradient_ND).to(gradient_ND.dtype), *[None] * 5
+        return (grads[0][:, None] * gradient_ND).to(gradient_ND.dtype), *[None] * 6

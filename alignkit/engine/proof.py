@@ -1,279 +1,203 @@
-"""Packed scores are trusted where they were seen to equal the model's own, and nowhere else.
+"""Scores are trusted where they were seen to equal the model's own, and nowhere else.
 
 A probe is a few short examples and one longer than every length at which the model may begin to
 compute something else (`alignkit.engine.lengths`), so that a window that is dropped and a
 neighbour that matters both show. Lengths too long for the moment a model is made wait until a
-sequence reaches them: it is probed then, on the device that trains.
-
-Shape letters: N scored tokens, L tokens of a sequence, V vocabulary.
+sequence reaches them: it is probed then, on the device that trains. What packed rows do not score
+rightly is scored one sequence a forward, once that is proved in the same way.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignkit.batch import Example, PackedBatch, collate
-from alignkit.engine.attention import backbone, use_packed_attention
-from alignkit.engine.fp32 import in_fp32
-from alignkit.engine.lengths import longest_position, named_lengths, text_config
+from alignkit.batch import Example, PackedBatch
+from alignkit.engine.interface import use_own_attention
+from alignkit.engine.lengths import longest_position, named_lengths
+from alignkit.engine.probe import Score, find_fault, probe, reason_of
 from alignkit.errors import AlignkitError
 
 log = logging.getLogger(__name__)
 
-Score = Callable[[PreTrainedModel, PackedBatch], Tensor]
+Packing: TypeAlias = Literal["auto", "require"]
 
 TESTED = ("gpt2", "gpt_neox", "llama")
 """Families whose scores our own tests prove: these are not probed before their first score."""
 WORK = 2e11
 """Parameters x tokens that a probe may cost when a model is made: seconds on a CPU."""
-ENDS = 64
-"""Tokens of a long sequence that are compared: its last ones."""
-LOUD = 10.0
-"""Spread of the probe's logits in nats, so that a soft-cap shows before training makes them so."""
-TOLERANCE = 1e-4
-"""Largest difference in fp32, as a part of the spread of the logits."""
+SHORTEST = 8
+"""Tokens of the shortest sequences whose rows are worth packing on their own."""
 
-_PROVED = "_alignkit_proved"
+_STANDING = "_alignkit_standing"
+_PACKING = "_alignkit_packing"
 
 
-def prove(model: PreTrainedModel, score: Score, reach: int = 0) -> None:
-    """Compare packed scores of a probe with the model's own, and note up to where they hold.
+@dataclass(frozen=True)
+class Ways:
+    """The two ways to score a batch, each as its log-probs alone.
 
-    In fp32 they must agree to rounding, in half precision they must be as near to fp32 as the
-    model's own are.
+    Attributes:
+        packed: All sequences in one row.
+        alone: One sequence a forward.
+    """
+
+    packed: Score
+    alone: Score
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Up to which length of its longest sequence a batch was seen to be scored rightly.
+
+    Attributes:
+        packed: As a packed row.
+        alone: One sequence a forward; 0 while nobody has looked.
+        fault: What is wrong with rows that reach beyond ``packed``; empty while nobody has looked.
+    """
+
+    packed: float
+    alone: float = 0.0
+    fault: str = ""
+
+
+def prove(model: PreTrainedModel, ways: Ways, reach: int = 0) -> Standing:
+    """Compare scores of a probe with the model's own, and note on the model how far they hold.
 
     Args:
         model: On any device, in any mode; both stay as they are.
-        score: Packed log-probs of a batch, [N].
+        ways: To score it.
         reach: Length of the longest sequence that is to be scored; 0 for as long as is cheap.
 
+    Returns:
+        What was noted.
+
     Raises:
-        AlignkitError: They differ, or the model's forward fails on a packed row.
+        AlignkitError: Neither way is right, or packed rows are not and are required.
     """
+    before: Standing | None = getattr(model, _STANDING, None)
     lengths = named_lengths(model)
     if not reach:
         affordable = WORK / max(sum(p.numel() for p in model.parameters()), 1)
         reach = next((n + 1 for n in reversed(lengths) if n < affordable), 0)
     limit = longest_position(model)
-    try:
-        examples = _probe(model, reach if limit is None else min(reach, limit), limit)
-        _compare(model, score, examples)
-    except (AlignkitError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # whatever transformers' many models raise over a packed row
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _refusal(
-            model, f"its forward fails on them ({type(error).__name__}: {reason})"
-        ) from error
+    reach = reach if limit is None else min(reach, limit)
+    examples = probe(model, reach, limit)
     longest = max(len(e.prompt) + len(r) for e in examples for r in e.responses)
-    beyond = lengths[bisect_left(lengths, longest) :]
-    setattr(model, _PROVED, beyond[0] if beyond else math.inf)
+    holds = next((length for length in lengths if length >= longest), math.inf)
+    fault = before.fault if before is not None else ""
+    fault = fault or _fault(model, ways.packed, examples) or ""
+    if not fault:
+        standing = Standing(packed=holds)
+    else:
+        if getattr(model, _PACKING, "auto") == "require":
+            raise _required(model, fault, reach, before)
+        packed = before.packed if before else _packed_up_to(model, ways.packed, lengths, reach)
+        while True:
+            if not packed:
+                use_own_attention(model)
+            unfit = _fault(model, ways.alone, examples, looks_ahead=True)
+            if not unfit or not packed:
+                break
+            packed = 0.0  # it may only know its own attention by name
+        if unfit:
+            raise _refusal(model, f"in packed rows {fault}; one sequence a forward {unfit}")
+        standing = Standing(packed, holds, fault)
+        if before is None or not before.fault:
+            _announce(model, standing)
+    setattr(model, _STANDING, standing)
+    return standing
 
 
-def require_proof(model: PreTrainedModel, score: Score, batch: PackedBatch) -> None:
-    """Prove a model before the first score that goes beyond what is proved.
+def fits_a_row(model: PreTrainedModel, ways: Ways, batch: PackedBatch) -> bool:
+    """Tell whether to score a batch as one packed row; prove it where that is not known.
+
+    Returns:
+        ``False`` for a batch that is to be scored one sequence a forward.
 
     Raises:
         AlignkitError: As `prove` does.
     """
-    proved = getattr(model, _PROVED, None)
-    if proved is None:
+    standing: Standing | None = getattr(model, _STANDING, None)
+    if standing is None:
         if model.config.model_type in TESTED:
             lengths = named_lengths(model)
-            proved = lengths[0] if lengths else math.inf
-            setattr(model, _PROVED, proved)
+            standing = Standing(packed=lengths[0] if lengths else math.inf)
+            setattr(model, _STANDING, standing)
         else:
-            prove(model, score)
-            proved = getattr(model, _PROVED)
-    if batch.longest <= proved:
-        return
-    log.info("attention: probing sequences of %d tokens, beyond %d", batch.longest, proved)
+            standing = prove(model, ways)
+    if batch.longest <= standing.packed:
+        return True
+    if batch.longest > standing.alone:
+        log.info("attention: probing sequences of %d tokens", batch.longest)
+        standing = prove(model, ways, batch.longest)
+    return batch.longest <= standing.packed
+
+
+def set_packing(model: PreTrainedModel, packing: Packing) -> None:
+    """Say whether a model may be scored one sequence a forward; forget what was proved of it."""
+    setattr(model, _PACKING, packing)
+    if hasattr(model, _STANDING):
+        delattr(model, _STANDING)
+
+
+def _fault(
+    model: PreTrainedModel, score: Score, examples: list[Example], looks_ahead: bool = False
+) -> str | None:
     try:
-        prove(model, score, batch.longest)
-    except AlignkitError as error:
-        raise AlignkitError(
-            f"data: a sequence of {batch.longest} tokens is longer than the {proved} up to which "
-            f"packed rows are right for this model; lower data.max_length to {proved} ({error})"
-        ) from error
+        return find_fault(model, score, examples, looks_ahead)
+    except (AlignkitError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever transformers' many models raise
+        reason = f"its own forward fails on tokens alone ({reason_of(error)})"
+        raise _refusal(model, reason) from error
+
+
+def _packed_up_to(
+    model: PreTrainedModel, score: Score, lengths: Sequence[int], reach: int
+) -> float:
+    """The largest length up to which rows are right; 0 for a model that no row holds."""
+    candidates = [length for length in lengths if SHORTEST <= length < reach]
+
+    def is_wrong(length: int) -> bool:
+        return _fault(model, score, probe(model, length, length)) is not None
+
+    count = bisect_left(candidates, True, key=is_wrong)
+    return candidates[count - 1] if count else 0.0
+
+
+def _announce(model: PreTrainedModel, standing: Standing) -> None:
+    beyond = f", from sequences of more than {standing.packed} tokens on" if standing.packed else ""
+    log.warning(
+        "model: %s is scored one sequence a forward%s, which takes longer: in packed rows %s",
+        type(model).__name__, beyond, standing.fault,
+    )  # fmt: skip
+
+
+def _required(
+    model: PreTrainedModel, fault: str, reach: int, before: Standing | None
+) -> AlignkitError:
+    if before is not None and before.packed:
+        return AlignkitError(
+            f"data: a sequence of {reach} tokens is longer than the {before.packed} up to which "
+            f"packed rows are right for this model; lower data.max_length to {before.packed}, or "
+            f"set model.packing to auto ({fault})"
+        )
+    return AlignkitError(
+        f"model.packing=require: {type(model).__name__} cannot be scored in packed rows: {fault}; "
+        "set it to auto to score one sequence a forward, or use another model"
+    )
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> AlignkitError:
     return AlignkitError(
-        f"model: packed rows are not supported for {type(model).__name__}: {reason}; "
-        "use another model (gpt2, gpt_neox and llama are tested)"
+        f"model: {type(model).__name__} cannot be scored: {reason}; use another model (gpt2, "
+        "gpt_neox and llama are tested)"
     )
-
-
-def _probe(model: PreTrainedModel, longest: int, limit: int | None) -> list[Example]:
-    """Short examples, and one of ``longest`` tokens if that is longer; all within ``limit``."""
-    vocabulary = text_config(model).vocab_size
-    count = max(longest, 24)
-    ids = [(37 * i + 11) % vocabulary for i in range(count)]
-    half = 9 if limit is None else max(1, min(9, limit // 2))
-    examples = [
-        Example(ids[:half], [ids[half : half + 6][:half], ids[half + 6 : half + 15][:half]]),
-        Example(ids[20:21], [ids[1:3]]),
-        Example([], [ids[3 : 3 + half]]),
-    ]
-    if longest > 2 * half:
-        middle = longest // 2
-        last = [False] * (longest - middle)
-        last[-ENDS:] = [True] * len(last[-ENDS:])
-        near = ids[5:9]
-        examples.append(
-            Example(ids[:middle], [ids[middle:longest], near], [last, [True] * len(near)])
-        )
-    return examples
-
-
-def _compare(model: PreTrainedModel, score: Score, examples: list[Example]) -> None:
-    device = model.device
-    batch = collate(examples).to(device)
-    half_precision = model.dtype in (torch.bfloat16, torch.float16)
-    with torch.no_grad(), _in_eval_mode(model), _loud(model, examples[1]):
-        use_packed_attention(model)
-        with in_fp32(model, device):
-            packed = score(model, batch)
-            truth, spread = _plain_scores(model, examples, device)
-        if not truth.isfinite().all():
-            raise AlignkitError(
-                f"model: {type(model).__name__} itself scores NaN or infinity, although its "
-                "weights are numbers: they are damaged or too large; use another base or start"
-            )
-        difference = (packed - truth).abs().max().item()
-        if not difference <= TOLERANCE * spread:
-            raise _refusal(
-                model,
-                f"their scores are off by {difference:.2g} nats (logits spread {spread:.2g}) from "
-                f"its own, one sequence at a time",
-            )
-        if half_precision:
-            rounded = score(model, batch) - truth
-            plain, _ = _plain_scores(model, examples, device)
-            fault = _rounds_worse(rounded, plain - truth, batch.response_index)
-            if fault:
-                dtype = str(model.dtype).removeprefix("torch.")
-                raise _refusal(model, f"in {dtype} {fault} of the model's own scores")
-
-
-def _rounds_worse(packed_N: Tensor, plain_N: Tensor, response_N: Tensor) -> str | None:
-    """Does rounding harm packed scores more than the model's own: a token, a sum, or on average?
-
-    A router that sends a token to another expert for its last bit makes errors of any size in a
-    few tokens of either: errors count up to five times the usual one.
-
-    Args:
-        packed_N, plain_N: Errors of both against fp32.
-        response_N: Which response each token belongs to.
-
-    Returns:
-        What is worse, or ``None``. Margins are such that chance does not reach them.
-    """
-    noise = 1.5 * plain_N.abs().median().item() + 1e-6
-    errors = [
-        errors_N.nan_to_num(math.inf).clamp(-5 * noise, 5 * noise)
-        for errors_N in (packed_N, plain_N)
-    ]
-    rms, own_rms = (errors_N.square().mean().sqrt().item() for errors_N in errors)
-    if rms > 3 * own_rms + 1e-6:
-        return (
-            f"rounding errors of {rms:.2g} nats a token are more than three times the {own_rms:.2g}"
-        )
-    mean, own_mean = (errors_N.mean().item() for errors_N in errors)
-    if abs(mean) > abs(own_mean) + 5 * noise / math.sqrt(len(plain_N)):
-        return f"mean errors of {mean:+.2g} nats are far beyond the {own_mean:+.2g}"
-    counts_R = torch.bincount(response_N)
-    sums_R, own_R = (
-        errors_N.new_zeros(len(counts_R)).index_add(0, response_N, errors_N) for errors_N in errors
-    )
-    if (sums_R.abs() > own_R.abs().max() + 5 * noise * counts_R.sqrt()).any():
-        return f"sums are off by {sums_R.abs().max().item():.2g} nats, far beyond the rounding"
-    return None
-
-
-def _plain_scores(
-    model: PreTrainedModel, examples: list[Example], device: torch.device
-) -> tuple[Tensor, float]:
-    """Score each response in a forward of its own, as transformers computes it.
-
-    Returns:
-        [N] fp32 log-probs in a batch's order, and the mean spread of the logits over V.
-    """
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    scores, spreads = [], []
-    with _own_attention(model):
-        for example in examples:
-            for k, response in enumerate(example.responses):
-                scored = example.scored[k] if example.scored else [True] * len(response)
-                wanted = [
-                    len(example.prompt) + j
-                    for j, taken in enumerate(scored)
-                    if taken and len(example.prompt) + j
-                ]
-                row = torch.tensor([[*example.prompt, *response]], device=device)
-                # The last logits alone, from that which predicts the first token wanted.
-                kept = row.shape[1] - wanted[0] + 1
-                more = {"logits_to_keep": kept} if keeps else {}
-                logits_LV = model(row, use_cache=False, **more).logits[0, -kept:].float()
-                predictors = torch.tensor(wanted, device=device) - (row.shape[1] - kept) - 1
-                logits_NV = logits_LV[predictors]
-                targets_N1 = row[0, wanted][:, None]
-                scores.append(logits_NV.log_softmax(-1).gather(1, targets_N1)[:, 0])
-                spreads.append(logits_NV.std(-1).mean())
-    return torch.cat(scores), torch.stack(spreads).mean().item()
-
-
-@contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attend as transformers does, without our function in between."""
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    try:
-        yield
-    finally:
-        use_packed_attention(model)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _loud(model: PreTrainedModel, example: Example) -> Iterator[None]:
-    """Scale the last hidden states so that logits spread by `LOUD`, if they spread by less.
-
-    Both ways of scoring go through the same decoder, so that they stay comparable.
-    """
-    with in_fp32(model, model.device):
-        _, spread = _plain_scores(model, [example], model.device)
-    factor = max(1.0, LOUD / spread) if spread > 0 else 1.0
-
-    def scale(module: nn.Module, inputs: Any, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state * factor
-        return output
-
-    # The innermost model that makes hidden states: some heads pass over what wraps it.
-    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
-    decoder = backbone(model) if decoder is model else decoder
-    handle = decoder.register_forward_hook(scale)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -10,11 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.batch import PackedBatch
-from alignkit.engine.attention import backbone, make_plan, use_packed_attention
+from alignkit.engine.attention import make_plan
 from alignkit.engine.compile import padded_for
-from alignkit.engine.head import TokenScores, token_scores
+from alignkit.engine.fallback import hidden_alone
+from alignkit.engine.head import TokenScores
+from alignkit.engine.interface import backbone, use_packed_attention
 from alignkit.engine.lengths import longest_position
-from alignkit.engine.proof import prove, require_proof
+from alignkit.engine.proof import Packing, Ways, fits_a_row, prove, set_packing
+from alignkit.engine.row import PackedRow, row_in_flight
+from alignkit.engine.tail import head_scores
 from alignkit.errors import AlignkitError
 from alignkit.utils.autocast import compute_dtype
 
@@ -23,8 +27,8 @@ def score(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Score a batch's response tokens under a causal language model.
 
     Args:
-        model: Any transformers causal LM with plain causal attention (gpt2, gpt_neox and llama
-            families are tested), with or without LoRA layers.
+        model: Any transformers causal LM (gpt2, gpt_neox and llama families are tested), with or
+            without LoRA layers. What does not fit into packed rows goes one sequence a forward.
         batch: On the model's device.
 
     Returns:
@@ -32,8 +36,8 @@ def score(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         in whatever parameters require gradients.
 
     Raises:
-        AlignkitError: The model's attention is not one that packed rows express, or its scores
-            were found to differ from the model's own.
+        AlignkitError: Its scores were found to differ from the model's own, be it in packed rows
+            or one sequence a forward.
     """
     return score_with_stats(model, batch, stats=False).logps
 
@@ -50,27 +54,27 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
         `TokenScores` of N tokens.
     """
     _check_positions(model, batch)
-    require_proof(model, _unproved_logps, batch)
-    return _token_scores(model, batch, stats)
-
-
-def _token_scores(model: PreTrainedModel, batch: PackedBatch, stats: bool) -> TokenScores:
-    hidden_TD = _last_hidden_state(model, batch)
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return token_scores(head, hidden_TD[batch.score_from], batch.target_ids, stats)
+    if fits_a_row(model, _WAYS, batch):
+        hidden_ND = _last_hidden_state(model, batch)[batch.score_from]
+    else:
+        hidden_ND = hidden_alone(model, batch)
+    return head_scores(model, hidden_ND, batch.target_ids, stats)
 
 
 def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     use_packed_attention(model)
     batch = padded_for(model, batch)
     device = batch.input_ids.device
-    output = backbone(model)(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.bool, device=device),
-        use_cache=False,
-        plan=make_plan(batch.spans, device, compute_dtype(device.type, model.dtype)),
-    )
+    dtype = compute_dtype(device.type, model.dtype)
+    row = PackedRow(batch.spans, device, dtype, make_plan(batch.spans, device, dtype))
+    with row_in_flight(row):
+        output = backbone(model)(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            # With a mask, all of ones, transformers does not guess sequences from positions.
+            attention_mask=torch.ones(1, batch.num_tokens, dtype=torch.bool, device=device),
+            use_cache=False,
+        )
     hidden: Tensor = output.last_hidden_state
     return hidden[0]
 
@@ -103,19 +107,32 @@ def response_means(logps_N: Tensor, batch: PackedBatch) -> Tensor:
     return response_sums(logps_N, batch) / response_lengths(batch).clamp(min=1)
 
 
-def check_engine(model: PreTrainedModel) -> None:
-    """Prove on a few tokens that packed scores equal the model's own per-sequence forward.
+def check_engine(model: PreTrainedModel, packing: Packing = "auto") -> None:
+    """Prove on a few tokens that scores equal the model's own per-sequence forward.
 
-    Catches, before any training, a model whose head does more than one matmul (soft-capping,
-    scaling), whose attention is not what the plan computes, or whose tokens depend on their
-    neighbours in the row. Lengths at which the model may change and that are too long to try now
-    are tried when a sequence first reaches them.
+    Catches, before any training, a model whose attention is not what the plan computes, or whose
+    tokens depend on their neighbours in the row: it is scored one sequence a forward, which one
+    line of the log announces. Lengths at which the model may change and that are too long to try
+    now are tried when a sequence first reaches them.
+
+    Args:
+        model: On any device, in any mode; both stay as they are.
+        packing: ``require`` refuses what packed rows do not express.
 
     Raises:
-        AlignkitError: The two disagree by more than rounding, or cannot be compared.
+        AlignkitError: The two disagree by more than rounding either way, or cannot be compared.
     """
-    prove(model, _unproved_logps)
+    set_packing(model, packing)
+    prove(model, _WAYS)
 
 
-def _unproved_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    return _token_scores(model, batch, stats=False).logps
+def _packed_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    hidden_ND = _last_hidden_state(model, batch)[batch.score_from]
+    return head_scores(model, hidden_ND, batch.target_ids).logps
+
+
+def _lone_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    return head_scores(model, hidden_alone(model, batch), batch.target_ids).logps
+
+
+_WAYS = Ways(packed=_packed_logps, alone=_lone_logps)

@@ -5,14 +5,30 @@ Shape letters: T row tokens, H query heads, K key heads, D head width, L tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from alignkit.batch import Span
+
+# May a query at one position see a key at another, both tensors of positions that broadcast: what a
+# layer's own mask says of one sequence, beyond "what precedes it".
+Reach: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Window:
+    """The reach of sliding-window attention: a token sees itself and ``size - 1`` before it."""
+
+    size: int
+
+    def __call__(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """May a query see a key."""
+        return query_position - key_position < self.size
 
 
 def query_segments(span: Span) -> list[tuple[tuple[range, ...], int]]:
@@ -39,6 +55,16 @@ def row_segments(spans: Sequence[Span]) -> Tensor:
     return torch.tensor(numbers).repeat_interleave(torch.tensor(lengths))
 
 
+def row_positions(spans: Sequence[Span]) -> Tensor:
+    """Position of each row token in its sequence, [T] int64: a response's follow its prompt's."""
+    parts = [
+        torch.arange(first, first + length)
+        for span in spans
+        for first, length in ((0, span.prompt), *((span.prompt, n) for n in span.responses))
+    ]
+    return torch.cat(parts)
+
+
 def visible(segment_T: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """May a query see a key of its own example: what precedes it, in its prompt or its response.
 
@@ -53,11 +79,15 @@ def visible(segment_T: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     return (keys <= queries) & ((key_segment == 0) | (key_segment == segment_T[queries]))
 
 
-def example_mask(span: Span) -> Tensor:
+def example_mask(span: Span, reach: Reach | None = None) -> Tensor:
     """[L, L] bool on the CPU: may query i see key j, within one example of L tokens."""
     segment_L = row_segments([span])
     index_L = torch.arange(len(segment_L))
-    return visible(segment_L, index_L[:, None], index_L)
+    seen_LL = visible(segment_L, index_L[:, None], index_L)
+    if reach is None:
+        return seen_LL
+    position_L = row_positions([span])
+    return seen_LL & reach(position_L[:, None], position_L)
 
 
 class AttentionPlan(Protocol):
@@ -74,13 +104,17 @@ class SegmentAttention:
 
     An example with one response is plain causal attention. With k ≥ 2 responses a boolean mask
     hides the siblings: one call over prompt and responses beats one call a segment, whose keys
-    would have to be copied next to the prompt's.
+    would have to be copied next to the prompt's. A window that is longer than the example needs no
+    mask either.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(
+        self, spans: Sequence[Span], device: torch.device, reach: Reach | None = None
+    ) -> None:
         self.lengths = [span.end - span.start for span in spans]
         self.masks = [
-            None if len(span.responses) == 1 else example_mask(span).to(device) for span in spans
+            None if _is_causal(span, reach) else example_mask(span, reach).to(device)
+            for span in spans
         ]
 
     def __call__(
@@ -111,11 +145,18 @@ class SegmentAttention:
         return torch.cat(outputs, dim=2)
 
 
+def _is_causal(span: Span, reach: Reach | None) -> bool:
+    inside = reach is None or (isinstance(reach, Window) and reach.size >= span.end - span.start)
+    return inside and len(span.responses) == 1
+
+
 class DenseAttention:
     """One SDPA call with a [T, T] mask: right everywhere, quadratic in the row."""
 
-    def __init__(self, spans: Sequence[Span], device: torch.device) -> None:
-        blocks = [example_mask(span) for span in spans]
+    def __init__(
+        self, spans: Sequence[Span], device: torch.device, reach: Reach | None = None
+    ) -> None:
+        blocks = [example_mask(span, reach) for span in spans]
         mask_TT: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
         self.mask_TT = mask_TT.bool().to(device, non_blocking=True)
 

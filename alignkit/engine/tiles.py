@@ -24,7 +24,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignkit.batch import Span
-from alignkit.engine.segments import SegmentAttention, query_segments, row_segments, visible
+from alignkit.engine.segments import (
+    Reach,
+    SegmentAttention,
+    Window,
+    query_segments,
+    row_positions,
+    row_segments,
+    visible,
+)
 from alignkit.utils.autocast import no_autocast
 
 QUERIES = 128
@@ -78,18 +86,25 @@ class TiledAttention:
     Args:
         spans: The row's examples.
         dtype: Of the products; under autocast the queries may come in another.
+        reach: Whom a query sees among what precedes it; ``None`` for all of it.
     """
 
-    def __init__(self, spans: Sequence[Span], dtype: torch.dtype) -> None:
+    def __init__(
+        self, spans: Sequence[Span], dtype: torch.dtype, reach: Reach | None = None
+    ) -> None:
         self.spans = spans
         self.dtype = dtype
+        self.reach = reach
         segment_T = row_segments(spans)
+        position_T = None if reach is None else row_positions(spans)
         shapes: dict[tuple[int, int], list[tuple[range, list[int]]]] = defaultdict(list)
         for span in spans:
             for queries, keys in _tiles(span):
+                if isinstance(reach, Window) and position_T is not None:
+                    keys = _within(reach, position_T, queries, keys)
                 shapes[_padded(len(queries)), _padded(len(keys))].append((queries, keys))
         self.stacks = [
-            _stack(tiles[start : start + size], n, m, segment_T)
+            _stack(tiles[start : start + size], n, m, segment_T, reach, position_T)
             for (n, m), tiles in sorted(shapes.items())
             for size in [max(1, SCORES // (n * m))]
             for start in range(0, len(tiles), size)
@@ -101,7 +116,8 @@ class TiledAttention:
     ) -> Tensor:
         """Attend in a few calls a stack of tiles."""
         if dropout > 0.0:
-            return SegmentAttention(self.spans, query.device)(query, key, value, scaling, dropout)
+            plan = SegmentAttention(self.spans, query.device, self.reach)
+            return plan(query, key, value, scaling, dropout)
         query, key, value = (tensor.to(self.dtype) for tensor in (query, key, value))
         heads = query.shape[1], key.shape[1]
         if heads not in self.gathers:
@@ -136,12 +152,28 @@ def _padded(count: int) -> int:
     return -(-count // UNIT) * UNIT
 
 
-def _stack(tiles: Sequence[tuple[range, list[int]]], n: int, m: int, segment_T: Tensor) -> _Stack:
+def _within(window: Window, position_T: Tensor, queries: range, keys: list[int]) -> list[int]:
+    """Leave out the keys that lie before the window of every query of a tile."""
+    first = int(position_T[queries.start : queries.stop].min()) - window.size
+    index = torch.tensor(keys)
+    return index[position_T[index] > first].tolist()
+
+
+def _stack(
+    tiles: Sequence[tuple[range, list[int]]],
+    n: int,
+    m: int,
+    segment_T: Tensor,
+    reach: Reach | None,
+    position_T: Tensor | None,
+) -> _Stack:
     queries_Sn = torch.tensor([[*q, *[q[-1]] * (n - len(q))] for q, _ in tiles])
     keys_Sm = torch.tensor([[*k, *[k[-1]] * (m - len(k))] for _, k in tiles])
     real_Sn = torch.arange(n) < torch.tensor([[len(q)] for q, _ in tiles])
     real_Sm = torch.arange(m) < torch.tensor([[len(k)] for _, k in tiles])
     seen_Snm = visible(segment_T, queries_Sn[:, :, None], keys_Sm[:, None]) & real_Sm[:, None]
+    if reach is not None and position_T is not None:
+        seen_Snm &= reach(position_T[queries_Sn][:, :, None], position_T[keys_Sm][:, None])
     mask_Snm = torch.zeros(seen_Snm.shape).masked_fill_(~seen_Snm, float("-inf"))
     return _Stack(queries_Sn, keys_Sm, real_Sn, mask_Snm[:, None])
 

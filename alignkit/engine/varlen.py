@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignkit.batch import Span
-from alignkit.engine.segments import AttentionPlan, DenseAttention, query_segments
+from alignkit.engine.segments import AttentionPlan, DenseAttention, Window, query_segments
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +32,18 @@ class VarlenAttention:
         device: Where queries, keys and values live.
         dtype: Of the products. Under autocast rotary embeddings of an fp32 model give fp32 queries
             and keys, which autocast does not round for this kernel as it does for SDPA.
+        window: Whom a query sees among what precedes it; ``None`` for all of it. A segment's keys
+            lie in the order of their positions, so that the kernel's own windows serve.
     """
 
-    def __init__(self, spans: Sequence[Span], device: torch.device, dtype: torch.dtype) -> None:
-        self.spans, self.device, self.dtype = tuple(spans), device, dtype
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        device: torch.device,
+        dtype: torch.dtype,
+        window: Window | None = None,
+    ) -> None:
+        self.spans, self.device, self.dtype, self.window = tuple(spans), device, dtype, window
         segments = [segment for span in spans for segment in query_segments(span)]
         query_lengths = [length for _, length in segments]
         key_lengths = [sum(len(part) for part in keys) for keys, _ in segments]
@@ -82,13 +90,13 @@ class VarlenAttention:
             self.max_query,
             self.max_key,
             scale=scaling,
-            window_size=(-1, 0),
+            window_size=(-1 if self.window is None else self.window.size - 1, 0),
         )
         return output[..., : value.shape[-1]].transpose(0, 1)[None]
 
     @cached_property
     def _dense(self) -> DenseAttention:
-        return DenseAttention(self.spans, self.device)
+        return DenseAttention(self.spans, self.device, self.window)
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:
@@ -106,29 +114,33 @@ def _log_dropout() -> None:
 
 
 @lru_cache
-def varlen_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def varlen_refusal(device: torch.device, dtype: torch.dtype, windowed: bool = False) -> str | None:
     """Why ``varlen_attn`` is not used on this device with this dtype; ``None`` where it is.
 
-    Runs once a device and dtype: a small row with shared prompts and several responses must give
-    the dense mask's output and gradients, which fails if causality is aligned to the top left.
+    Runs once a device and dtype, and once more for windows: a small row with shared prompts and
+    several responses must give the dense mask's output and gradients, which fails if causality is
+    aligned to the top left.
     """
-    refusal = _varlen_self_test(device, dtype)
+    refusal = _varlen_self_test(device, dtype, windowed)
+    which = " with windows" if windowed else ""
     if refusal:
-        log.warning("attention on %s: dense [T, T] mask, because %s", device, refusal)
+        log.warning("attention%s on %s: dense [T, T] mask, because %s", which, device, refusal)
     else:
-        log.info("attention on %s: varlen_attn, self-test passed", device)
+        log.info("attention%s on %s: varlen_attn, self-test passed", which, device)
     return refusal
 
 
-def _varlen_self_test(device: torch.device, dtype: torch.dtype) -> str | None:
+def _varlen_self_test(device: torch.device, dtype: torch.dtype, windowed: bool) -> str | None:
     if device.type != "cuda":
         return f"varlen_attn needs CUDA, not {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"varlen_attn needs bf16 or fp16, not {dtype}"
-    return compare_with_dense(device, dtype)
+    return compare_with_dense(device, dtype, Window(7) if windowed else None)
 
 
-def compare_with_dense(device: torch.device, dtype: torch.dtype) -> str | None:
+def compare_with_dense(
+    device: torch.device, dtype: torch.dtype, window: Window | None = None
+) -> str | None:
     """Run the kernel and the dense mask on one small row; say how they differ, if they do.
 
     The row has shared prompts, several responses and grouped queries.
@@ -143,8 +155,8 @@ def compare_with_dense(device: torch.device, dtype: torch.dtype) -> str | None:
     results: list[list[Tensor]] = []
     try:
         plans: list[AttentionPlan] = [
-            DenseAttention(spans, device),
-            VarlenAttention(spans, device, dtype),
+            DenseAttention(spans, device, window),
+            VarlenAttention(spans, device, dtype, window),
         ]
         for plan in plans:
             output = plan(query, key, value, None, 0.0)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
-from alignkit.engine import PackedBatch, check_engine, compile_blocks
+from alignkit.engine import PackedBatch, Packing, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
 from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
@@ -68,6 +68,9 @@ class AlignmentModule(Hosted):
             memory, about a third more time.
         compile: `torch.compile` every block, which makes the first steps slow. Rows are padded to
             multiples of 64 tokens.
+        packing: Many sequences share a forward, as one packed row. A model that cannot be scored
+            so (recurrent layers, some alibi) goes one sequence a forward with ``auto``, which one
+            line of the log announces; with ``require`` it is refused.
         on_nonfinite: What to do before a step whose loss or gradient is NaN or infinite: ``stop``
             the run, or ``skip`` the step and count it. The schedule moves on over a skipped step.
 
@@ -105,6 +108,7 @@ class AlignmentModule(Hosted):
         dropout: bool = False,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        packing: Packing = "auto",
         on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         super().__init__(on_nonfinite)
@@ -129,7 +133,7 @@ class AlignmentModule(Hosted):
             self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
                 {"use_reentrant": False}
             )
-        check_engine(self.model)
+        check_engine(self.model, packing)
         self.dropout = dropout
         if not dropout:
             prove_quiet(self.model)

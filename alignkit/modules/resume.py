@@ -24,7 +24,7 @@ KEY = "settings"
 # Where weights lie, and how they are computed: neither changes what is trained.
 _ELSEWHERE = frozenset(
     {"base", "tokenizer", "init_from", "random_init", "reference_cache", "reference_checks",
-     "activation_checkpointing", "compile"}
+     "activation_checkpointing", "compile", "packing"}
 )  # fmt: skip
 # Kept by schedules and averagers in an optimizer's groups; no setting of the optimizer.
 _NOT_SETTINGS = frozenset({"params", "param_names", "initial_lr", "swa_lr"})

@@ -137,6 +137,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"index_block_size": 4, "index_topk_blocks": 1},
     "ministral": {**SLIDING, "head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"] * 2,
         "indexer_n_heads": 2,
@@ -193,6 +194,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone4+window": ("exaone4", {**SLIDING, "sliding_window_pattern": 2}),
     "falcon+alibi": ("falcon", {"alibi": True}),
     "gemma3+bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}),
+    # Soft-capped attention below a plain head.
+    "gemma2+softcap": ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": 5.0}),
     "gpt2+scale": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "gpt_bigcode+heads": ("gpt_bigcode", {"multi_query": False}),
     "granite+scaled": ("granite", {"logits_scaling": 4.0, "attention_multiplier": 0.5}),

@@ -21,7 +21,9 @@ from alignkit.engine.attention import make_plan
 from alignkit.engine.segments import (
     AttentionPlan,
     DenseAttention,
+    Reach,
     SegmentAttention,
+    Window,
     example_mask,
     query_segments,
 )
@@ -71,20 +73,35 @@ def values_and_gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return [output.detach(), *grads]
 
 
-def softmax_of_masked_scores(spans: tuple[Span, ...], inputs: list[Tensor]) -> list[Tensor]:
+def softmax_of_masked_scores(
+    spans: tuple[Span, ...], inputs: list[Tensor], reach: Reach | None = None
+) -> list[Tensor]:
     """softmax(q kᵀ / √D + mask) v over the whole row in float64, D = 16."""
     query, key, value = inputs = [t.detach().double().requires_grad_() for t in inputs]
-    mask = torch.block_diag(*[example_mask(span) for span in spans]).bool()
+    mask = torch.block_diag(*[example_mask(span, reach) for span in spans]).bool()
     keys, values = (t.repeat_interleave(2, dim=1) for t in (key, value))
     scores = (query @ keys.transpose(-1, -2) / 4).masked_fill(~mask, float("-inf"))
     return values_and_gradients(scores.softmax(-1) @ values, inputs)
 
 
-PLANS: dict[str, Callable[[tuple[Span, ...]], AttentionPlan]] = {
-    "segment": lambda spans: SegmentAttention(spans, CPU),
-    "dense": lambda spans: DenseAttention(spans, CPU),
-    "tiled": lambda spans: TiledAttention(spans, torch.float32),
+PLANS: dict[str, Callable[[tuple[Span, ...], Reach | None], AttentionPlan]] = {
+    "segment": lambda spans, reach: SegmentAttention(spans, CPU, reach),
+    "dense": lambda spans, reach: DenseAttention(spans, CPU, reach),
+    "tiled": lambda spans, reach: TiledAttention(spans, torch.float32, reach),
 }
+
+
+def test_a_window_by_hand() -> None:
+    """Prompt a b c, responses d e and f, a window of three: e sees c d e, f sees b c f."""
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 1, 1, 0, 0, 1],
+    ]
+    assert example_mask(Span(100, 3, (2, 1)), Window(3)).int().tolist() == expected
 
 
 @pytest.mark.parametrize("values", [16, 10, 24], ids=lambda width: f"values of {width}")
@@ -98,9 +115,35 @@ def test_plans_agree_with_softmax_of_masked_scores(
     Scores reach 26, so fp32 rounds their exponentials by some 2e-6, and values reach 9.
     """
     inputs = qkv(spans, values=values)
-    actual = values_and_gradients(PLANS[plan](spans)(*inputs, None, 0.0), inputs)
+    actual = values_and_gradients(PLANS[plan](spans, None)(*inputs, None, 0.0), inputs)
     for a, e in zip(actual, softmax_of_masked_scores(spans, inputs), strict=True):
         torch.testing.assert_close(a, e.float(), atol=4e-5, rtol=1e-5)
+
+
+def chunks_of_50(query_position: Tensor, key_position: Tensor) -> Tensor:
+    return query_position // 50 == key_position // 50
+
+
+@pytest.mark.parametrize("reach", [Window(1), Window(3), Window(70), chunks_of_50])
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("spans", [SPANS, LONG], ids=["short", "long"])
+def test_plans_reach_as_far_as_a_layer(plan: str, spans: tuple[Span, ...], reach: Reach) -> None:
+    """Windows shorter and longer than prompts, responses and tiles; and what is no window."""
+    inputs = qkv(spans)
+    actual = values_and_gradients(PLANS[plan](spans, reach)(*inputs, None, 0.0), inputs)
+    for a, e in zip(actual, softmax_of_masked_scores(spans, inputs, reach), strict=True):
+        torch.testing.assert_close(a, e.float(), atol=4e-5, rtol=1e-5)
+
+
+def test_tiles_take_no_keys_from_before_a_window() -> None:
+    """A row of 2,000 tokens with a window of 100: a tile of 128 queries has at most 228 keys."""
+    spans = (Span(0, 1200, (500, 300)),)
+
+    def most_keys(reach: Reach | None) -> int:
+        stacks = TiledAttention(spans, torch.bfloat16, reach).stacks
+        return max(stack.keys_Sm.shape[1] for stack in stacks)
+
+    assert most_keys(Window(100)) <= 240 < most_keys(None)
 
 
 @pytest.mark.parametrize(("values", "gradients"), [(16, 1.05), (10, 1.6)])
@@ -211,14 +254,18 @@ def emulated_varlen_attn(aligned: str) -> Callable[..., Tensor]:
         assert query.shape[1:] == key.shape[1:] == value.shape[1:]  # one width, equal heads
         assert query.dtype == key.dtype == value.dtype
         assert query.is_contiguous() and key.is_contiguous() and value.is_contiguous()
-        assert given["window_size"] == (-1, 0)
+        left, right = given["window_size"]
+        assert right == 0
         bounds = [given[name].tolist() for name in ("cu_seq_q", "cu_seq_k")]
         longest = [max(b - a for a, b in pairwise(each)) for each in bounds]
         assert longest == [given["max_q"], given["max_k"]]
         outputs = []
         for (q0, q1), (k0, k1) in zip(*map(pairwise, bounds), strict=True):
             n, m = q1 - q0, k1 - k0
-            mask = torch.ones(n, m).tril(m - n if aligned == "right" else 0).bool()
+            last = m - n if aligned == "right" else 0
+            mask = torch.ones(n, m).tril(last).bool()
+            if left >= 0:
+                mask &= torch.ones(n, m).triu(last - left).bool()
             q, k, v = (t.transpose(0, 1)[None] for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
             part = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=given["scale"])
             outputs.append(part[0].transpose(0, 1))
@@ -241,6 +288,19 @@ def test_varlen_calls_its_kernel_rightly(
     actual, expected = (values_and_gradients(plan(*inputs, scaling, 0.0), inputs) for plan in plans)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("window", [Window(1), Window(3), Window(50)])
+def test_varlen_leaves_windows_to_its_kernel(
+    monkeypatch: pytest.MonkeyPatch, window: Window
+) -> None:
+    """A response's keys lie in the order of their positions, its prompt's first."""
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", emulated_varlen_attn("right"))
+    inputs = qkv(SPANS)
+    plan = VarlenAttention(SPANS, CPU, torch.float32, window)
+    actual = values_and_gradients(plan(*inputs, None, 0.0), inputs)
+    for a, e in zip(actual, softmax_of_masked_scores(SPANS, inputs, window), strict=True):
+        torch.testing.assert_close(a, e.float(), atol=4e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -301,9 +361,10 @@ def test_the_self_test_tells_alignments_apart(
     monkeypatch: pytest.MonkeyPatch, aligned: str, passes: bool
 ) -> None:
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", emulated_varlen_attn(aligned))
-    refusal = compare_with_dense(CPU, torch.bfloat16)
-    assert (refusal is None) is passes
-    assert passes or "self-test is off" in str(refusal)
+    for window in (None, Window(7)):
+        refusal = compare_with_dense(CPU, torch.bfloat16, window)
+        assert (refusal is None) is passes
+        assert passes or "self-test is off" in str(refusal)
 
 
 def test_the_self_test_reports_a_kernel_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,3 +383,4 @@ def test_varlen_is_refused_with_a_reason_off_cuda() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_varlen_passes_its_self_test_on_cuda() -> None:
     assert varlen_refusal(torch.device("cuda"), torch.bfloat16) is None
+    assert varlen_refusal(torch.device("cuda"), torch.bfloat16, windowed=True) is None

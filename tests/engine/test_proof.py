@@ -13,9 +13,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from alignkit.engine import Example, check_engine, collate, score
-from alignkit.engine.attention import packed_attention_forward
+from alignkit.engine.attention import make_plan
 from alignkit.engine.fp32 import in_fp32
+from alignkit.engine.head import PLAIN, Curve
+from alignkit.engine.interface import packed_attention_forward
 from alignkit.engine.lengths import named_lengths
+from alignkit.engine.proof import set_packing
+from alignkit.engine.row import PackedRow
+from alignkit.engine.tail import _CURVE
 from alignkit.engine.tiles import TiledAttention
 from alignkit.errors import AlignkitError
 from alignkit.modules import SFTModule
@@ -35,9 +40,10 @@ def _quiet() -> Iterator[None]:
 
 
 def refusal(model: PreTrainedModel, example: Example | None = None) -> str:
-    """The one line that check_engine, or a score without it, ends in."""
+    """The one line that check_engine, or a score without it, ends in where rows are required."""
+    set_packing(model, "require")
     with pytest.raises(AlignkitError) as caught, torch.no_grad():
-        check_engine(model) if example is None else score(model, collate([SHORT, example]))
+        score(model, collate([SHORT, example])) if example else check_engine(model, "require")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -91,11 +97,16 @@ def test_lengths_are_read_under_any_name_and_sizes_are_not() -> None:
 
 
 def test_a_soft_cap_is_noticed_before_logits_grow_into_it() -> None:
-    """At initialisation logits of 0.1 pass a cap of 15 unchanged."""
-    refusal(tiny_family("nanochat", spread=0.0))
+    """At initialisation logits of 0.1 pass a cap of 15 unchanged: the head is not plain."""
+    model = tiny_family("nanochat", spread=0.0)
+    check_engine(model)
+    setattr(model, _CURVE, PLAIN)
+    refusal(model)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "jamba", "bamba", "llama4", "xlstm", "qwen4_exp_text"])
+@pytest.mark.parametrize(
+    "kind", ["mamba", "jamba", "bamba", "falcon_h1", "xlstm", "bloom", "qwen4_exp_text"]
+)
 def test_architectures_that_rows_break_end_in_one_line(kind: str) -> None:
     """Each was a traceback from inside transformers, or neighbours' tokens in the state."""
     model = tiny_family(kind)
@@ -105,27 +116,30 @@ def test_architectures_that_rows_break_end_in_one_line(kind: str) -> None:
 def test_the_command_refuses_them_in_one_line(tmp_path: Path) -> None:
     tiny_family("mamba").save_pretrained(tmp_path)
     with pytest.raises(AlignkitError, match="MambaForCausalLM"):
-        SFTModule(str(tmp_path), lora=None)
+        SFTModule(str(tmp_path), lora=None, packing="require")
 
 
 def test_an_unknown_keyword_of_attention_is_refused_by_name() -> None:
-    module, plan = torch.nn.Module(), TiledAttention(collate([SHORT]).spans, torch.float32)
-    q = torch.randn(1, 2, 8, 4)
+    spans, cpu = collate([SHORT]).spans, torch.device("cpu")
+    mask = PackedRow(spans, cpu, torch.float32, make_plan(spans, cpu, torch.float32)).mask({})
+    module, q = torch.nn.Module(), torch.randn(1, 2, 8, 4)
     positions = torch.arange(8)[None]
     for known in ({"position_ids": positions}, {"anything": None}, {"use_cache": False}):
-        packed_attention_forward(module, q, q, q, None, plan=plan, **known)
+        packed_attention_forward(module, q, q, q, mask, **known)
     for name, value in {
         "some_future_bias": torch.zeros(1),
         "is_causal": False,
         "use_cache": True,
-        "softcap": 0.0,
+        "indices": torch.zeros(1),
     }.items():
         with pytest.raises(AlignkitError, match=name):
-            packed_attention_forward(module, q, q, q, None, plan=plan, **{name: value})
+            packed_attention_forward(module, q, q, q, mask, **{name: value})
+    with pytest.raises(AlignkitError, match="other tokens"):
+        packed_attention_forward(module, q, q[:, :, :5], q[:, :, :5], mask)
 
 
 def test_an_untested_family_is_proved_before_its_first_score() -> None:
-    assert "CohereForCausalLM" in refusal(tiny_family("cohere"), LONG)
+    assert "JambaForCausalLM" in refusal(tiny_family("jamba"), LONG)
 
 
 def _scaled_tiles(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
@@ -159,7 +173,7 @@ def test_in_bf16_a_wrong_scale_shows_in_fp32(
 ) -> None:
     """Logits 2 % too large, which is 0.1 nats a token and within the old tolerance."""
     model = tiny_model(family).to(torch.bfloat16).requires_grad_(False)
-    model.get_output_embeddings().register_forward_hook(lambda *args: args[2] * 1.02)
+    setattr(model, _CURVE, Curve(scale=1.02))
     assert "nats" in refusal(model)
 
 

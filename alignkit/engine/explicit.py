@@ -1,0 +1,101 @@
+"""Attention whose scores are changed before or within the softmax, spelled out.
+
+Soft-capped scores (Gemma 2, arXiv:2408.00118, section 2) and sinks (gpt-oss, arXiv:2508.10925): a
+learned score of nothing, one more column of the softmax that no value belongs to.
+
+Shape letters: T row tokens, H query heads, K key heads, D head width, L tokens of an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from alignkit.batch import Span
+from alignkit.engine.segments import Reach, example_mask
+
+
+class ExplicitAttention:
+    """One example at a time, scores in fp32 and computed again in the backward pass.
+
+    Args:
+        spans: The row's examples.
+        device: Where queries, keys and values live.
+        reach: Whom a query sees among what precedes it; ``None`` for all of it.
+    """
+
+    def __init__(
+        self, spans: Sequence[Span], device: torch.device, reach: Reach | None = None
+    ) -> None:
+        self.lengths = [span.end - span.start for span in spans]
+        self.masks = [example_mask(span, reach).to(device) for span in spans]
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        dropout: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor:
+        """Attend [1, H, T, D] queries to [1, K, T, D] keys and values.
+
+        Args:
+            query, key, value: Of the row.
+            scaling: Factor on the scores; ``None`` for 1/√D.
+            dropout: Probability on the attention weights.
+            softcap: c of ``c tanh(s / c)`` over the scaled scores s.
+            sinks_H: [H], a head's score of nothing.
+
+        Returns:
+            [1, H, T, D].
+        """
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        parts = zip(
+            torch.split(query, self.lengths, dim=2),
+            torch.split(key, self.lengths, dim=2),
+            torch.split(value, self.lengths, dim=2),
+            self.masks,
+            strict=True,
+        )
+        outputs = []
+        for q, k, v, mask_LL in parts:
+            arguments = (q, k, v, mask_LL, scale, dropout, softcap, sinks_H)
+            if torch.is_grad_enabled():
+                outputs.append(checkpoint(_attend, *arguments, use_reentrant=False))
+            else:
+                outputs.append(_attend(*arguments))
+        return torch.cat(outputs, dim=2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask_LL: Tensor,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key = key.repeat_interleave(groups, dim=1)
+        value = value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask_LL, float("-inf"))
+    if sinks_H is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = sinks_H.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+    weights = F.dropout(weights, dropout, training=dropout > 0.0)
+    return weights.to(value.dtype) @ value

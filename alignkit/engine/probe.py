@@ -1,0 +1,259 @@
+"""A probe: packed or lone scores of a few tokens, beside those of the model's own forward.
+
+The model computes both in fp32, with logits made loud; in half precision it must round no worse
+than by itself.
+
+Shape letters: N scored tokens, L tokens of a sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from alignkit.batch import Example, PackedBatch, collate
+from alignkit.engine.fp32 import in_fp32
+from alignkit.engine.interface import backbone, use_own_attention
+from alignkit.engine.lengths import text_config
+from alignkit.errors import AlignkitError
+
+Score = Callable[[PreTrainedModel, PackedBatch], Tensor]
+
+ENDS = 64
+"""Tokens of a long sequence that are compared: its last ones."""
+LOUD = 10.0
+"""Spread of the probe's logits in nats, so that a soft-cap shows before training makes them so."""
+TOLERANCE = 1e-4
+"""Largest difference in fp32, as a part of the spread of the logits."""
+
+
+def probe(model: PreTrainedModel, longest: int, limit: int | None) -> list[Example]:
+    """Short examples, and one of ``longest`` tokens if that is longer; all within ``limit``."""
+    vocabulary = text_config(model).vocab_size
+    count = max(longest, 24)
+    ids = [(37 * i + 11) % vocabulary for i in range(count)]
+    half = 9 if limit is None else max(1, min(9, limit // 2))
+    examples = [
+        Example(ids[:half], [ids[half : half + 6][:half], ids[half + 6 : half + 15][:half]]),
+        Example(ids[20:21], [ids[1:3]]),
+        Example([], [ids[3 : 3 + half]]),
+    ]
+    if longest > 2 * half:
+        middle = longest // 2
+        last = [False] * (longest - middle)
+        last[-ENDS:] = [True] * len(last[-ENDS:])
+        near = ids[5:9]
+        examples.append(
+            Example(ids[:middle], [ids[middle:longest], near], [last, [True] * len(near)])
+        )
+    return examples
+
+
+def find_fault(
+    model: PreTrainedModel, score: Score, examples: list[Example], looks_ahead: bool = False
+) -> str | None:
+    """Compare scores with the model's own, one sequence at a time.
+
+    In fp32 they must agree to rounding, in half precision they must be as near to fp32 as the
+    model's own are.
+
+    Args:
+        model: On any device, in any mode; both stay as they are.
+        score: Log-probs of a batch, [N].
+        examples: From `probe`.
+        looks_ahead: Whether to find out if the model's own tokens depend on what follows them.
+
+    Returns:
+        What is wrong, or ``None``.
+
+    Raises:
+        AlignkitError: The model's own scores are no numbers.
+    """
+    device = model.device
+    batch = collate(examples).to(device)
+    half_precision = model.dtype in (torch.bfloat16, torch.float16)
+    with torch.no_grad(), _in_eval_mode(model), _loud(model, examples[1]):
+        with in_fp32(model, device):
+            truth, spread = _plain_scores(model, examples, device)
+            if not truth.isfinite().all():
+                raise AlignkitError(
+                    f"model: {type(model).__name__} itself scores NaN or infinity, although its "
+                    "weights are numbers: they are damaged or too large; use another base or start"
+                )
+            if looks_ahead:
+                if not _near(_plain_scores(model, examples, device)[0], truth, spread):
+                    return "its own scores differ from one forward to the next"
+                if _looks_ahead(model, examples[0], spread):
+                    return "its tokens depend on those that follow them"
+            scores = _attempt(model, score, batch)
+        if isinstance(scores, str):
+            return scores
+        if not _near(scores, truth, spread):
+            difference = (scores - truth).abs().max().item()
+            return f"scores are off by {difference:.2g} nats (logits spread {spread:.2g})"
+        if not half_precision:
+            return None
+        rounded = _attempt(model, score, batch)
+        if isinstance(rounded, str):
+            return rounded
+        plain, _ = _plain_scores(model, examples, device)
+        fault = _rounds_worse(rounded - truth, plain - truth, batch.response_index)
+        dtype = str(model.dtype).removeprefix("torch.")
+        return fault and f"in {dtype} {fault} of the model's own scores"
+
+
+def _attempt(model: PreTrainedModel, score: Score, batch: PackedBatch) -> Tensor | str:
+    """Score a batch, or say why that fails."""
+    try:
+        return score(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except AlignkitError as error:
+        return str(error).removeprefix("model: ").partition("; ")[0]
+    except Exception as error:  # whatever transformers' many models raise over a packed row
+        return f"the forward fails ({reason_of(error)})"
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's class and its first line."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def _near(scores_N: Tensor, truth_N: Tensor, spread: float) -> bool:
+    return bool((scores_N - truth_N).abs().max() <= TOLERANCE * spread)
+
+
+def _looks_ahead(model: PreTrainedModel, example: Example, spread: float) -> bool:
+    """Do the scores of a sequence change with its last tokens?"""
+    tokens = [*example.prompt, *example.responses[-1]]
+    half = len(tokens) // 2
+    other = [*tokens[:half], *reversed(tokens[half:])]
+    shared = [True] * (half - 1) + [False] * (len(tokens) - half)
+    pair = [Example(tokens[:1], [each[1:]], [shared]) for each in (tokens, other)]
+    scores, _ = _plain_scores(model, pair, model.device)
+    first, second = scores.chunk(2)
+    return not _near(second, first, spread)
+
+
+def _rounds_worse(packed_N: Tensor, plain_N: Tensor, response_N: Tensor) -> str | None:
+    """Does rounding harm packed scores more than the model's own: a token, a sum, or on average?
+
+    A router that sends a token to another expert for its last bit makes errors of any size in a
+    few tokens of either: errors count up to five times the usual one.
+
+    Args:
+        packed_N, plain_N: Errors of both against fp32.
+        response_N: Which response each token belongs to.
+
+    Returns:
+        What is worse, or ``None``. Margins are such that chance does not reach them.
+    """
+    noise = 1.5 * plain_N.abs().median().item() + 1e-6
+    errors = [
+        errors_N.nan_to_num(math.inf).clamp(-5 * noise, 5 * noise)
+        for errors_N in (packed_N, plain_N)
+    ]
+    rms, own_rms = (errors_N.square().mean().sqrt().item() for errors_N in errors)
+    if rms > 3 * own_rms + 1e-6:
+        return (
+            f"rounding errors of {rms:.2g} nats a token are more than three times the {own_rms:.2g}"
+        )
+    mean, own_mean = (errors_N.mean().item() for errors_N in errors)
+    if abs(mean) > abs(own_mean) + 5 * noise / math.sqrt(len(plain_N)):
+        return f"mean errors of {mean:+.2g} nats are far beyond the {own_mean:+.2g}"
+    counts_R = torch.bincount(response_N)
+    sums_R, own_R = (
+        errors_N.new_zeros(len(counts_R)).index_add(0, response_N, errors_N) for errors_N in errors
+    )
+    if (sums_R.abs() > own_R.abs().max() + 5 * noise * counts_R.sqrt()).any():
+        return f"sums are off by {sums_R.abs().max().item():.2g} nats, far beyond the rounding"
+    return None
+
+
+def _plain_scores(
+    model: PreTrainedModel, examples: list[Example], device: torch.device
+) -> tuple[Tensor, float]:
+    """Score each response in a forward of its own, as transformers computes it.
+
+    Returns:
+        [N] fp32 log-probs in a batch's order, and the mean spread of the logits over V.
+    """
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    scores, spreads = [], []
+    with _own_attention(model):
+        for example in examples:
+            for k, response in enumerate(example.responses):
+                scored = example.scored[k] if example.scored else [True] * len(response)
+                wanted = [
+                    len(example.prompt) + j
+                    for j, taken in enumerate(scored)
+                    if taken and len(example.prompt) + j
+                ]
+                row = torch.tensor([[*example.prompt, *response]], device=device)
+                # The last logits alone, from that which predicts the first token wanted.
+                kept = row.shape[1] - wanted[0] + 1
+                more = {"logits_to_keep": kept} if keeps else {}
+                logits_LV = model(row, use_cache=False, **more).logits[0, -kept:].float()
+                predictors = torch.tensor(wanted, device=device) - (row.shape[1] - kept) - 1
+                logits_NV = logits_LV[predictors]
+                targets_N1 = row[0, wanted][:, None]
+                scores.append(logits_NV.log_softmax(-1).gather(1, targets_N1)[:, 0])
+                spreads.append(logits_NV.std(-1).mean())
+    return torch.cat(scores), torch.stack(spreads).mean().item()
+
+
+@contextmanager
+def _own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attend as transformers does, without our function in between."""
+    before = model.config._attn_implementation
+    use_own_attention(model)
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _loud(model: PreTrainedModel, example: Example) -> Iterator[None]:
+    """Scale the last hidden states so that logits spread by `LOUD`, if they spread by less.
+
+    Both ways of scoring go through the same decoder, so that they stay comparable.
+    """
+    with in_fp32(model, model.device):
+        _, spread = _plain_scores(model, [example], model.device)
+    factor = max(1.0, LOUD / spread) if spread > 0 else 1.0
+
+    def scale(module: nn.Module, inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state * factor
+        return output
+
+    # The innermost model that makes hidden states: some heads pass over what wraps it.
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    if decoder is model or not isinstance(decoder, PreTrainedModel):
+        decoder = backbone(model)
+    handle = decoder.register_forward_hook(scale)
+    try:
+        yield
+    finally:
+        handle.remove()
