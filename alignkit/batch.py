@@ -185,7 +185,7 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     spans: list[Span] = []
     end = 0
     for index, example in enumerate(examples):
-        _check(index, example)
+        _check_example(index, example)
         start, prompt = end, len(example.prompt)
         segments.append(np.asarray(example.prompt, np.int64))
         bases.append(0)
@@ -219,7 +219,7 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     )
 
 
-def _check(index: int, example: Example) -> None:
+def _check_example(index: int, example: Example) -> None:
     if not example.responses:
         raise AlignkitError(f"collate: example {index} has no responses; give it at least one")
     for k, response in enumerate(example.responses):

@@ -20,6 +20,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as BaseProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import alignkit.data  # noqa: F401 (so that data modules go by their short names)
 from alignkit.callbacks import ProgressBar
 from alignkit.cli.config import SaveConfig
 from alignkit.cli.errors import explain

@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 """Largest difference in fp32, as a part of the spread of the logits."""
 
 
-def probe(model: PreTrainedModel, longest: int, limit: int | None) -> list[Example]:
+def probe_examples(model: PreTrainedModel, longest: int, limit: int | None) -> list[Example]:
     """Short examples, and one of ``longest`` tokens if that is longer; all within ``limit``."""
     vocabulary = text_config(model).vocab_size
     count = max(longest, 24)
@@ -67,7 +67,7 @@ def find_fault(
     Args:
         model: On any device, in any mode; both stay as they are.
         score: Log-probs of a batch, [N].
-        examples: From `probe`.
+        examples: From `probe_examples`.
         looks_ahead: Whether to find out if the model's own tokens depend on what follows them.
 
     Returns:

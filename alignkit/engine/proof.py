@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from alignkit.batch import Example, PackedBatch
 from alignkit.engine.interface import use_own_attention
 from alignkit.engine.lengths import longest_position, named_lengths
-from alignkit.engine.probe import Score, find_fault, probe, reason_of
+from alignkit.engine.probe import Score, find_fault, probe_examples, reason_of
 from alignkit.errors import AlignkitError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Packing: TypeAlias = Literal["auto", "require"]
 
 TESTED = ("gpt2", "gpt_neox", "llama")
-"""Families whose scores our own tests prove: these are not probed before their first score."""
+"""Families whose scores our own tests show right: these are not probed before their first score."""
 WORK = 2e11
 """Parameters x tokens that a probe may cost when a model is made: seconds on a CPU."""
 SHORTEST = 8
@@ -68,7 +68,7 @@ class Standing:
     fault: str = ""
 
 
-def prove(model: PreTrainedModel, ways: Ways, reach: int = 0) -> Standing:
+def verify_scores(model: PreTrainedModel, ways: Ways, reach: int = 0) -> Standing:
     """Compare scores of a probe with the model's own, and note on the model how far they hold.
 
     Args:
@@ -89,7 +89,7 @@ def prove(model: PreTrainedModel, ways: Ways, reach: int = 0) -> Standing:
         reach = next((n + 1 for n in reversed(lengths) if n < affordable), 0)
     limit = longest_position(model)
     reach = reach if limit is None else min(reach, limit)
-    examples = probe(model, reach, limit)
+    examples = probe_examples(model, reach, limit)
     longest = max(len(e.prompt) + len(r) for e in examples for r in e.responses)
     holds = next((length for length in lengths if length >= longest), math.inf)
     fault = before.fault if before is not None else ""
@@ -117,13 +117,13 @@ def prove(model: PreTrainedModel, ways: Ways, reach: int = 0) -> Standing:
 
 
 def fits_a_row(model: PreTrainedModel, ways: Ways, batch: PackedBatch) -> bool:
-    """Tell whether to score a batch as one packed row; prove it where that is not known.
+    """Tell whether to score a batch as one packed row; verify it where that is not known.
 
     Returns:
         ``False`` for a batch that is to be scored one sequence a forward.
 
     Raises:
-        AlignkitError: As `prove` does.
+        AlignkitError: As `verify_scores` does.
     """
     standing: Standing | None = getattr(model, _STANDING, None)
     if standing is None:
@@ -132,12 +132,12 @@ def fits_a_row(model: PreTrainedModel, ways: Ways, batch: PackedBatch) -> bool:
             standing = Standing(packed=lengths[0] if lengths else math.inf)
             setattr(model, _STANDING, standing)
         else:
-            standing = prove(model, ways)
+            standing = verify_scores(model, ways)
     if batch.longest <= standing.packed:
         return True
     if batch.longest > standing.alone:
         log.info("attention: probing sequences of %d tokens", batch.longest)
-        standing = prove(model, ways, batch.longest)
+        standing = verify_scores(model, ways, batch.longest)
     return batch.longest <= standing.packed
 
 
@@ -167,7 +167,7 @@ def _packed_up_to(
     candidates = [length for length in lengths if SHORTEST <= length < reach]
 
     def is_wrong(length: int) -> bool:
-        return _fault(model, score, probe(model, length, length)) is not None
+        return _fault(model, score, probe_examples(model, length, length)) is not None
 
     count = bisect_left(candidates, True, key=is_wrong)
     return candidates[count - 1] if count else 0.0

@@ -16,7 +16,7 @@ from alignkit.engine.fallback import hidden_alone
 from alignkit.engine.head import TokenScores
 from alignkit.engine.interface import backbone, use_packed_attention
 from alignkit.engine.lengths import longest_position
-from alignkit.engine.proof import Packing, Ways, fits_a_row, prove, set_packing
+from alignkit.engine.proof import Packing, Ways, fits_a_row, set_packing, verify_scores
 from alignkit.engine.row import PackedRow, row_in_flight
 from alignkit.engine.tail import head_scores
 from alignkit.errors import AlignkitError
@@ -123,7 +123,7 @@ def check_engine(model: PreTrainedModel, packing: Packing = "auto") -> None:
         AlignkitError: The two disagree by more than rounding either way, or cannot be compared.
     """
     set_packing(model, packing)
-    prove(model, _WAYS)
+    verify_scores(model, _WAYS)
 
 
 def _packed_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -70,7 +70,7 @@ class LoRAConfig:
         object.__setattr__(self, "layers", _layers(self.layers))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, dict(getattr(self, name)))
-        self._check()
+        self._check_values()
 
     @property
     def scale(self) -> float:
@@ -104,7 +104,7 @@ class LoRAConfig:
             raise AlignkitError(f"LoRAConfig: unknown keys {', '.join(unknown)}; remove them")
         return cls(**values)
 
-    def _check(self) -> None:
+    def _check_values(self) -> None:
         for where, r in self._own_and("rank"):
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise AlignkitError(

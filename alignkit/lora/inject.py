@@ -26,13 +26,22 @@ from alignkit.lora.targets import resolve, saved_modules, shared_weight
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "default") -> Model:
+def inject_lora(
+    model: Model,
+    config: LoRAConfig | None = None,
+    name: str = "default",
+    *,
+    linear: type[LoRALinear] = LoRALinear,
+) -> Model:
     """Freeze a model and give it a new adapter, which becomes the active and only trained one.
 
     Args:
         model: Any module with linear layers, usually a transformers causal LM. Changed in place.
         config: What to adapt; GPT-2's attention with rank 8 by default.
         name: Letters, digits, ``-`` and ``_``; further adapters on one base take further names.
+        linear: The class of adapted linear layers: a subclass of `LoRALinear` is a variant of your
+            own. What its factors mean, ``x W + s · x A B``, has to stay, as checkpoints and exports
+            say no more; how they start and what of them is trained is free.
 
     Returns:
         The model itself. Its ``save_pretrained`` refuses from here on;
@@ -57,7 +66,7 @@ def inject_lora(model: Model, config: LoRAConfig | None = None, name: str = "def
     made: dict[str, AdapterLayer] = {}
     try:
         for path, own in targets.items():
-            kind = LoRAEmbedding if isinstance(modules[path], nn.Embedding) else LoRALinear
+            kind = LoRAEmbedding if isinstance(modules[path], nn.Embedding) else linear
             made[path] = kind(modules[path], own, name)
     except AlignkitError:
         for parameter in trainable:

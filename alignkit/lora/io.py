@@ -50,7 +50,7 @@ from alignkit.lora.targets import pruned, resolve, saved_modules, shared_weight
 from alignkit.utils.atomic import write_atomically
 from alignkit.utils.finite import first_nonfinite
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -253,7 +253,7 @@ def _without_base(
 def _warn_of_other_base(model: nn.Module, raw: Mapping[str, Any], where: str) -> None:
     theirs, ours = raw.get("base_model_name_or_path"), base_name(model)
     if theirs and ours and theirs != ours:
-        logger.warning("%s was trained on %s; the model here is %s", where, theirs, ours)
+        log.warning("%s was trained on %s; the model here is %s", where, theirs, ours)
 
 
 def _refuse_other_build(

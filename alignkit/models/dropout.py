@@ -46,7 +46,7 @@ def zero_dropout(model: nn.Module) -> None:
 
     They are attributes of modules (``nn.Dropout.p``, OPT's ``layer.dropout``) or of the configs
     that modules read in their forward pass (GPT-J's ``config.attn_pdrop``), found by name. Whether
-    that was all of them is for `alignkit.models.noise.prove_quiet` to show.
+    that was all of them is for `alignkit.models.noise.refuse_noise` to show.
 
     Args:
         model: A base without adapters, whose own dropout is another matter. Changed in place; it

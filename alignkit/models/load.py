@@ -45,7 +45,7 @@ __all__ = [
     "load_tokenizer",
 ]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _HUB_TIMEOUT_S = 5.0
@@ -141,7 +141,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-        _log.info("tokenizer '%s' has no padding token: using EOS %r", path, tokenizer.eos_token)
+        log.info("tokenizer '%s' has no padding token: using EOS %r", path, tokenizer.eos_token)
     return tokenizer
 
 

@@ -44,7 +44,7 @@ def adapters_quiet(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def prove_quiet(model: PreTrainedModel) -> None:
+def refuse_noise(model: PreTrainedModel) -> None:
     """Show that the base draws nothing in training mode that changes a score.
 
     One row is scored in evaluation and twice in training mode, with the dropout of adapters off.

@@ -19,7 +19,7 @@ from alignkit.lora import LoRAConfig
 from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
-from alignkit.models.noise import prove_quiet
+from alignkit.models.noise import refuse_noise
 from alignkit.models.policy import build_policy
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
@@ -136,7 +136,7 @@ class AlignmentModule(Hosted):
         check_engine(self.model, packing)
         self.dropout = dropout
         if not dropout:
-            prove_quiet(self.model)
+            refuse_noise(self.model)
         self.compiles = compile
         if compile:
             compile_blocks(self.model)

@@ -116,7 +116,7 @@ class ReferenceCache:
             "keys": torch.tensor([list(key) for key in rows], dtype=torch.uint8),
             "counts": torch.tensor([len(part) for part in rows.values()]),
             "sums": torch.cat(list(rows.values())),
-            "checks": torch.tensor([_check(key, part) for key, part in rows.items()]),
+            "checks": torch.tensor([_checksum(key, part) for key, part in rows.items()]),
         }
         with self._optional():
             write_atomically(self.home / f"{uuid.uuid4().hex}.safetensors", save(tensors))
@@ -140,7 +140,7 @@ class ReferenceCache:
             log.warning("%s: unreadable (%s); its rows will be scored again", shard, error)
             return
         for row, (key, part, check) in enumerate(zip(keys, parts, checks, strict=True)):
-            if _check(key, part) == check:
+            if _checksum(key, part) == check:
                 self._rows[key] = part
             else:
                 log.warning("%s: row %d is corrupted; it will be scored again", shard, row)
@@ -174,5 +174,5 @@ def example_keys(batch: PackedBatch) -> list[bytes]:
     return keys
 
 
-def _check(key: bytes, part: Tensor) -> int:
+def _checksum(key: bytes, part: Tensor) -> int:
     return zlib.crc32(part.numpy().tobytes(), zlib.crc32(key))

@@ -17,7 +17,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.models.dropout import own_dropout, probabilities, zero_dropout, zeroed
 from alignkit.models.export import export
-from alignkit.models.noise import adapters_quiet, prove_quiet
+from alignkit.models.noise import adapters_quiet, refuse_noise
 from alignkit.modules import DPOModule, SFTModule
 from tests.modules.helpers import answers, loader, logged_steps, pairs, trainer
 
@@ -140,7 +140,7 @@ def test_what_evaluation_reads_is_given_back(base: Callable[[str], str]) -> None
     before = tokens(model)
     zero_dropout(model)
     with pytest.raises(AlignkitError):
-        prove_quiet(model)
+        refuse_noise(model)
     assert model.config.router_jitter_noise == 0.01
     assert model.model.layers[0].mlp.router.router_jitter_noise == 0.01
     assert model.config.input_jitter_noise == 0
@@ -183,18 +183,18 @@ def test_noise_under_any_name_is_refused_with_its_module(
     state = torch.get_rng_state()
     zero_dropout(model)
     with pytest.raises(AlignkitError, match=r"model.dropout=false: Hidden \(transformer.h.1\)"):
-        prove_quiet(model)
+        refuse_noise(model)
     assert not model.training
     assert torch.equal(torch.get_rng_state(), state)
     model.transformer.h[1].form = "none"
-    prove_quiet(model)
+    refuse_noise(model)
 
 
 def test_zeroed_layer_drop_may_still_draw(base: Callable[[str], str]) -> None:
     """OPT draws a number a layer even where no layer can be dropped."""
     model = AutoModelForCausalLM.from_pretrained(base("opt")).eval()
     zero_dropout(model)
-    prove_quiet(model)
+    refuse_noise(model)
 
 
 def test_the_step_0_gate_sees_noise_that_comes_later(
@@ -225,7 +225,7 @@ def test_adapter_dropout_is_no_noise_of_the_base(model_dir: Callable[..., Path])
         for name, parameter in module.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    prove_quiet(module.model)
+    refuse_noise(module.model)
     module.train()
     batch = collate(answers(3))
     noisy = [module.compute_loss(batch).loss_sum.item() for _ in range(2)]

@@ -16,7 +16,7 @@ from alignkit.data.keep.position import Plan, check_plan, differences
 from alignkit.data.read.hashes import digest_of
 from alignkit.errors import AlignkitError
 
-_log = logging.getLogger("alignkit.data")
+log = logging.getLogger(__name__)
 _ATTEMPTS = 64
 
 
@@ -86,13 +86,13 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self._start = 0
         self._yielded = 0
-        self._check()
+        self._check_values()
         # A longer example fills a micro-batch of its own.
         self._sizes = np.minimum(self._lengths, tokens_per_batch)
         self._order, self._cuts = self._plan(0)
         self._steps = len(self._cuts) - 1
 
-    def _check(self) -> None:
+    def _check_values(self) -> None:
         drawn = sum(quota for _, quota in self._quotas)
         bins = self._world * self._accumulate
         if self._budget < 1:
@@ -166,7 +166,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         if 0 < batches < length:
             check_plan(plan, self.fingerprint)
         elif self._rank == 0 and plan and (told := differences(plan, self.fingerprint)):
-            _log.info("the epoch begins with other data or batches than the checkpoint's: %s", told)
+            log.info("the epoch begins with other data or batches than the checkpoint's: %s", told)
         # A finished epoch is the next one's beginning: a loader with workers draws at once.
         self.set_epoch(state["epoch"] + int(finished))
         self._start = self._yielded = 0 if finished else batches

@@ -13,7 +13,7 @@ from alignkit.data.text.policies import Tally
 from alignkit.engine import Example, PackedBatch, collate
 from alignkit.errors import AlignkitError
 
-_log = logging.getLogger("alignkit.data")
+log = logging.getLogger(__name__)
 
 _Placed = tuple[tuple[str, int], Example]
 """An example with the source and line it came from."""
@@ -79,7 +79,7 @@ class ExampleStream(IterableDataset[PackedBatch]):
             if not tally.counts.get("examples"):
                 names = ", ".join(source.name for source in self._sources)
                 raise AlignkitError(f"{names}: the stream holds no example for every rank")
-            _log.info("read the stream to its end: %s", tally.counts)
+            log.info("read the stream to its end: %s", tally.counts)
 
 
 def shard(source: Source, rank: int, world_size: int) -> Source:

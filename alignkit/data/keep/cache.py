@@ -16,7 +16,7 @@ from filelock import FileLock
 from alignkit.data.keep.store import Store, StoreError, StoreWriter
 from alignkit.errors import AlignkitError
 
-_log = logging.getLogger("alignkit.data")
+log = logging.getLogger(__name__)
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -70,7 +70,7 @@ def _open(directory: Path, complain: bool = False) -> Store | None:
         return Store(directory)
     except StoreError as error:
         if complain:
-            _log.warning("the cache %s is damaged (%s); building it anew", directory, error)
+            log.warning("the cache %s is damaged (%s); building it anew", directory, error)
         return None
 
 

@@ -22,7 +22,7 @@ from alignkit.data.read.sources import DataPath, not_read, quotas, weights_of
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import TextFormat
 
-_log = logging.getLogger("alignkit.data")
+log = logging.getLogger(__name__)
 # Sets that no later process may take for its own; they go when this process does.
 _unshared: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -111,7 +111,7 @@ def open_splits(
     for place in weights:
         found = find(place)
         if announce and (told := not_read(place)):
-            _log.warning("%s", told)
+            log.warning("%s", told)
         opened = {
             split: [opener.open(source) for source in sources] for split, sources in found.items()
         }
@@ -214,12 +214,12 @@ class _Opener:
         home, identity = self._address(source)
 
         def build(writer: StoreWriter) -> dict[str, Any]:
-            _log.info("encoding %s", source.name)
+            log.info("encoding %s", source.name)
             return self._encoder.write(source, writer)
 
         store = cached_store(home, identity, build, scored=self._encoder.masked)
         store.source = source.name
-        if self._announce and _log.isEnabledFor(logging.INFO):
+        if self._announce and log.isEnabledFor(logging.INFO):
             _log_counts(source.name, store.meta)
         return _Part(source, store, np.arange(len(store), dtype=np.int64))
 
@@ -232,7 +232,7 @@ class _Opener:
             unknown = str(error)
         if unknown:
             if self._announce:
-                _log.warning(
+                log.warning(
                     "%s: encoded anew in every process, as nobody can tell whether the code that "
                     "reads it is the same (%s)",
                     source.name,
@@ -264,4 +264,4 @@ def _log_counts(name: str, meta: dict[str, Any]) -> None:
     )
     if columns := ", ".join(meta.get("columns", ())):
         details = f"{details or 'no defects'}; columns not read: {columns}"
-    _log.info("%s: %d rows, %d examples; %s", name, rows, examples, details or "no defects")
+    log.info("%s: %d rows, %d examples; %s", name, rows, examples, details or "no defects")

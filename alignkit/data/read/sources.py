@@ -19,7 +19,7 @@ from alignkit.models.load import hub_reachable
 DataPath = str | list[str] | dict[str, float]
 """One place, several, or several with the share of examples an epoch draws from each."""
 
-_log = logging.getLogger("alignkit.data")
+log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 
 
@@ -122,7 +122,7 @@ def _hub_splits(path: str, streaming: bool) -> dict[str, list[Source]]:
             "save the one to use as a file and give data.path that"
         )
     if others:
-        _log.info("data.path %s: its splits %s are not read", path, others)
+        log.info("data.path %s: its splits %s are not read", path, others)
     return splits
 
 

@@ -18,7 +18,7 @@ from alignkit.models.text_format import TextKind
 
 TURN = f"\n\n{HUMAN}"
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def as_prompts(
@@ -50,7 +50,7 @@ def as_prompts(
     for index, question in enumerate(questions, start=1):
         side = _side(question.strip(), system)
         if (sign := templated.find([side])) and sign.grave:
-            _log.warning(
+            log.warning(
                 "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
                 "rendered already", index, sign.told, kind,
             )  # fmt: skip

@@ -95,7 +95,7 @@ def profile(
         **(read_training_config(config) if config is not None else {}),
         **{key: value for key, value in given.items() if value is not None},
     }
-    _check({**chosen, "rows": rows, "steps": steps, "rounds": rounds})
+    _check_choice({**chosen, "rows": rows, "steps": steps, "rounds": rounds})
     target = resolve_device(device)
     full = Setup(
         base=chosen["base"],
@@ -136,7 +136,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_function_arguments(profile)
 
 
-def _check(chosen: Mapping[str, Any]) -> None:
+def _check_choice(chosen: Mapping[str, Any]) -> None:
     if not chosen["base"]:
         raise AlignkitError("base: none was given; pass --base MODEL or --config FILE")
     if chosen["precision"] not in get_args(Precision):
