@@ -23,7 +23,7 @@ from alignkit.lora.peft_files import CONFIG_FILE
 from alignkit.lora.state import refuse_differences
 from alignkit.models.dropout import own_dropout
 from alignkit.utils.bars import without_bars
-from alignkit.utils.finite import first_nonfinite
+from alignkit.utils.finite import refuse_nonfinite_weights
 
 Format = Literal["peft", "merged", "safetensors"]
 
@@ -105,13 +105,9 @@ def export(
 
 def _write_model(model: PreTrainedModel, directory: str) -> None:
     """Write a plain model, and see that transformers finds every parameter again."""
-    bad = first_nonfinite(model.named_parameters())
-    if bad is not None:
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise AlignkitError(
-            f"export: {bad} holds NaN or infinity once merged, in {dtype}; use an earlier "
-            "checkpoint, or another dtype"
-        )
+    refuse_nonfinite_weights(
+        model, "export, once merged", "use an earlier checkpoint, or another dtype"
+    )
     with without_bars():
         # The class's own: a model that had adapters refuses (see `inject_lora`).
         type(model).save_pretrained(model, directory)

@@ -35,7 +35,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models.fingerprint import base_fingerprint
 from alignkit.models.lean import lean_modules
 from alignkit.utils.bars import without_bars
-from alignkit.utils.finite import first_nonfinite
+from alignkit.utils.finite import refuse_nonfinite_weights
 
 __all__ = [
     "base_fingerprint",
@@ -106,7 +106,9 @@ def load_model(
                 **options,
             )
             _check_complete(base, sorted(info["missing_keys"]))
-            _check_finite(base, model)
+            refuse_nonfinite_weights(
+                model, f"base '{base}'", "download or save the model again, or load it in float32"
+            )
     lean_modules(model)
     model.eval()
     return model  # type: ignore[no-any-return]
@@ -225,17 +227,6 @@ def _check_complete(base: str, missing: list[str]) -> None:
         raise AlignkitError(
             f"base '{base}': its weights lack {len(missing)} parameters, the first "
             f"'{missing[0]}'; download or save the model again"
-        )
-
-
-def _check_finite(base: str, model: PreTrainedModel) -> None:
-    """Refuse weights that are no numbers, or none in the dtype they were loaded in."""
-    name = first_nonfinite(model.named_parameters())
-    if name is not None:
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise AlignkitError(
-            f"base '{base}': {name} holds NaN or infinity in {dtype}; download or save the model "
-            "again, or load it in float32"
         )
 
 

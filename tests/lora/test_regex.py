@@ -80,11 +80,7 @@ def test_patterns_people_write(pattern: str, matches: bool) -> None:
     [
         (r"(a)\1", "a reference to a group"),
         (r"(a)?(?(1)b|c)", "a condition on a group"),
-        pytest.param(
-            "(?>a+)b",
-            "an atomic group",
-            marks=pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.11's syntax"),
-        ),
+        ("(?>a+)b", "an atomic group"),
         ("(", "is no regular expression"),
         ("(" * 3000 + ")" * 3000, "is no regular expression"),
         ("(" * 60 + "a" + ")" * 60, "nests deeper"),

@@ -286,6 +286,18 @@ def test_half_precision_does_not_make_it_another_base(ckpt: Path) -> None:
     assert {p.dtype for n, p in policy.named_parameters() if "adapters" in n} == {torch.float32}
 
 
+def refusals(base: str, checkpoint: str, workplace: Path) -> list[str]:
+    """Return what is said of a bad checkpoint by each way of loading one."""
+    run = trainer(workplace, max_steps=3)
+    return [
+        error_of(lambda: SFTModule(base, init_from=checkpoint)),
+        error_of(lambda: load_policy(checkpoint)),
+        error_of(
+            lambda: run.fit(SFTModule(base, lora=OWN), loader(answers(4), 2), ckpt_path=checkpoint)
+        ),
+    ]
+
+
 def test_a_checkpoint_of_an_earlier_version_says_so(
     ckpt: Path, model_dir: ModelDir, tmp_path: Path
 ) -> None:
@@ -295,14 +307,7 @@ def test_a_checkpoint_of_an_earlier_version_says_so(
     old = str(tmp_path / "old.ckpt")
     torch.save(checkpoint, old)
     base = str(model_dir("gpt2"))
-    for act in (
-        lambda: SFTModule(base, init_from=old),
-        lambda: load_policy(old),
-        lambda: trainer(tmp_path, max_steps=3).fit(
-            SFTModule(base, lora=OWN), loader(answers(4), 2), ckpt_path=old
-        ),
-    ):
-        line = error_of(act)
+    for line in refusals(base, old, tmp_path):
         assert "earlier alignkit" in line and "another base" not in line
 
 
@@ -363,14 +368,7 @@ def test_a_weight_that_is_no_number_is_named_on_every_load(
 ) -> None:
     base = str(model_dir("gpt2"))
     bad = spoil(ckpt, lambda c: c["state_dict"][A], tmp_path / "nan.ckpt")
-    for act in (
-        lambda: SFTModule(base, init_from=bad),
-        lambda: load_policy(bad),
-        lambda: trainer(tmp_path, max_steps=3).fit(
-            SFTModule(base, lora=OWN), loader(answers(4), 2), ckpt_path=bad
-        ),
-    ):
-        line = error_of(act)
+    for line in refusals(base, bad, tmp_path):
         assert f"state_dict.{A} holds NaN or infinity" in line, line
 
 
