@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit.batch import PackedBatch, Span
+from alignkit.engine.proof import is_never_packed
 from alignkit.errors import AlignkitError
 
 ROW_MULTIPLE = 64
@@ -31,9 +32,15 @@ def compile_blocks(model: PreTrainedModel) -> int:
         The number of blocks.
 
     Raises:
-        AlignkitError: The model has no blocks that are known as such, or PyTorch has no working
-            compiler on this machine.
+        AlignkitError: The model has no blocks that are known as such, is scored one sequence a
+            forward, or PyTorch has no working compiler on this machine.
     """
+    if is_never_packed(model):
+        # Their lengths vary too much, and the scans of recurrent layers take minutes to compile.
+        raise AlignkitError(
+            f"model.compile: {type(model).__name__} is scored one sequence a forward, for which "
+            "its blocks are not compiled; leave it off"
+        )
     blocks = _blocks(model)
     if not blocks:
         raise AlignkitError(

@@ -141,6 +141,12 @@ def fits_a_row(model: PreTrainedModel, ways: Ways, batch: PackedBatch) -> bool:
     return batch.longest <= standing.packed
 
 
+def is_never_packed(model: PreTrainedModel) -> bool:
+    """Tell whether a model was found to be scored one sequence a forward, whatever the length."""
+    standing: Standing | None = getattr(model, _STANDING, None)
+    return standing is not None and bool(standing.fault) and not standing.packed
+
+
 def set_packing(model: PreTrainedModel, packing: Packing) -> None:
     """Say whether a model may be scored one sequence a forward; forget what was proved of it."""
     setattr(model, _PACKING, packing)

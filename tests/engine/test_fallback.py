@@ -194,6 +194,12 @@ def test_packing_require_refuses_it(kind: str, dtype: Any, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_its_blocks_are_not_compiled(tmp_path: Path) -> None:
+    tiny_family("mamba").save_pretrained(tmp_path)
+    with pytest.raises(AlignkitError, match=r"^model\.compile: MambaForCausalLM"):
+        SFTModule(str(tmp_path), lora=LoRAConfig(targets=TARGETS["mamba"]), compile=True)
+
+
 @pytest.mark.parametrize("kind", ["mamba", "bloom", "lfm2"])
 def test_sft_and_dpo_steps(kind: str, tmp_path: Path) -> None:
     """With adapters: SFT's steps are those of a plain loop, DPO begins at ln 2."""
