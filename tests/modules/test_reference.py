@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from alignkit.engine import collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.modules import DPOModule
-from alignkit.modules.reference import ReferenceCache, example_keys
+from alignkit.modules.reference_cache import ReferenceCache, example_keys
 from alignkit.objectives.preference import DPO
 from tests.modules.helpers import loader, pairs, trainer
 
@@ -45,7 +45,7 @@ def run(model_dir: Callable, tmp_path: Path) -> Callable[..., tuple[DPOModule, d
             str(model_dir("gpt2")), reference_cache=str(tmp_path / "cache"), **options
         )
         forwards: list[int] = []
-        module.reference.base_model.register_forward_hook(
+        module.reference.model.base_model.register_forward_hook(
             lambda _, args, kwargs, out: forwards.append(out.last_hidden_state.shape[1]),
             with_kwargs=True,
         )
@@ -71,7 +71,7 @@ def test_a_second_run_reuses_the_first(run: Callable, tmp_path: Path) -> None:
     assert logged["ref/cache_abs_err"] < 1e-4
     batch = collate(pairs(8)[:4])
     referenced = second.on_before_batch_transfer(batch, 0)
-    live = response_sums(score(second.reference, batch), batch)
+    live = response_sums(score(second.reference.model, batch), batch)
     torch.testing.assert_close(referenced.known_R, live, atol=1e-4, rtol=1e-5)
     scores = second.reference_scores(referenced)
     torch.testing.assert_close(scores.chosen, live[0::2], atol=1e-4, rtol=1e-5)
@@ -95,12 +95,12 @@ def test_a_corrupted_row_is_named_and_scored_again(
     run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module, _ = run()
-    (shard,) = module.cache.home.glob("*.safetensors")
+    (shard,) = module.reference.cache.home.glob("*.safetensors")
     tensors = load_file(shard)
     tensors["sums"][5] += 1.0  # example 2's second response
     save_file(tensors, shard)
     with caplog.at_level(logging.WARNING):
-        cache = ReferenceCache(tmp_path / "cache", module.cache.home.name)
+        cache = ReferenceCache(tmp_path / "cache", module.reference.cache.home.name)
     assert f"{shard}: row 2 is corrupted" in caplog.text
     referenced = cache.look_up(collate(pairs(8)[:4]))
     assert referenced.known_R.isnan().tolist() == [False] * 4 + [True] * 2 + [False] * 2
@@ -111,7 +111,7 @@ def test_a_truncated_shard_is_skipped(
     run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module, _ = run()
-    (shard,) = module.cache.home.glob("*.safetensors")
+    (shard,) = module.reference.cache.home.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:50])
     _, logged = run()
     assert "unreadable" in caplog.text
