@@ -187,3 +187,24 @@ def test_a_loss_without_a_reference_keeps_and_scores_none(
     trainer(tmp_path, max_steps=2).fit(module, loader(pairs(8), 4), loader(pairs(4), 4))
     with pytest.raises(AlignkitError, match="SimPO uses no reference; leave it out"):
         DPOModule(str(model_dir("gpt2")), loss=SimPO(), reference_cache=str(tmp_path))
+
+
+class WithLengths(DPOModule):
+    """DPO that also logs the length of what was chosen."""
+
+    def metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
+        own = {"tokens/chosen": policy.chosen_tokens.sum()}
+        assert not torch.is_grad_enabled()
+        return {**super().metrics(policy, reference), **own}
+
+
+def test_a_subclass_logs_metrics_of_its_own(model_dir: Callable, tmp_path: Path) -> None:
+    """Sums over pairs become means over the pairs of a window, and of the validation."""
+    module = WithLengths(str(model_dir("gpt2")), optimizer=sgd)
+    examples = pairs(6)
+    mean = sum(len(example.responses[0]) for example in examples) / 6
+    run = trainer(tmp_path, max_steps=1, accumulate_grad_batches=2)
+    run.fit(module, loader(examples, 4), loader(examples, 4))
+    assert run.callback_metrics["train/tokens/chosen"].item() == pytest.approx(mean)
+    assert run.callback_metrics["val/tokens/chosen"].item() == pytest.approx(mean)
+    assert "train/rewards/margins" in run.callback_metrics

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from alignkit.engine import collate, response_sums, score
+from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.modules import DPOModule
+from alignkit.modules.reference import Reference
 from alignkit.modules.reference_cache import ReferenceCache, example_keys
 from alignkit.objectives.preference import DPO
 from tests.modules.helpers import loader, pairs, trainer
@@ -157,3 +159,42 @@ def test_wrong_values_stop_the_run(run: Callable, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ReferenceCache, "_read", shifted)
     with pytest.raises(AlignkitError, match=r"off by 5.* delete "):
         run()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_reference_alone_scores_what_score_does(model_dir: Callable, k: int) -> None:
+    """Rows of any number of responses, without Lightning, before and after the policy moves."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(model_dir("gpt2")).eval()
+    batch = collate([Example((1, 2, 3), ((4, 5), (6,), (7, 8, 9))[:k]), Example((2,), ((3,),) * k)])
+    with torch.no_grad():
+        before = response_sums(score(model, batch), batch)
+    reference = Reference(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        assert not torch.equal(response_sums(score(model, batch), batch), before)
+    sums = reference.train().sums(batch)
+    assert torch.equal(sums, before)
+    assert not sums.requires_grad
+    assert not sums.is_inference()
+    assert not any(m.training for m in reference.modules())
+    if k == 2:
+        assert torch.equal(reference.scores(batch).chosen, before[0::2])
+        assert torch.equal(reference.scores(batch).rejected, before[1::2])
+
+
+def test_ddp_ignores_exactly_the_tensors_of_the_reference(model_dir: Callable, family: str) -> None:
+    """Under every name: tied weights have two, and buffers need not be in a state dict."""
+    module = DPOModule(str(model_dir(family)))
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    expected = {name for name, _ in named if name.startswith("reference.")}
+    ignored = module._ddp_params_and_buffers_to_ignore
+    assert set(ignored) == expected
+    assert len(ignored) == len(expected)
+    assert {name.removeprefix("reference.") for name in expected} == {
+        name for name, _ in named if name.startswith("model.")
+    }
