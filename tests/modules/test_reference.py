@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule
 from alignkit.modules.reference import Reference
 from alignkit.modules.reference_cache import ReferenceCache, example_keys
@@ -186,7 +187,7 @@ def test_a_reference_alone_scores_what_score_does(model_dir: Callable, k: int) -
 
 def test_ddp_ignores_exactly_the_tensors_of_the_reference(model_dir: Callable, family: str) -> None:
     """Under every name: tied weights have two, and buffers need not be in a state dict."""
-    module = DPOModule(str(model_dir(family)))
+    module = DPOModule(str(model_dir(family)), lora=LoRAConfig(targets="all-linear"))
     named = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),

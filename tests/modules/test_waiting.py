@@ -92,7 +92,7 @@ def test_steps_on_the_paths_of_a_gpu_never_wait(
 
     monkeypatch.setattr(sys.modules["alignkit.engine.score"], "make_plan", plan_for)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", _stand_in)
-    monkeypatch.setattr("alignkit.modules.base.check_engine", lambda model: None)
+    monkeypatch.setattr("alignkit.modules.base.check_engine", lambda *_: None)
     lora = {"targets": "all-linear"} if adapted else None
     module = stage(str(model_dir("llama")), lora=lora).train()
     batch = collate(pairs(4) if stage is DPOModule else answers(4))
