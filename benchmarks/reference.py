@@ -89,7 +89,7 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
         def all_rows() -> None:
             with torch.inference_mode():
                 for batch in batches:
-                    score(live.reference, batch)
+                    score(live.reference.model, batch)
 
         return all_rows
 
@@ -114,8 +114,8 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
                 batch = dpo.on_before_batch_transfer(step, 0).to(chosen.device)
                 dpo.compute_loss(batch).loss_sum.backward()
                 dpo.zero_grad()
-            if dpo.cache is not None:
-                dpo.cache.write()
+            if dpo.reference is not None:
+                dpo.reference.write_cache()
 
         return all_steps
 

@@ -1,178 +1,211 @@
-"""Reference log-probs kept between runs, so that a sweep scores its reference once.
+"""The frozen reference that a preference objective compares its policy with.
 
-A row is one example: its key is a hash of its token ids and of where its responses lie, its value
-the summed log-probs of its k responses. The directory is named after the base, the reference's
-adapter and the dtype; nothing else decides a value, so runs over learning rates, β or losses share
-it. Each rank writes shards of its own, each at once; any run reads all of them.
+Shape letters: B pairs, R responses (2B of pairs).
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import random
-import uuid
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+import copy
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from alignkit.engine import PackedBatch
+from alignkit.batch import PackedBatch
+from alignkit.engine import compile_blocks, response_lengths, response_sums, score
 from alignkit.errors import AlignkitError
-from alignkit.utils.atomic import make_writable_folder, write_atomically
+from alignkit.lora.identity import trained_fingerprint
+from alignkit.models.noise import adapters_quiet
+from alignkit.modules.reference_cache import ReferenceCache, ReferencedBatch, refuse_error
+from alignkit.objectives.pairs import PairScores
 
-log = logging.getLogger(__name__)
-
-_KEY_BYTES = 16
-_ROWS_PER_SHARD = 1024
-
-
-@dataclass(frozen=True)
-class ReferencedBatch(PackedBatch):
-    """A batch with what the cache knows of its responses.
-
-    Attributes:
-        known_R: [R] fp32 summed reference log-probs, NaN where the cache has none.
-        probe: The examples to score live: those unknown, and a few known ones as a check.
-        probe_R: [R'] int64, the batch's responses that the probe's are.
-        keys: One cache key an example of the probe.
-    """
-
-    known_R: Tensor
-    probe: PackedBatch
-    probe_R: Tensor
-    keys: tuple[bytes, ...]
+# A policy that is its reference's copy scores the same row through the same kernels: what is
+# left is the kernels' own nondeterminism.
+STEP_0_TOLERANCE = 1e-4
+# Nats, for a response of some hundred tokens: other rows beside it change a sum's rounding.
+CACHE_TOLERANCE = {
+    torch.float64: 1e-2,  # log-probs are fp32 there too
+    torch.float32: 1e-2,
+    torch.float16: 0.25,
+    torch.bfloat16: 2.0,
+}
 
 
-class ReferenceCache:
-    """Summed reference log-probs by example.
+class Reference(nn.Module):
+    """A policy as it was when the reference was made, never trained and always in eval mode.
 
-    Where nothing can be written, a read-only or full disk, rows already there are still used and
-    new ones live as long as the process: said once, since training goes on as well without.
+    ``Reference(model).sums(batch)`` is the log-probability of each response of the batch. The copy
+    shares the storage of whatever is frozen in the policy, so under LoRA it costs the adapters
+    alone.
 
     Args:
-        directory: Where caches of all references lie.
-        reference: Names the reference: base fingerprint, adapter fingerprint and dtype.
-        checks: Known examples of each batch to score again, drawn at random; at least 1.
+        policy: Copied as it is now.
+        compiled: Whether to compile the copy's blocks, which a copy of compiled ones are not.
+
+    Attributes:
+        model: The frozen copy.
+        fingerprint: Identifies the weights that were trained in it.
+        cache: What `open_cache` has opened; without one, every batch is scored live.
+        cache_error: Scalar, the largest error, in nats, of cached rows scored again since the last
+            `check_cache`.
     """
 
-    def __init__(self, directory: Path, reference: str, checks: int = 1) -> None:
-        self.home = directory / reference
-        self.checks = checks
-        self._rows: dict[bytes, Tensor] = {}
-        self._fresh: list[tuple[bytes, Tensor]] = []
-        self._draw = random.Random(0)
-        self._writable = True
-        with self._optional():
-            make_writable_folder(self.home)
-        for shard in sorted(self.home.glob("*.safetensors")):
-            self._read(shard)
+    def __init__(self, policy: PreTrainedModel, compiled: bool = False) -> None:
+        super().__init__()
+        self.model = frozen_copy(policy)
+        if compiled:
+            compile_blocks(self.model)
+        self.fingerprint = trained_fingerprint(self.model)
+        self.cache: ReferenceCache | None = None
+        self.cache_error = torch.zeros(())
+        self._base = ""
+        self._agreed = False  # once seen to start as the reference, the policy may leave it
+        self.train(False)
 
-    def look_up(self, batch: PackedBatch) -> ReferencedBatch:
-        """Return a batch on the CPU with what is known of it and what to score live."""
-        keys = example_keys(batch)
-        parts = [
-            self._rows.get(key, torch.full((len(span.responses),), torch.nan))
-            for key, span in zip(keys, batch.spans, strict=True)
+    def train(self, mode: bool = True) -> Reference:
+        """Stay in eval mode, whatever is asked for."""
+        return super().train(False)
+
+    def tensor_names(self) -> list[str]:
+        """Return the names of all parameters and buffers, each under every name that it has.
+
+        They never change, so there is nothing in them for ranks to synchronise.
+        """
+        named = [
+            *self.named_parameters(remove_duplicate=False),
+            *self.named_buffers(remove_duplicate=False),
         ]
-        unknown = [i for i, part in enumerate(parts) if part.isnan().any()]
-        known = sorted(set(range(len(keys))) - set(unknown))
-        live = unknown + self._draw.sample(known, min(self.checks, len(known)))
-        ends = np.cumsum([len(part) for part in parts])
-        probe_R = [r for i in live for r in range(int(ends[i]) - len(parts[i]), int(ends[i]))]
-        return ReferencedBatch(
-            **{field.name: getattr(batch, field.name) for field in fields(PackedBatch)},
-            known_R=torch.cat(parts),
-            probe=batch.take(live),
-            probe_R=torch.tensor(probe_R),
-            keys=tuple(keys[i] for i in live),
-        )
+        return [name for name, _ in named]
 
-    def add(self, batch: ReferencedBatch, live_R: Tensor) -> None:
-        """Keep the probe's freshly scored rows; they reach the disk with `write`."""
-        counts = [len(span.responses) for span in batch.probe.spans]
-        parts = torch.split(live_R.detach(), counts)
-        self._fresh.extend(zip(batch.keys, parts, strict=True))
-        if len(self._fresh) >= _ROWS_PER_SHARD:
-            self.write()
+    # Scores ---------------------------------------------------------------------------------
 
-    def write(self) -> None:
-        """Write what was added since the last time, as one new shard."""
-        rows = {key: part.cpu() for key, part in self._fresh if key not in self._rows}
-        self._fresh.clear()
-        if not rows:
+    def sums(self, batch: PackedBatch) -> Tensor:
+        """Return the summed log-probability of each response, [R] fp32 without gradients.
+
+        Rows come from the cache where a batch went through `look_up`, apart from those that the
+        cache lacks and the few that are scored again to check it.
+        """
+        if self.cache is None or not isinstance(batch, ReferencedBatch):
+            return self._live_sums(batch)
+        live_R = self._live_sums(batch.probe)
+        self.cache.add(batch, live_R)
+        error = (batch.known_R[batch.probe_R] - live_R).abs().nan_to_num(0.0).max()
+        self.cache_error = torch.maximum(self.cache_error.to(error.device), error)
+        return batch.known_R.index_copy(0, batch.probe_R, live_R)
+
+    def scores(self, batch: PackedBatch) -> PairScores:
+        """Return `sums` as the scores of B pairs, for a batch of two responses an example."""
+        return PairScores.from_responses(self.sums(batch), response_lengths(batch))
+
+    def _live_sums(self, batch: PackedBatch) -> Tensor:
+        with torch.inference_mode():
+            sums_R = response_sums(score(self.model, batch), batch)
+        return sums_R.clone()  # out here an ordinary tensor, which a loss may keep for its gradient
+
+    # Cache ----------------------------------------------------------------------------------
+
+    def open_cache(self, directory: Path, base: str, checks: int = 1) -> None:
+        """Keep summed log-probs between runs.
+
+        Args:
+            directory: Where the caches of all references lie.
+            base: Fingerprint of the base model.
+            checks: Known examples of each batch that are scored again; at least 1.
+        """
+        self._base = base
+        self.cache = ReferenceCache(directory, self._name(self.model.dtype), checks)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Go on with the cache of what products in this dtype give: each has its own."""
+        cache, name = self.cache, self._name(dtype)
+        if cache is not None and cache.home.name != name:
+            self.cache = ReferenceCache(cache.home.parent, name, cache.checks)
+
+    def look_up(self, batch: PackedBatch) -> PackedBatch:
+        """Return a batch on the CPU with what the cache knows of it, if there is a cache."""
+        return batch if self.cache is None else self.cache.look_up(batch)
+
+    def check_cache(self, dtype: torch.dtype) -> None:
+        """Stop at cached rows that are not what the reference gives, and measure anew.
+
+        Args:
+            dtype: That the products have; it sets how far rounding may go.
+
+        Raises:
+            AlignkitError: A row that was scored again is off by more.
+        """
+        if self.cache is not None:
+            refuse_error(self.cache_error.item(), CACHE_TOLERANCE[dtype], self.cache.home)
+        self.cache_error = torch.zeros(())
+
+    def write_cache(self) -> None:
+        """Write what the cache learned, if there is one."""
+        if self.cache is not None:
+            self.cache.write()
+
+    def _name(self, computed: torch.dtype) -> str:
+        stored = self.model.dtype
+        # Weights that autocast rounds on the way are not those of a base stored so.
+        dtypes = [stored] if computed == stored else [stored, computed]
+        dtype = "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"{self._base}-{self.fingerprint}-{dtype}"
+
+    # Start ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def check_start(self, policy: PreTrainedModel, batch: PackedBatch, dropout: bool) -> None:
+        """Stop a run whose policy does not start as its reference; look once.
+
+        Measured in training mode, where noise in the base would show, but without the dropout of
+        adapters, which is meant.
+
+        Args:
+            policy: The model in training mode, before its first step.
+            batch: Pairs to score under both.
+            dropout: Whether the base's own dropout is meant too.
+
+        Raises:
+            AlignkitError: The two differ by more than rounding.
+        """
+        if self._agreed:
             return
-        self._rows.update(rows)
-        if not self._writable:
-            return
-        tensors = {
-            "keys": torch.tensor([list(key) for key in rows], dtype=torch.uint8),
-            "counts": torch.tensor([len(part) for part in rows.values()]),
-            "sums": torch.cat(list(rows.values())),
-            "checks": torch.tensor([_checksum(key, part) for key, part in rows.items()]),
-        }
-        with self._optional():
-            write_atomically(self.home / f"{uuid.uuid4().hex}.safetensors", save(tensors))
-
-    @contextmanager
-    def _optional(self) -> Iterator[None]:
-        """Let a write fail, once and with a line; later ones are not tried."""
-        try:
-            yield
-        except AlignkitError as error:
-            self._writable = False
-            log.warning("model.reference_cache: %s; training goes on without keeping more", error)
-
-    def _read(self, shard: Path) -> None:
-        try:
-            tensors = load_file(shard)
-            parts = torch.split(tensors["sums"], tensors["counts"].tolist())
-            keys = [bytes(key) for key in tensors["keys"].tolist()]
-            checks = tensors["checks"].tolist()
-        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError) as error:
-            log.warning("%s: unreadable (%s); its rows will be scored again", shard, error)
-            return
-        for row, (key, part, check) in enumerate(zip(keys, parts, checks, strict=True)):
-            if _checksum(key, part) == check:
-                self._rows[key] = part
-            else:
-                log.warning("%s: row %d is corrupted; it will be scored again", shard, row)
+        policy.train(not dropout)
+        with adapters_quiet(policy):
+            ours = pair_scores(policy, batch)
+        policy.train()
+        # Cached rows were rounded in other rows.
+        theirs = PairScores.from_responses(self._live_sums(batch), response_lengths(batch))
+        gap = torch.stack([ours.chosen - theirs.chosen, ours.rejected - theirs.rejected])
+        worst = gap.abs().max().item()
+        scale = ours.rejected.abs().max().item() + 1.0
+        # A policy that is not finite itself is stopped for that, with its rows.
+        if worst > STEP_0_TOLERANCE * scale:
+            raise AlignkitError(
+                f"model: policy and reference differ by {worst:.3g} nats before the first step, so "
+                "rewards would not start at 0; the policy was changed after the reference was "
+                "copied, or its forward pass is not deterministic"
+            )
+        self._agreed = True
 
 
-def refuse_error(error: float, tolerance: float, home: Path) -> None:
-    """Stop where cached rows are not what the reference gives.
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Deep-copy a model, sharing the parameters that are frozen in it and all its buffers.
 
-    Raises:
-        AlignkitError: The error exceeds the tolerance.
+    Args:
+        model: The policy.
+
+    Returns:
+        The copy in eval mode with nothing trainable.
     """
-    if not error <= tolerance:
-        raise AlignkitError(
-            f"model.reference_cache: cached log-probs are off by {error:.3g} nats from the "
-            f"reference; delete {home} and run again"
-        )
+    shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    copied: PreTrainedModel = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    copied.requires_grad_(False)  # what is shared was frozen before
+    copied.train(False)
+    return copied
 
 
-def example_keys(batch: PackedBatch) -> list[bytes]:
-    """Return a key for each example of a batch on the CPU: token ids, layout and scored tokens."""
-    ids = batch.input_ids.numpy()
-    scored = np.zeros(batch.num_tokens, dtype=np.int8)
-    np.add.at(scored, batch.score_from.numpy(), 1)
-    keys = []
-    for span in batch.spans:
-        digest = hashlib.blake2b(digest_size=_KEY_BYTES)
-        digest.update(np.array([span.prompt, *span.responses]).tobytes())
-        digest.update(ids[span.start : span.end].tobytes())
-        digest.update(scored[span.start : span.end].tobytes())
-        keys.append(digest.digest())
-    return keys
-
-
-def _checksum(key: bytes, part: Tensor) -> int:
-    return zlib.crc32(part.numpy().tobytes(), zlib.crc32(key))
+def pair_scores(model: PreTrainedModel, batch: PackedBatch) -> PairScores:
+    """Score B pairs under one model: `PairScores` of [B] sums, fp32."""
+    sums_R = response_sums(score(model, batch), batch)
+    return PairScores.from_responses(sums_R, response_lengths(batch))

@@ -20,7 +20,7 @@ from alignkit.engine.fallback import hidden_alone
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule, SFTModule
-from alignkit.modules.dpo import frozen_copy
+from alignkit.modules.reference import frozen_copy
 from tests.engine.families import LONGROPE, tiny_family
 from tests.engine.test_families import EXAMPLES, plain_scores, tokens
 from tests.engine.test_row import assert_same_gradients, gradients

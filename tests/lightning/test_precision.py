@@ -17,7 +17,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule, SFTModule
 from alignkit.modules.base import AlignmentModule
-from alignkit.modules.reference import ReferenceCache
+from alignkit.modules.reference_cache import ReferenceCache
 from tests.modules.helpers import answers, loader, pairs, trainer
 
 ADAPTED = LoRAConfig(targets="all-linear")
@@ -224,7 +224,7 @@ def test_the_reference_shares_what_is_frozen_when_it_is_cast(
 ) -> None:
     module = DPOModule(str(model_dir("gpt_neox")), lora=ADAPTED)
     trainer(tmp_path, max_steps=1, precision="bf16-true").fit(module, loader(pairs(2), 2))
-    reference = dict(module.reference.named_parameters())
+    reference = dict(module.reference.model.named_parameters())
     for name, parameter in module.model.named_parameters():
         shared = parameter.data_ptr() == reference[name].data_ptr()
         assert shared is not parameter.requires_grad
@@ -240,9 +240,9 @@ def test_cached_log_probs_of_another_precision_are_not_used(
             run = trainer(tmp_path, max_epochs=1, precision=precision)
             run.fit(module, loader(pairs(4), 2))
             assert run.callback_metrics["train/loss"].isfinite()
-        assert module.cache is not None
-        assert list(module.cache.home.glob("*.safetensors"))
-        homes.add(module.cache.home.name)
+        assert module.reference.cache is not None
+        assert list(module.reference.cache.home.glob("*.safetensors"))
+        homes.add(module.reference.cache.home.name)
     assert len(homes) == 5
 
 

@@ -95,7 +95,7 @@ def test_stage_chaining_starts_from_the_weights(sft_ckpt: Path, model_dir: Calla
     dpo = DPOModule(base, init_from=str(sft_ckpt))
     plain = DPOModule(base)
     assert torch.equal(score(dpo.model, batch), score(sft, batch))
-    assert torch.equal(score(dpo.reference, batch), score(sft, batch))
+    assert torch.equal(score(dpo.reference.model, batch), score(sft, batch))
     assert not torch.equal(score(plain.model, batch), score(sft, batch))
 
 

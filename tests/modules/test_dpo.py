@@ -50,7 +50,7 @@ def test_loss_by_plain_forward(model_dir: Callable) -> None:
     with torch.no_grad():
         for example in examples:
             margin = sum(
-                sign * (total(module.model, example, k) - total(module.reference, example, k))
+                sign * (total(module.model, example, k) - total(module.reference.model, example, k))
                 for k, sign in ((0, 1), (1, -1))
             )
             expected -= torch.nn.functional.logsigmoid(0.5 * margin)
@@ -64,7 +64,7 @@ def test_reference_shares_frozen_storage_and_never_moves(
 ) -> None:
     module = DPOModule(str(model_dir("gpt_neox")), lora=LoRAConfig(targets="all-linear"))
     policy = dict(module.model.named_parameters())
-    reference = dict(module.reference.named_parameters())
+    reference = dict(module.reference.model.named_parameters())
     before = {name: value.clone() for name, value in reference.items()}
     assert policy.keys() == reference.keys()
     for name, parameter in policy.items():
@@ -75,7 +75,7 @@ def test_reference_shares_frozen_storage_and_never_moves(
     trainer(tmp_path, max_steps=3).fit(module, loader(pairs(6), 2))
     assert all(torch.equal(reference[name], before[name]) for name in before)
     assert any(not torch.equal(policy[name], before[name]) for name in before)
-    assert module.model.training and not module.reference.training
+    assert module.model.training and not module.reference.model.training
     assert module.optimizers().optimizer.param_groups[0]["params"]  # type: ignore[union-attr]
     trained = {id(p) for g in module.optimizers().optimizer.param_groups for p in g["params"]}
     assert trained == {id(p) for p in policy.values() if p.requires_grad}
@@ -84,7 +84,7 @@ def test_reference_shares_frozen_storage_and_never_moves(
 def test_full_fine_tuning_makes_a_second_copy(model_dir: Callable) -> None:
     module = DPOModule(str(model_dir("gpt2")), lora=None)
     for policy, reference in zip(
-        module.model.parameters(), module.reference.parameters(), strict=True
+        module.model.parameters(), module.reference.model.parameters(), strict=True
     ):
         assert policy.data_ptr() != reference.data_ptr()
 
@@ -139,7 +139,7 @@ def test_the_reference_is_scored_in_inference_mode_and_any_loss_may_use_it(
 ) -> None:
     module = Weighted(str(model_dir()), lora=LoRAConfig(r=2))
     seen: list[bool] = []
-    module.reference.base_model.register_forward_pre_hook(
+    module.reference.model.base_model.register_forward_pre_hook(
         lambda *_: seen.append(torch.is_inference_mode_enabled())
     )
     module.compute_loss(collate(pairs(2))).loss_sum.backward()
@@ -187,3 +187,24 @@ def test_a_loss_without_a_reference_keeps_and_scores_none(
     trainer(tmp_path, max_steps=2).fit(module, loader(pairs(8), 4), loader(pairs(4), 4))
     with pytest.raises(AlignkitError, match="SimPO uses no reference; leave it out"):
         DPOModule(str(model_dir("gpt2")), loss=SimPO(), reference_cache=str(tmp_path))
+
+
+class WithLengths(DPOModule):
+    """DPO that also logs the length of what was chosen."""
+
+    def metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
+        own = {"tokens/chosen": policy.chosen_tokens.sum()}
+        assert not torch.is_grad_enabled()
+        return {**super().metrics(policy, reference), **own}
+
+
+def test_a_subclass_logs_metrics_of_its_own(model_dir: Callable, tmp_path: Path) -> None:
+    """Sums over pairs become means over the pairs of a window, and of the validation."""
+    module = WithLengths(str(model_dir("gpt2")), optimizer=sgd)
+    examples = pairs(6)
+    mean = sum(len(example.responses[0]) for example in examples) / 6
+    run = trainer(tmp_path, max_steps=1, accumulate_grad_batches=2)
+    run.fit(module, loader(examples, 4), loader(examples, 4))
+    assert run.callback_metrics["train/tokens/chosen"].item() == pytest.approx(mean)
+    assert run.callback_metrics["val/tokens/chosen"].item() == pytest.approx(mean)
+    assert "train/rewards/margins" in run.callback_metrics

@@ -155,7 +155,7 @@ def test_a_checkpoint_says_what_adapter_it_holds(
     assert module.hparams["lora"] == OWN.to_dict()
     sft, _ = load_policy(str(ckpt))
     assert torch.equal(score(module.model, BATCH), score(sft, BATCH))
-    assert torch.equal(score(module.reference, BATCH), score(sft, BATCH))
+    assert torch.equal(score(module.reference.model, BATCH), score(sft, BATCH))
     path = fit(module, tmp_path / "dpo", 1, pairs(2))
     assert read_checkpoint(path)["hyper_parameters"]["lora"] == OWN.to_dict()
     again = DPOModule.load_from_checkpoint(path)

@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from alignkit.engine import collate, response_sums, score
+from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule
-from alignkit.modules.reference import ReferenceCache, example_keys
+from alignkit.modules.reference import Reference
+from alignkit.modules.reference_cache import ReferenceCache, example_keys
 from alignkit.objectives.preference import DPO
 from tests.modules.helpers import loader, pairs, trainer
 
@@ -45,7 +48,7 @@ def run(model_dir: Callable, tmp_path: Path) -> Callable[..., tuple[DPOModule, d
             str(model_dir("gpt2")), reference_cache=str(tmp_path / "cache"), **options
         )
         forwards: list[int] = []
-        module.reference.base_model.register_forward_hook(
+        module.reference.model.base_model.register_forward_hook(
             lambda _, args, kwargs, out: forwards.append(out.last_hidden_state.shape[1]),
             with_kwargs=True,
         )
@@ -71,7 +74,7 @@ def test_a_second_run_reuses_the_first(run: Callable, tmp_path: Path) -> None:
     assert logged["ref/cache_abs_err"] < 1e-4
     batch = collate(pairs(8)[:4])
     referenced = second.on_before_batch_transfer(batch, 0)
-    live = response_sums(score(second.reference, batch), batch)
+    live = response_sums(score(second.reference.model, batch), batch)
     torch.testing.assert_close(referenced.known_R, live, atol=1e-4, rtol=1e-5)
     scores = second.reference_scores(referenced)
     torch.testing.assert_close(scores.chosen, live[0::2], atol=1e-4, rtol=1e-5)
@@ -95,12 +98,12 @@ def test_a_corrupted_row_is_named_and_scored_again(
     run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module, _ = run()
-    (shard,) = module.cache.home.glob("*.safetensors")
+    (shard,) = module.reference.cache.home.glob("*.safetensors")
     tensors = load_file(shard)
     tensors["sums"][5] += 1.0  # example 2's second response
     save_file(tensors, shard)
     with caplog.at_level(logging.WARNING):
-        cache = ReferenceCache(tmp_path / "cache", module.cache.home.name)
+        cache = ReferenceCache(tmp_path / "cache", module.reference.cache.home.name)
     assert f"{shard}: row 2 is corrupted" in caplog.text
     referenced = cache.look_up(collate(pairs(8)[:4]))
     assert referenced.known_R.isnan().tolist() == [False] * 4 + [True] * 2 + [False] * 2
@@ -111,7 +114,7 @@ def test_a_truncated_shard_is_skipped(
     run: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module, _ = run()
-    (shard,) = module.cache.home.glob("*.safetensors")
+    (shard,) = module.reference.cache.home.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:50])
     _, logged = run()
     assert "unreadable" in caplog.text
@@ -157,3 +160,42 @@ def test_wrong_values_stop_the_run(run: Callable, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ReferenceCache, "_read", shifted)
     with pytest.raises(AlignkitError, match=r"off by 5.* delete "):
         run()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_reference_alone_scores_what_score_does(model_dir: Callable, k: int) -> None:
+    """Rows of any number of responses, without Lightning, before and after the policy moves."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(model_dir("gpt2")).eval()
+    batch = collate([Example((1, 2, 3), ((4, 5), (6,), (7, 8, 9))[:k]), Example((2,), ((3,),) * k)])
+    with torch.no_grad():
+        before = response_sums(score(model, batch), batch)
+    reference = Reference(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        assert not torch.equal(response_sums(score(model, batch), batch), before)
+    sums = reference.train().sums(batch)
+    assert torch.equal(sums, before)
+    assert not sums.requires_grad
+    assert not sums.is_inference()
+    assert not any(m.training for m in reference.modules())
+    if k == 2:
+        assert torch.equal(reference.scores(batch).chosen, before[0::2])
+        assert torch.equal(reference.scores(batch).rejected, before[1::2])
+
+
+def test_ddp_ignores_exactly_the_tensors_of_the_reference(model_dir: Callable, family: str) -> None:
+    """Under every name: tied weights have two, and buffers need not be in a state dict."""
+    module = DPOModule(str(model_dir(family)), lora=LoRAConfig(targets="all-linear"))
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    expected = {name for name, _ in named if name.startswith("reference.")}
+    ignored = module._ddp_params_and_buffers_to_ignore
+    assert set(ignored) == expected
+    assert len(ignored) == len(expected)
+    assert {name.removeprefix("reference.") for name in expected} == {
+        name for name, _ in named if name.startswith("model.")
+    }

@@ -82,7 +82,7 @@ def test_it_takes_the_adapters_own_settings(case: str, base: str, tmp_path: Path
     with torch.no_grad():
         want = theirs(ids).logits
         torch.testing.assert_close(module.model(ids).logits, want, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(module.reference(ids).logits, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(module.reference.model(ids).logits, want, rtol=1e-4, atol=1e-4)
     path = fit(module, tmp_path / "run", 1, pairs(2))
     module.model.eval()
     policy, _ = load_policy(str(path))
