@@ -48,7 +48,7 @@ class LoRAConfig:
     r: int = 8
     alpha: float = 16
     dropout: float = 0.0
-    targets: tuple[str, ...] | str = ("attn.c_attn", "attn.c_proj")
+    targets: tuple[str, ...] | str = "all-linear"
     exclude: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)

@@ -1,79 +1,185 @@
 """Elementwise modules of transformers made lighter on memory and time, with the same results.
 
-transformers writes RMSNorm, SwiGLU and GPT-2's GELU as chains of eager operations: RMSNorm keeps
-fp32 copies of its input for the backward pass and SwiGLU three tensors of the MLP's width. Here
-each is one autograd node that keeps its inputs alone. On CUDA autocast makes fp32 copies for norms
-that have kernels of their own, though these compute in fp32 whatever they are given: here it does
-not.
+transformers writes RMSNorm, gated MLPs and GPT-2's GELU as chains of eager operations: RMSNorm
+keeps fp32 copies of its input for the backward pass and a gated MLP three tensors of its width.
+Here each is one autograd node that keeps its inputs alone. On CUDA autocast makes fp32 copies for
+norms that have kernels of their own, though these compute in fp32 whatever they are given: here it
+does not.
+
+Every family has classes of its own for the same formulas, so a module is recognised by its
+structure, and swapped once `lean_proof` has shown that it computes what the lean one computes.
 
 Shape letters: T rows (all leading axes), D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.activations import ACT2FN, NewGELUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from alignkit.models.lean_proof import (
+    epsilon_of,
+    is_gated_mlp,
+    is_rms_norm,
+    same_mlp,
+    same_norm,
+    settings,
+)
 from alignkit.utils.autocast import no_autocast
+
+log = logging.getLogger(__name__)
 
 CACHED = 2**18
 """Elements of a norm's input in fp32 at once on the CPU: they stay in a core's cache."""
 
 
 def lean_modules(model: nn.Module) -> int:
-    """Swap what can be lighter, in place: norms, Llama's MLPs and GPT-2's ``gelu_new``.
+    """Swap what can be lighter, in place: norms, gated MLPs and GPT-2's ``gelu_new``.
 
-    Parameters, their names and the config stay as they are, so saved models are unchanged. Results
-    agree to rounding in fp32 (2.4e-7 for the GELU); in half precision they round once less.
+    Parameters, their names and the config stay as they are, so saved models are unchanged, and a
+    swapped module stays an instance of its class. Results agree to rounding in fp32 (2.4e-7 for the
+    GELU); in half precision they round once less. What does not prove equal is left as it is.
 
     ``gelu_new`` is ``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))`` spelled out in eager operations
     that save 8 bytes an element for backward; `torch.nn.functional.gelu` with
     ``approximate="tanh"`` is the same formula in one kernel that saves 2 (bf16).
 
     Returns:
-        The number of modules swapped.
+        The number of norms and MLPs lightened by this call.
     """
-    swapped = 0
+    lightened = total = 0
+    proven: dict[object, type[nn.Module] | None] = {}
     for module in list(model.modules()):
-        if type(module) is LlamaRMSNorm:
-            module.__class__ = LeanRMSNorm
-            swapped += 1
-        elif type(module) is nn.LayerNorm and module.elementwise_affine:
-            module.__class__ = LeanLayerNorm
-            swapped += 1
-        elif type(module) is LlamaMLP and module.config.hidden_act in ("silu", "swish"):
-            module.__class__ = LeanMLP
-            swapped += 1
-        for name, child in list(module.named_children()):
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
-                swapped += 1
-    return swapped
+        if isinstance(module, (_LeanModule, LeanLayerNorm)):
+            continue
+        lean = _lean_class(module, proven)
+        if lean is not None:
+            module.__class__ = lean
+        lighter = _swap_gelu(module) or lean is not None
+        lightened += lighter
+        total += lighter or _is_norm_or_mlp(module)
+    if total:
+        log.info("%d of %d norms and MLPs lightened", lightened, total)
+    return lightened
 
 
-class LeanRMSNorm(LlamaRMSNorm):
+def _lean_class(
+    module: nn.Module, proven: dict[object, type[nn.Module] | None]
+) -> type[nn.Module] | None:
+    """Return the class that computes what ``module`` does, lighter; ``None`` without a proof."""
+    if type(module) is nn.LayerNorm:
+        return LeanLayerNorm if module.elementwise_affine else None
+    if is_rms_norm(module):
+        prove: Callable[[nn.Module], type[nn.Module] | None] = _proven_norm
+    elif is_gated_mlp(module):
+        prove = _proven_mlp
+    else:
+        return None
+    if (key := settings(module)) not in proven:
+        proven[key] = prove(module)
+    return proven[key]
+
+
+def _proven_norm(module: nn.Module) -> type[nn.Module] | None:
+    for lean in (LeanRMSNorm, LeanNarrowRMSNorm, LeanOffsetRMSNorm):
+        if same_norm(module, candidate := _mixed(lean, type(module))):
+            return candidate
+    return None
+
+
+def _proven_mlp(module: nn.Module) -> type[nn.Module] | None:
+    for lean in (LeanSwiGLU, LeanGeGLU):
+        if same_mlp(module, candidate := _mixed(lean, type(module))):
+            return candidate
+    return None
+
+
+def _swap_gelu(module: nn.Module) -> bool:
+    names = [
+        name for name, child in module.named_children() if isinstance(child, NewGELUActivation)
+    ]
+    for name in names:
+        setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
+    return bool(names)
+
+
+def _is_norm_or_mlp(module: nn.Module) -> bool:
+    """Whether the module counts in the log's total though it was not lightened."""
+    name = type(module).__name__.lower()
+    leaf = next(module.children(), None) is None
+    return is_gated_mlp(module) or name.endswith("mlp") or (leaf and "norm" in name)
+
+
+class _LeanModule(nn.Module):
+    """What a lean class and the class it stands for are mixed from; see `_mixed`."""
+
+    original: ClassVar[type[nn.Module]]
+    lean: ClassVar[type[_LeanModule]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Name the two classes, as the mixed one stands in no file: for ``pickle`` and ``copy``."""
+        return _blank, (self.lean, self.original), self.__dict__
+
+
+_mixes: dict[tuple[type[_LeanModule], type[nn.Module]], type[_LeanModule]] = {}
+
+
+def _mixed(lean: type[_LeanModule], original: type[nn.Module]) -> type[_LeanModule]:
+    """Return ``original`` with the forward pass of ``lean``; one class for each pair."""
+    if (pair := (lean, original)) not in _mixes:
+        body = {"original": original, "lean": lean, "__module__": original.__module__}
+        _mixes[pair] = type(f"Lean{original.__name__}", pair, body)
+    return _mixes[pair]
+
+
+def _blank(lean: type[_LeanModule], original: type[nn.Module]) -> nn.Module:
+    mixed = _mixed(lean, original)
+    return mixed.__new__(mixed)
+
+
+class LeanRMSNorm(_LeanModule):
     """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4): ``w x / √(mean x² + ε)``."""
+
+    offset: ClassVar[float] = 0.0
+    promotes: ClassVar[bool] = True
+    """Whether an fp32 weight makes the output fp32, whatever the input."""
+
+    weight: nn.Parameter
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise [..., D] over its last axis, in fp32; returns it in its dtype."""
         if torch.compiler.is_compiling():  # the compiler fuses the chain itself
-            return super().forward(hidden_states)
-        if hidden_states.is_cuda and hidden_states.dtype == self.weight.dtype:
+            return super().forward(hidden_states)  # type: ignore[no-any-return]
+        weight_D, epsilon = self.weight, epsilon_of(self)
+        if hidden_states.is_cuda and hidden_states.dtype == weight_D.dtype and not self.offset:
             with no_autocast("cuda"):
-                return F.rms_norm(
-                    hidden_states, self.weight.shape, self.weight, self.variance_epsilon
-                )
+                return F.rms_norm(hidden_states, weight_D.shape, weight_D, epsilon)
+        dtype = hidden_states.dtype
+        if self.promotes:
+            dtype = torch.promote_types(dtype, weight_D.dtype)
         normed: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
-            hidden_states, self.weight, self.variance_epsilon
+            hidden_states, weight_D, epsilon, self.offset, dtype
         )
         return normed
+
+
+class LeanNarrowRMSNorm(LeanRMSNorm):
+    """RMSNorm as OLMo 2 has it: the output has the input's dtype, whatever the weight's."""
+
+    promotes = False
+
+
+class LeanOffsetRMSNorm(LeanNarrowRMSNorm):
+    """RMSNorm as Gemma has it: ``(1 + w) x / √(mean x² + ε)``, in the input's dtype."""
+
+    offset = 1.0
 
 
 class LeanLayerNorm(nn.LayerNorm):
@@ -87,40 +193,64 @@ class LeanLayerNorm(nn.LayerNorm):
             return super().forward(input)
 
 
-class LeanMLP(LlamaMLP):
-    """Llama's MLP (SwiGLU, Shazeer 2020, arXiv:2002.05202): ``(silu(x G) ∘ x U) D``."""
+class LeanSwiGLU(_LeanModule):
+    """A gated MLP (SwiGLU, Shazeer 2020, arXiv:2002.05202): ``(silu(x G) ∘ x U) D``.
+
+    G and U are two layers, or one that gives both, G first.
+    """
+
+    tanh: ClassVar[bool] = False
+    """Whether the activation is the GELU's tanh form in place of SiLU."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., D] to [..., D]."""
         if torch.compiler.is_compiling():
-            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
-        product = _SwiGLU.apply(  # type: ignore[no-untyped-call]
-            self.gate_proj(x), self.up_proj(x)
-        )
+            return super().forward(x)  # type: ignore[no-any-return]
+        if "gate_up_proj" in self._modules:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        product = _Gated.apply(gate, up, self.tanh)  # type: ignore[no-untyped-call]
         projected: Tensor = self.down_proj(product)
         return projected
 
 
+class LeanGeGLU(LeanSwiGLU):
+    """A gated MLP with the GELU's tanh form (GEGLU, same paper): ``(gelu(x G) ∘ x U) D``."""
+
+    tanh = True
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_D: Tensor, epsilon: float, offset: float, dtype: torch.dtype
+    ) -> Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        output_TD = x.new_empty(x_TD.shape, dtype=torch.promote_types(x.dtype, weight_D.dtype))
+        output_TD = x.new_empty(x_TD.shape, dtype=dtype)
+        factor_D = weight_D.float() + offset if offset else weight_D
         scale_T1 = x.new_empty(len(x_TD), 1, dtype=torch.float32)
         for rows in _parts(x_TD):
             part_TD = x_TD[rows].float()
             mean_T1 = part_TD.square().mean(-1, keepdim=True)
             torch.rsqrt(mean_T1.add_(epsilon), out=scale_T1[rows])
-            output_TD[rows] = (part_TD * scale_T1[rows]).mul_(weight_D)
+            output_TD[rows] = (part_TD * scale_T1[rows]).mul_(factor_D)
         ctx.save_for_backward(x, weight_D, scale_T1)
+        ctx.offset = offset
         return output_TD.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """With n = x s: ∂w = Σ g n and ∂x = s (g w − n mean(g w n))."""
+        """With n = x s: ∂w = Σ g n and ∂x = s (g w − n mean(g w n)), w offset."""
         x, weight_D, scale_T1 = ctx.saved_tensors
         x_TD, grad_TD = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, grad))
+        factor_D = weight_D.float() + ctx.offset if ctx.offset else weight_D
         grad_x_TD = torch.empty_like(x_TD)
         grad_weight_D = torch.zeros_like(weight_D, dtype=torch.float32)
         for rows in _parts(x_TD):
@@ -128,11 +258,11 @@ class _RMSNorm(torch.autograd.Function):
             part_TD = grad_TD[rows].float()
             if ctx.needs_input_grad[1]:
                 grad_weight_D += (part_TD * normed_TD).sum(0)
-            part_TD = part_TD * weight_D
+            part_TD = part_TD * factor_D
             mean_T1 = (part_TD * normed_TD).mean(-1, keepdim=True)
             grad_x_TD[rows] = part_TD.sub_(normed_TD.mul_(mean_T1)).mul_(scale_T1[rows])
         grad_weight = grad_weight_D.to(weight_D.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x_TD.view(x.shape), grad_weight, None
+        return grad_x_TD.view(x.shape), grad_weight, None, None, None
 
 
 def _parts(x_TD: Tensor) -> Iterator[slice]:
@@ -140,15 +270,23 @@ def _parts(x_TD: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, len(x_TD), size))
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.tanh = tanh
+        return _activated(gate, tanh).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
+        if ctx.tanh:
+            grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        else:
+            grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, _activated(gate, ctx.tanh).mul_(grad), None
+
+
+def _activated(gate: Tensor, tanh: bool) -> Tensor:
+    return F.gelu(gate, approximate="tanh") if tanh else F.silu(gate)

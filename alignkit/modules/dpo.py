@@ -13,7 +13,6 @@ from torch import Tensor
 
 from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
-from alignkit.modules.reference import frozen_copy as frozen_copy
 from alignkit.modules.reference import pair_scores
 from alignkit.modules.referenced import ReferencedModule
 from alignkit.modules.window import LossOutput

@@ -52,7 +52,8 @@ def ids() -> torch.Tensor:
 @pytest.fixture
 def trained(tiny_model: Make, shake: Shake) -> PreTrainedModel:
     """A gpt2 with a moved adapter of rank 4."""
-    model: PreTrainedModel = shake(inject_lora(tiny_model("gpt2"), LoRAConfig(r=4)))
+    config = LoRAConfig(r=4, targets=("attn.c_attn", "attn.c_proj"))
+    model: PreTrainedModel = shake(inject_lora(tiny_model("gpt2"), config))
     return model
 
 

@@ -117,7 +117,7 @@ def test_damage_is_one_line_and_changes_nothing(
 ) -> None:
     model = tiny_model("gpt2", seed=3)
     if not fresh:
-        inject_lora(model, LoRAConfig(r=4))
+        inject_lora(model, LoRAConfig(r=4, targets=("attn.c_attn", "attn.c_proj")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
     act, words = DAMAGE[damage]
@@ -206,7 +206,8 @@ def test_base_weights_beside_the_adapter_must_be_this_bases(
 def test_an_adapter_built_otherwise_is_not_filled(
     tiny_model: Make, saved: Path, options: dict[str, object], words: str
 ) -> None:
-    model = inject_lora(tiny_model("gpt2"), LoRAConfig(**{"r": 4, **options}))  # type: ignore[arg-type]
+    options = {"r": 4, "targets": ("attn.c_attn", "attn.c_proj"), **options}
+    model = inject_lora(tiny_model("gpt2"), LoRAConfig(**options))  # type: ignore[arg-type]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(AlignkitError) as error:
         load_adapter(model, saved)

@@ -36,9 +36,23 @@ def test_gpt2_counts() -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
     model.tie_weights()
-    inject_lora(model)
+    inject_lora(model, LoRAConfig(targets=("attn.c_attn", "attn.c_proj")))
     assert trainable_parameter_count(model) == 12 * 36_864 == 442_368
     assert base_parameter_count(model) == 124_439_808
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+def test_the_default_adapts_every_linear_layer_but_the_head(tiny_model: Make, name: str) -> None:
+    """Whatever the family: the matrices of the blocks, and neither embedding nor head."""
+    model = tiny_model(name)
+    matrices = {
+        path.removesuffix(".weight")
+        for path, parameter in model.named_parameters()
+        if parameter.ndim == 2 and (".0." in path or ".1." in path)
+    }
+    inject_lora(model)
+    adapted = {path for path, module in model.named_modules() if isinstance(module, LoRALinear)}
+    assert adapted == matrices
 
 
 def test_only_adapters_train_and_nothing_changes_at_first(

@@ -35,7 +35,7 @@ def test_a_setup_is_measured(model_dir: Callable[[str], Path], mixed: bool) -> N
     """Tiny GPT-2, width 32: c_attn is 32 → 96, c_proj 32 → 32, two blocks, r = 8."""
     base = model_dir("gpt2")
     full = measure(setup(base, None, mixed=mixed))
-    lora = measure(setup(base, LoRAConfig(), mixed=mixed))
+    lora = measure(setup(base, LoRAConfig(targets=("attn.c_attn", "attn.c_proj")), mixed=mixed))
     assert full.trainable_parameters == full.base_parameters == lora.base_parameters
     assert lora.trainable_parameters == 2 * 8 * (32 + 96 + 32 + 32)
     for found in (full, lora):
@@ -108,7 +108,7 @@ def test_in_processes_of_their_own(
 ) -> None:
     result = profile(
         str(model_dir("gpt2")),
-        lora=LoRAConfig(r=2),
+        lora=LoRAConfig(r=2, targets=("attn.c_attn", "attn.c_proj")),
         random_init=True,
         rows=1,
         tokens=16,
