@@ -119,7 +119,7 @@ def _says_no_more(other: Side, side: Side) -> bool:
 
 
 def _preference_sides(row: Columns) -> list[Side]:
-    if "responses" in row and row["responses"] is not None:
+    if row.get("responses") is not None:
         responses = row["responses"]
         if not isinstance(responses, list) or len(responses) < 2:
             raise RowError("`responses` must be a list of two or more, best first")
@@ -210,10 +210,7 @@ def _joined(prompt: Any, answer: Any, key: str) -> Side:
 
 
 def _repeats(prompt: Any, answer: Any) -> bool:
-    """Whether what should be an answer is the whole conversation, the prompt included.
-
-    A prompt that is text is the human's first or last question, as in UltraFeedback.
-    """
+    """Whether an answer is the whole conversation; text asks its first or last question."""
     if isinstance(answer, str):
         label = isinstance(prompt, str) and last_label(prompt) == len(prompt)
         return label and answer.startswith(prompt)
