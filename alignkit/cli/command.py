@@ -202,15 +202,19 @@ class AlignCLI(LightningCLI):
     before_fit = before_validate = before_test = _find_named_checkpoint
 
 
-def run_tool(name: str, arguments: Sequence[str]) -> None:
-    """Run a tool with its function's arguments as flags."""
+def run_tool(name: str, arguments: Sequence[str]) -> int:
+    """Run a tool with its function's arguments as flags; returns the exit status.
+
+    It is what the tool's ``status`` makes of the result, where it has one, and else 0.
+    """
     summary, place = TOOLS[name]
     module = importlib.import_module(place)
     parser = Parser(prog=f"alignkit {name}", description=summary)
     parser.add_argument("--debug", action=_DebugFlag)
     module.add_arguments(parser)
     config = parser.instantiate(parser.parse_args(list(arguments)))
-    getattr(module, name)(**config.as_dict())
+    result = getattr(module, name)(**config.as_dict())
+    return int(module.status(result)) if hasattr(module, "status") else 0
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -235,7 +239,7 @@ def main(args: Sequence[str] | None = None) -> int:
     register_type(torch.device)  # a default of Lightning's callbacks that config.yaml has to hold
     with stop_on_signals():
         try:
-            _run(arguments)
+            return _run(arguments)
         except Stopped as stop:
             return int(stop.code or 0)
         except RankFailed as failed:
@@ -244,15 +248,14 @@ def main(args: Sequence[str] | None = None) -> int:
             if len(arguments) < len(given):
                 traceback.print_exception(error)
             return _tell(error)
-    return 0
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in TOOLS:
-        run_tool(arguments[0], arguments[1:])
-    else:
-        check_config_files(arguments)
-        AlignCLI(fresh_losses(arguments))
+        return run_tool(arguments[0], arguments[1:])
+    check_config_files(arguments)
+    AlignCLI(fresh_losses(arguments))
+    return 0
 
 
 def _tell(error: Exception) -> int:

@@ -39,7 +39,8 @@ class AlignmentDataModule(LightningDataModule):
         tokenizer: A Hub id or a local directory.
         path: A Hub id (``name`` or ``name:configuration``), a local directory with ``train.*``
             and ``validation.*`` or ``test.*`` files (or whole sets of numbered shards), or one
-            ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file. A list mixes several as they are; a
+            file (``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``, each also as ``.gz``
+            or ``.zst``). A list mixes several as they are; a
             mapping to weights makes each epoch draw from them in these shares.
         tokens_per_batch: Most tokens in one micro-batch of one rank.
         examples_per_batch: Examples of one optimizer step, over all ranks and micro-batches,

@@ -12,6 +12,7 @@ from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.keep.splits import RowEncoder
 from alignkit.data.read.sources import DataPath
 from alignkit.data.text.policies import Policies
+from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import Side, preference_sides, sft_sides
 from alignkit.models.text_format import PromptFormat
 
@@ -29,6 +30,8 @@ class DialogueDataModule(AlignmentDataModule):
         prompt_format: ``boundary`` (HH-RLHF's text), ``stripped``, ``chat``, or ``raw`` for rows
             that were rendered before; see `alignkit.data.text.formats`.
         policies: What to do with each defect; see `Policies`.
+        columns: The rows' columns by the names that are read, where they have others:
+            ``{"prompt": "query", "chosen": "better"}``.
         **options: Passed to `AlignmentDataModule`.
     """
 
@@ -43,12 +46,14 @@ class DialogueDataModule(AlignmentDataModule):
         max_length: int = 512,
         prompt_format: PromptFormat = "boundary",
         policies: Policies | None = None,
+        columns: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, path, **options)
         self.max_length = max_length
         self.prompt_format = prompt_format
         self.policies = policies
+        self.columns = check_columns(columns)
 
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
         """One example a row, its answers sharing the prompt."""
@@ -59,6 +64,7 @@ class DialogueDataModule(AlignmentDataModule):
             prompt_format=self.prompt_format,
             all_turns=self.all_turns,
             policies=self.policies,
+            columns=self.columns,
         )
 
 

@@ -16,6 +16,7 @@ from alignkit.data.keep.position import SOURCES, check_plan
 from alignkit.data.read.rows import Source
 from alignkit.data.read.sources import DataPath, find_splits
 from alignkit.data.text.policies import Policies
+from alignkit.data.text.recognise import check_columns
 from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
 
@@ -27,7 +28,8 @@ class TextDataModule(AlignmentDataModule):
 
     Args:
         tokenizer: See `AlignmentDataModule`, as for every argument not named here.
-        path: See `AlignmentDataModule`; rows are ``{"text": …}``.
+        path: See `AlignmentDataModule`; rows are ``{"text": …}`` or ``{"content": …}``. A directory
+            of ``.txt`` and ``.md`` files alone holds a document each.
         block_size: Tokens of a row.
         streaming: Read and encode the training documents as training goes, in order and without
             end, instead of keeping them: for sets larger than the disk. The run needs
@@ -36,6 +38,7 @@ class TextDataModule(AlignmentDataModule):
         held_out: See ``streaming``.
         packing: ``concatenate`` or ``best_fit``; see `alignkit.data.encode.packing.rows`.
         policies: What to do with each defect; see `Policies`.
+        columns: ``{"text": …}`` where another column holds the documents.
         **options: Passed to `AlignmentDataModule`.
     """
 
@@ -49,6 +52,7 @@ class TextDataModule(AlignmentDataModule):
         streaming: bool = False,
         held_out: int = 500,
         policies: Policies | None = None,
+        columns: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, path, **options)
@@ -59,11 +63,16 @@ class TextDataModule(AlignmentDataModule):
         self.block_size = block_size
         self.packing = packing
         self.policies = policies
+        self.columns = check_columns(columns)
 
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> DocumentEncoder:
         """Rows of documents."""
         return DocumentEncoder(
-            tokenizer, block_size=self.block_size, packing=self.packing, policies=self.policies
+            tokenizer,
+            block_size=self.block_size,
+            packing=self.packing,
+            policies=self.policies,
+            columns=self.columns,
         )
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:

@@ -210,7 +210,7 @@ class TestChat:
 
 
 def test_unknown_format_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(AlignkitError, match="choose one of boundary, seed, chat"):
+    with pytest.raises(AlignkitError, match="choose one of boundary, stripped, chat"):
         encode(tokenizer, PAIR, prompt_format="alpaca")
 
 

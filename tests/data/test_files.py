@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from alignkit.data import HHPreferenceDataModule, Policies
-from alignkit.data.read.rows import BadRow, directory_splits, file_source
+from alignkit.data.read.files import directory_splits, file_source
+from alignkit.data.read.rows import BadRow
 from alignkit.errors import AlignkitError
 from tests.data.conftest import write_jsonl
 
@@ -62,7 +63,7 @@ def test_formats_agree(tmp_path: Path, suffix: str) -> None:
         ("a.jsonl.gz", gzip.compress(LINE * 50, mtime=0)[:-20], "a.jsonl.gz:[0-9]+: damaged gzip"),
         ("a.jsonl.gz", LINE, "a.jsonl.gz:1: damaged gzip"),
         ("a.parquet", LINE, "a.parquet:1: not readable as Parquet"),
-        ("a.csv", LINE, "a.csv: unknown format"),
+        ("a.xml", LINE, "a.xml: unknown format"),
     ],
 )
 def test_bad_files_are_one_line(
@@ -113,7 +114,7 @@ def test_a_line_of_50_mb_is_not_held(tmp_path: Path) -> None:
 
 def test_splits_of_a_directory(tmp_path: Path) -> None:
     names = ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "val.jsonl", "test.jsonl"]
-    for name in [*names, "trainer.jsonl", "train.csv", "README.md"]:
+    for name in [*names, "trainer.jsonl", "train.xml", "README.md"]:
         write_jsonl(tmp_path / name, [GOOD])
     splits = directory_splits(tmp_path)
     assert {name: len(sources) for name, sources in splits.items()} == {

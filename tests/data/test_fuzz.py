@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import random
 import re
@@ -17,7 +19,8 @@ from transformers import AutoTokenizer
 
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.documents import DocumentEncoder
-from alignkit.data.read.rows import Source, file_source
+from alignkit.data.read.files import file_source
+from alignkit.data.read.rows import Source
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError
@@ -101,6 +104,14 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return bytes(raw)
 
 
+def csv_of(rows: list[dict[str, str]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
 def test_a_thousand_mutated_files(encoders: dict[str, Any], tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
@@ -115,10 +126,12 @@ def test_a_thousand_mutated_files(encoders: dict[str, Any], tmp_path: Path) -> N
         "jsonl": lines,
         "jsonl.gz": gzip.compress(lines),
         "parquet": table.read_bytes(),
+        "json": json.dumps(rows, indent=1).encode(),
+        "csv": csv_of(rows[:6]),
     }
     refused = kept = placed = 0
     for number in range(1000):
-        suffix = rng.choice(["jsonl"] * 6 + ["jsonl.gz", "parquet"])
+        suffix = rng.choice(["jsonl"] * 6 + ["jsonl.gz", "parquet", "json", "csv"])
         path = tmp_path / f"{number}.{suffix}"
         path.write_bytes(mutate(originals[suffix], rng))
         encoder = encoders[rng.choice(list(encoders))]

@@ -72,7 +72,7 @@ def test_messages_say_where_turns_begin() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({}, "no `chosen` \\(it has nothing\\)"),
+        ({}, "no `chosen` and `rejected` \\(it has nothing\\)"),
         ({"chosen": PROMPT}, "no `rejected` \\(it has `chosen`\\)"),
         ({"chosen": [YES, ASKED[0]], "rejected": "x"}, "must end with a message of the assistant"),
         ({"chosen": [], "rejected": "x"}, "must end with a message of the assistant"),

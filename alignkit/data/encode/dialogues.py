@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.chunks import chunks, one_ahead
 from alignkit.data.encode.code import code_identity
+from alignkit.data.encode.columns import named_row
 from alignkit.data.encode.draft import Draft, rendered_defects
 from alignkit.data.encode.draft_ids import DraftIds
 from alignkit.data.encode.tokens import TextEncoder
@@ -20,6 +21,7 @@ from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.formats import Format
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.raw import reader
+from alignkit.data.text.recognise import check_columns, columns_of
 from alignkit.data.text.shapes import Side, Sides, columns_read, last_trained
 from alignkit.data.text.templated import Templated
 from alignkit.engine import Example
@@ -39,6 +41,7 @@ class DialogueEncoder:
         prompt_format: See `alignkit.data.text.formats`.
         all_turns: Score every turn of the assistant instead of the last alone.
         policies: What to do about defects.
+        columns: The rows' columns by the names that are read, where they have others.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class DialogueEncoder:
         prompt_format: PromptFormat = "boundary",
         all_turns: bool = False,
         policies: Policies | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         policies = policies or Policies()
         if policies.boundary == "auto":
@@ -67,6 +71,7 @@ class DialogueEncoder:
             None if prompt_format == "raw" else Templated(tokenizer, specials=self._format.specials)
         )
         self._columns = columns_read(sides)
+        self._names = check_columns(columns)
         self._sides = reader(sides) if prompt_format == "raw" else sides
         self._ids = DraftIds(self._encode_texts, self._format, masked=all_turns)
 
@@ -79,6 +84,7 @@ class DialogueEncoder:
             "sides": code_identity(self._sides),
             "max_length": self.max_length,
             "policies": vars(self.policies),
+            "columns": self._names,
         }
 
     def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
@@ -147,9 +153,11 @@ class DialogueEncoder:
         for line, row in source.rows():
             judge.tally.add("rows", line)
             try:
+                row = named_row(row, self._names)
                 sides: Sequence[Side] = read_row(row, self._sides, judge, line)
+                judge.tally.read_as(sides[0].shape if sides else "")
                 if self._columns is not None and not isinstance(row, BadRow):
-                    judge.tally.columns |= row.keys() - self._columns
+                    judge.tally.columns |= row.keys() - self._columns - columns_of(sides[0].shape)
                 if self.masked:
                     sides = [last_trained(side) for side in sides]
                 if self._templated is not None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.batch import Example
 from alignkit.data.encode.chunks import chunks
+from alignkit.data.encode.columns import named_row
 from alignkit.data.encode.packing import Document, Packing, rows
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.encode.writer import ExampleWriter
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.text.defects import Dropped, Judge, character_defects, readable
+from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import unread_columns
 from alignkit.data.text.policies import Policies, Tally
+from alignkit.data.text.recognise import TEXT_COLUMNS, check_columns, document_of
 from alignkit.data.text.templated import Templated
 from alignkit.models.text_format import TextFormat
 
-TEXT_COLUMNS = frozenset(("text",))
 _CHUNK = 64
 
 
@@ -32,6 +34,7 @@ class DocumentEncoder:
         block_size: Tokens of a row.
         packing: See `alignkit.data.encode.packing.rows`.
         policies: What to do about rows that are bad, empty or hold control characters.
+        columns: ``{"text": …}`` where another column holds the documents.
     """
 
     masked = False
@@ -43,12 +46,14 @@ class DocumentEncoder:
         block_size: int,
         packing: Packing,
         policies: Policies | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         self.policies = policies or Policies()
         self._encode = TextEncoder(tokenizer)
         self._templated = Templated(tokenizer)
         self._block_size = block_size
         self._packing = packing
+        self._names = check_columns(columns)
         rows([], block_size, packing)  # refuses what it does not know, before any work
 
     @property
@@ -59,6 +64,7 @@ class DocumentEncoder:
             "block_size": self._block_size,
             "packing": self._packing,
             "policies": vars(self.policies),
+            "columns": self._names,
         }
 
     def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
@@ -89,6 +95,7 @@ class DocumentEncoder:
     def _texts(self, source: Source, judge: Judge) -> Iterator[tuple[int, str]]:
         for line, row in source.rows():
             judge.tally.add("rows", line)
+            row = named_row(row, self._names)
             try:
                 text = self._templated.settle_document(_text(row, judge, line), judge, line)
                 if not text.strip():
@@ -105,11 +112,14 @@ def _text(row: Row, judge: Judge, line: int) -> str:
         AlignkitError: The row has a defect whose policy is ``error``.
         Dropped: The row has a defect whose policy is ``drop``.
     """
-    reason = row.reason if isinstance(row, BadRow) else "the row has no `text`"
-    text = None if isinstance(row, BadRow) else row.get("text")
-    if isinstance(row, BadRow) or not isinstance(text, str):
-        judge.refuse("bad_rows", line, reason)
-    judge.tally.columns |= row.keys() - TEXT_COLUMNS
+    if isinstance(row, BadRow):
+        judge.refuse("bad_rows", line, row.reason)
+    try:
+        text = document_of(row)
+    except RowError as error:
+        judge.refuse("bad_rows", line, str(error))
+    judge.tally.read_as("documents")
+    judge.tally.columns |= row.keys() - set(TEXT_COLUMNS)
     judge.unread(unread_columns(row, TEXT_COLUMNS, None), line)
     for name in character_defects(text):
         judge.count(name, line)

@@ -264,4 +264,15 @@ def _log_counts(name: str, meta: dict[str, Any]) -> None:
     )
     if columns := ", ".join(meta.get("columns", ())):
         details = f"{details or 'no defects'}; columns not read: {columns}"
-    log.info("%s: %d rows, %d examples; %s", name, rows, examples, details or "no defects")
+    shapes = meta.get("shapes") or {}
+    several = len(shapes) > 1
+    told = " and ".join(f"{n} as {each}" if several else each for each, n in shapes.items())
+    read = f"{'' if several else ' as'} {told}" if told else ""
+    log.info(
+        "%s: %d rows%s, %d examples; %s",
+        name,
+        rows,
+        f", read{read}" if told else "",
+        examples,
+        details or "no defects",
+    )

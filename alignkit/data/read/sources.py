@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from alignkit.data.read.files import directory_splits, file_source, files_not_read
 from alignkit.data.read.hashes import digest_of, file_hash
-from alignkit.data.read.rows import Row, Source, directory_splits, file_source, files_not_read
+from alignkit.data.read.rows import Row, Source
 from alignkit.data.read.split_names import SPLITS, SUFFIXES
 from alignkit.errors import AlignkitError
 from alignkit.models.load import hub_reachable

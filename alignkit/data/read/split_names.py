@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from alignkit.errors import AlignkitError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = tuple(f"{suffix}{packed}" for suffix in FORMATS for packed in ("", ".gz", ".zst"))
 """The files that can be read."""
 
 SPLITS = ("train", "validation", "test")

@@ -101,6 +101,7 @@ class Tally:
 
     Attributes:
         columns: Names of the rows' columns that nothing is read from.
+        shapes: How many rows were read as each shape.
     """
 
     def __init__(self, lines_kept: int | None = 5) -> None:
@@ -108,6 +109,7 @@ class Tally:
         self.counts: dict[str, int] = {}
         self.lines: dict[str, list[int]] = {}
         self.columns: set[str] = set()
+        self.shapes: dict[str, int] = {}
 
     def add(self, name: str, line: int) -> None:
         """Count one row."""
@@ -116,6 +118,16 @@ class Tally:
         if self._kept is None or len(lines) < self._kept:
             lines.append(line)
 
+    def read_as(self, shape: str) -> None:
+        """Count one row by the shape it was read as; an empty name says nothing."""
+        if shape:
+            self.shapes[shape] = self.shapes.get(shape, 0) + 1
+
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON can hold it."""
-        return {"counts": self.counts, "lines": self.lines, "columns": sorted(self.columns)}
+        return {
+            "counts": self.counts,
+            "lines": self.lines,
+            "columns": sorted(self.columns),
+            "shapes": self.shapes,
+        }

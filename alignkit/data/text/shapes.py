@@ -1,15 +1,14 @@
-"""The shapes a row may have, each turned into one side or several: a prompt and an answer.
+"""Rows as sides: a prompt and an answer each. The shapes they come in are in `recognise`.
 
-Preference rows:
+What is read here, once a row's shape is known:
     ``{"chosen": text, "rejected": text}``, whole dialogues as HH-RLHF publishes them;
-    ``{"prompt": …, "chosen": …, "rejected": …}``, the prompt apart;
-    ``{"prompt": …, "responses": [best, …, worst]}``, k ≥ 2 answers in order of preference.
-Rows for SFT:
-    any of the above (its first answer), ``{"messages": […]}``, or
-    ``{"prompt": …, "completion": …}``.
-Prompts, answers and dialogues are text, or lists of ``{"role": …, "content": …}`` messages, which
-may say ``"weight": 0`` where they are not to be trained on. In SFT, ``"label": false`` says so of
-the row. What else a row holds is judged in `alignkit.data.text.fields`.
+    ``{"prompt": …, "chosen": …, "rejected": …}``, the prompt apart or repeated by the answers;
+    ``{"prompt": …, "responses": [best, …, worst]}``, k ≥ 2 answers in order of preference;
+    ``{"messages": […]}``, and ``{"prompt": …, "completion": …}``.
+Prompts, answers and dialogues are text, or lists of ``{"role": …, "content": …}`` messages (in
+ShareGPT ``from`` and ``value``), which may say ``"weight": 0`` where they are not to be trained on.
+In SFT, ``"label": false`` says so of the row. What else a row holds is judged in
+`alignkit.data.text.fields`.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Message, RowError, last_label, split_last
 from alignkit.data.text.fields import is_set, read_weight, unread_columns
+from alignkit.data.text.recognise import PREFERENCE, SFT, Columns, Shape, readings
 
 _ROLES = {
     "system": "system",
@@ -28,6 +28,7 @@ _ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
+_TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
 _LABELS = {"user": HUMAN, "assistant": ASSISTANT}
 
 PREFERENCE_COLUMNS = frozenset(("prompt", "chosen", "rejected", "responses"))
@@ -47,6 +48,7 @@ class Side(NamedTuple):
         trained: Whether the answer may be trained on.
         whole: Whether prompt and answer were one text, as HH-RLHF publishes them.
         unread: What of the row would change what is trained, and is not read.
+        shape: The name of the shape that the row was read as.
     """
 
     prompt: str
@@ -57,6 +59,7 @@ class Side(NamedTuple):
     trained: bool = True
     whole: bool = False
     unread: tuple[str, ...] = ()
+    shape: str = ""
 
 
 Sides = Callable[[Mapping[str, Any]], list[Side]]
@@ -68,19 +71,7 @@ def preference_sides(row: Mapping[str, Any]) -> list[Side]:
     Raises:
         RowError: A missing key, a value of the wrong type, a dialogue without ``Assistant:``.
     """
-    if "responses" in row:
-        responses = row["responses"]
-        if not isinstance(responses, list) or len(responses) < 2:
-            raise RowError("`responses` must be a list of two or more, best first")
-        prompt = _need(row, "prompt")
-        sides = [_joined(prompt, response, "responses") for response in responses]
-    else:
-        values = {key: _need(row, key) for key in ("chosen", "rejected")}
-        if row.get("prompt") is None:
-            sides = [_whole(value, key) for key, value in values.items()]
-        else:
-            sides = [_joined(row["prompt"], value, key) for key, value in values.items()]
-    return [_with_columns(side, row, PREFERENCE_COLUMNS) for side in sides]
+    return _one_reading(row, PREFERENCE, _preference_sides)
 
 
 def sft_sides(row: Mapping[str, Any]) -> list[Side]:
@@ -89,7 +80,7 @@ def sft_sides(row: Mapping[str, Any]) -> list[Side]:
     Raises:
         RowError: As `preference_sides`.
     """
-    return [with_label(_with_columns(_sft_side(row), row, SFT_COLUMNS), row)]
+    return _one_reading(row, SFT, _sft_sides)
 
 
 def with_label(side: Side, row: Mapping[str, Any]) -> Side:
@@ -107,17 +98,54 @@ def columns_read(sides: Sides) -> frozenset[str] | None:
     return SFT_COLUMNS if sides is sft_sides else None
 
 
-def _sft_side(row: Mapping[str, Any]) -> Side:
+def _one_reading(row: Columns, shapes: tuple[Shape, ...], read: Sides) -> list[Side]:
+    """A row's sides by the one shape it has, or by several that agree on them."""
+    found = readings(row, shapes)
+    sides = read(found[0].row)
+    for other in found[1:]:
+        if not all(map(_says_no_more, read(other.row), sides)):
+            raise RowError(
+                f"the row may be read as {found[0].shape.name} or as {other.shape.name}, which "
+                "differ; name the columns that are meant in data.columns"
+            )
+    return [side._replace(shape=found[0].shape.name) for side in sides]
+
+
+def _says_no_more(other: Side, side: Side) -> bool:
+    """Whether another reading has the same answer, to a prompt that this one's holds."""
+    said = [other.prompt] if other.messages is None else [each.content for each in other.messages]
+    lines = (line.strip() for text in said for line in text.splitlines())
+    return other.answer == side.answer and all(line in side.prompt for line in lines)
+
+
+def _preference_sides(row: Columns) -> list[Side]:
+    if row.get("responses") is not None:
+        responses = row["responses"]
+        if not isinstance(responses, list) or len(responses) < 2:
+            raise RowError("`responses` must be a list of two or more, best first")
+        prompt = row["prompt"]
+        sides = [_joined(prompt, response, "responses") for response in responses]
+    elif row.get("prompt") is None:
+        sides = [_whole(row[key], key) for key in ("chosen", "rejected")]
+    else:
+        sides = [_joined(row["prompt"], row[key], key) for key in ("chosen", "rejected")]
+    return [_with_columns(side, row, PREFERENCE_COLUMNS) for side in sides]
+
+
+def _sft_sides(row: Columns) -> list[Side]:
+    return [with_label(_with_columns(_sft_side(row), row, SFT_COLUMNS), row)]
+
+
+def _sft_side(row: Columns) -> Side:
     if row.get("messages") is not None:
         return _whole(row["messages"], "messages")
     prompt = row.get("prompt")
-    if prompt is not None:
-        for key in ("completion", "chosen", "responses"):
-            if row.get(key) is not None:
-                value = row[key]
-                ranked = key == "responses" and isinstance(value, list) and value
-                return _joined(prompt, value[0] if ranked else value, key)
-    return _whole(_need(row, "chosen"), "chosen")
+    if prompt is None:
+        return _whole(row["chosen"], "chosen")
+    key = next(key for key in ("completion", "chosen", "responses") if row.get(key) is not None)
+    value = row[key]
+    ranked = key == "responses" and isinstance(value, list) and value
+    return _joined(prompt, value[0] if ranked else value, key)
 
 
 def last_trained(side: Side) -> Side:
@@ -145,13 +173,6 @@ def _with_columns(side: Side, row: Mapping[str, Any], read: frozenset[str]) -> S
     return side._replace(unread=(*side.unread, *unread_columns(row, read, said)))
 
 
-def _need(row: Mapping[str, Any], key: str) -> Any:
-    if row.get(key) is None:
-        found = ", ".join(f"`{name}`" for name in list(row)[:5]) or "nothing"
-        raise RowError(f"the row has no `{key}` (it has {found[:200]})")
-    return row[key]
-
-
 def _whole(value: Any, key: str) -> Side:
     """A whole dialogue, prompt and answer in one."""
     if isinstance(value, str):
@@ -165,12 +186,18 @@ def _whole(value: Any, key: str) -> Side:
 def _joined(prompt: Any, answer: Any, key: str) -> Side:
     """A prompt and an answer that came apart."""
     unread: tuple[str, ...] = ()
+    answer = [answer] if isinstance(answer, Mapping) else answer
+    if _repeats(prompt, answer):
+        return _whole(answer, key)
     if isinstance(answer, str):
         text, reply = _spaced(answer), Message("assistant", _unspaced(answer))
     else:
         messages, unread = _messages(answer, key)
         if len(messages) != 1 or messages[0].role != "assistant":
-            raise RowError(f"`{key}` must be text or one message of the assistant")
+            raise RowError(
+                f"`{key}` must be text, one message of the assistant, or a conversation that "
+                "repeats `prompt`"
+            )
         (reply,) = messages
         text = f" {reply.content}"
     side = _asked(prompt)
@@ -180,6 +207,30 @@ def _joined(prompt: Any, answer: Any, key: str) -> Side:
         trained=reply.trained,
         unread=tuple(dict.fromkeys((*side.unread, *unread))),
     )
+
+
+def _repeats(prompt: Any, answer: Any) -> bool:
+    """Whether an answer is the whole conversation; text asks its first or last question."""
+    if isinstance(answer, str):
+        label = isinstance(prompt, str) and last_label(prompt) == len(prompt)
+        return label and answer.startswith(prompt)
+    if not isinstance(answer, list) or len(answer) < 2:
+        return False
+    before = [_named(message) for message in answer[:-1] if isinstance(message, Mapping)]
+    if isinstance(prompt, str):
+        users = (each for each in before if _ROLES.get(str(each.get("role"))) == "user")
+        asked = [each.get("content") for each in users]
+        return prompt in (asked[:1] + asked[-1:])
+    given = prompt if isinstance(prompt, list) else []
+    return before == [_named(each) for each in given if isinstance(each, Mapping)]
+
+
+def _named(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message by the names of its fields here, where it has ShareGPT's."""
+    if "from" not in message or "value" not in message or message.get("role") is not None:
+        return message
+    named = {"from": "role", "value": "content"}
+    return {named.get(name, name): message[name] for name in message if name != "content"}
 
 
 def _asked(prompt: Any) -> Side:
@@ -218,7 +269,10 @@ def _messages(value: Any, key: str) -> tuple[tuple[Message, ...], tuple[str, ...
     for message in value:
         if not isinstance(message, Mapping):
             raise RowError(f"`{key}` must hold messages with `role` and `content`")
+        message = _named(message)
         role, content = message.get("role"), message.get("content")
+        if role in _TOOL_ROLES:
+            raise RowError(f"`{key}` holds tool calls (role `{role}`), which are not read yet")
         trained, others = read_weight(message)
         if not isinstance(role, str) or not isinstance(content, str):
             beside = f" (beside {', '.join(others)})" if others else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -73,6 +74,14 @@ def audit(
     return report
 
 
+def status(report: dict[str, Any]) -> int:
+    """The exit status: 1, after a line that says so, where training could use no row."""
+    if report["usable"]:
+        return 0
+    print(f"alignkit: error: {report['path']}: no row is usable, see above", file=sys.stderr)
+    return 1
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of `audit`; the path comes first and bare."""
     parser.add_argument("path", type=str, help="A file, a directory or a Hub id.")
@@ -99,6 +108,13 @@ def _print(report: dict[str, Any]) -> None:
             meaning = [MEANING[name]] if wide else []
             table.add_row(name, f"{report[name]:,}", share, listed + more, *meaning)
     console.print(table)
+    for name in ("bad_rows", "unread_fields"):
+        for example in report["examples"].get(name, ()):
+            line = f"{name}, row {example['row']}: {example['text']}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    told = ", ".join(f"{count:,} as {shape}" for shape, count in report["read_as"].items())
+    if told:
+        console.print(f"read: {told}", highlight=False, markup=False)
     lengths = Table(title=f"lengths in {report['unit']} (max_length {report['max_length']})")
     lengths.add_column("of")
     for name in next(iter(report["lengths"].values()), {}):

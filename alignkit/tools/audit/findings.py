@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.data.text.defects import readable
-from alignkit.data.text.policies import MEANING, Tally
+from alignkit.data.text.policies import MEANING, Policies, Tally
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
@@ -51,6 +51,12 @@ class Findings:
         for name, length in lengths.items():
             self.lengths.setdefault(name, array("q")).append(length)
 
+    def _lost(self) -> set[int]:
+        """The rows that training would not take as its policies stand."""
+        policies = Policies()
+        lost = (name for name in MEANING if getattr(policies, name, "") in ("drop", "error"))
+        return {row for name in lost for row in self.tally.lines.get(name, ())}
+
     def to_dict(self) -> dict[str, Any]:
         """The report; see `alignkit.tools.audit.command.audit`."""
         counts = {name: self.tally.counts.get(name, 0) for name in ["rows", *MEANING]}
@@ -62,6 +68,8 @@ class Findings:
             "row_numbers": {
                 name: sorted(self.tally.lines.get(name, [])) for name in counts if name != "rows"
             },
+            "usable": counts["rows"] - len(self._lost()),
+            "read_as": self.tally.shapes,
             "columns_not_read": sorted(self.tally.columns),
             "files_not_read": self.files,
             "sources": self.sources,

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.chunks import chunks
 from alignkit.data.encode.dialogues import DialogueEncoder
-from alignkit.data.encode.documents import TEXT_COLUMNS
 from alignkit.data.encode.draft import Draft, rendered_defects
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.read.rows import BadRow, Row, Source
@@ -27,6 +26,7 @@ from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import unread_columns
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.raw import reader
+from alignkit.data.text.recognise import TEXT_COLUMNS, columns_of, document_of, kind_of
 from alignkit.data.text.shapes import (
     PREFERENCE_COLUMNS,
     SFT_COLUMNS,
@@ -118,10 +118,7 @@ def _kind(source: Source) -> str:
     """What a source holds, by its first readable row."""
     readable_rows = (row for _, row in source.rows() if not isinstance(row, BadRow))
     for row in islice(readable_rows, 1):
-        if "rejected" in row or "responses" in row:
-            return "preference"
-        if "text" in row:
-            return "text"
+        return kind_of(row)
     return "sft"
 
 
@@ -157,12 +154,14 @@ class _Dialogues:
         for number, row in rows:
             if isinstance(row, BadRow):
                 continue
-            self._found.tally.columns |= row.keys() - self._columns
             try:
                 sides = self._sides(row)
             except RowError as error:
                 self._found.add("bad_rows", number, str(error), self._limit)
                 continue
+            shape = sides[0].shape
+            self._found.tally.read_as(shape)
+            self._found.tally.columns |= row.keys() - self._columns - columns_of(shape)
             self._judge(sides, number)
             if self._templated is not None:
                 sides = list(self._templated.settle(sides, judge, number))
@@ -233,11 +232,12 @@ class _Text:
         for number, row in rows:
             if isinstance(row, BadRow):
                 continue
-            text = row.get("text")
-            if not isinstance(text, str):
-                self._found.add("bad_rows", number, "the row has no `text`", self._limit)
+            try:
+                text = document_of(row)
+            except RowError as error:
+                self._found.add("bad_rows", number, str(error), self._limit)
                 continue
-            self._found.tally.columns |= row.keys() - TEXT_COLUMNS
+            self._found.tally.columns |= row.keys() - set(TEXT_COLUMNS)
             if unread := unread_columns(row, TEXT_COLUMNS, None):
                 self._found.add("unread_fields", number, ", ".join(unread), self._limit)
             if self._judge(text, number):
