@@ -4,8 +4,8 @@
     python benchmarks/checkouts.py --before ../before --rounds 5 --json checkouts.json
 
 Each checkout has a process of its own that imports its package and trains the same random models on
-the same pairs; the processes take steps in turns. Ratios are after / before, of seconds the median of
-the rounds', of memory that of the processes' peaks above the loaded model. Losses have to be equal.
+the same pairs; the processes take steps in turns. Ratios are after / before: the median over the
+rounds' seconds, and the processes' peaks of memory above the loaded model. Losses have to be equal.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def ask(worker: subprocess.Popen[str], steps: int) -> dict[str, Any]:
     stream.flush()
     answer = cast("IO[str]", worker.stdout).readline()
     if not answer:
-        sys.exit(f"error: a worker ended with status {worker.wait()}; run it with --work to see why")
+        sys.exit(f"error: a worker ended with status {worker.wait()}; see it run alone with --work")
     return cast("dict[str, Any]", json.loads(answer))
 
 
