@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from alignkit.utils.interrupts import Stopped, say, stop_at_once
+from alignkit.utils.interrupts import Stopped, stop_at_once, write_line
 from alignkit.utils.ranks import is_lost_connection
 
 log = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ class _Connector(_SignalConnector):
             stop_at_once(signum)
         if not self.signals.asked:
             end = "; once more stops at once" if signum == signal.SIGINT else ""
-            say(f"{signal.Signals(signum).name}: finishing this step, then saving{end}")
+            write_line(f"{signal.Signals(signum).name}: finishing this step, then saving{end}")
         self.signals.asked = max(self.signals.asked, signum)
         if callable(also):
             also(signum, frame)

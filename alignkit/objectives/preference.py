@@ -1,8 +1,8 @@
-"""Every preference loss that ships, and what they are made of.
+"""Collect every preference loss that ships with alignkit, and the interface they share.
 
-A loss is a frozen dataclass with its own parameters: ``DPO(beta=0.1)(policy, reference)`` is one
-loss a pair. A loss whose equation has no ε has no ``label_smoothing``. Defaults are those of the
-papers, with β = 0.1 where a paper leaves it open.
+A loss is a frozen dataclass with its own parameters: ``DPO(beta=0.1)(policy, reference)`` returns
+one loss for each pair. A loss whose equation has no ε has no ``label_smoothing``. Defaults are
+those of the papers, with β = 0.1 where a paper leaves it open.
 """
 
 from alignkit.objectives.logistic import (
