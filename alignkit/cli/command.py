@@ -32,8 +32,8 @@ from alignkit.cli.streams import outlive_readers
 from alignkit.models.checkpoint import read_checkpoint
 from alignkit.models.find import find_checkpoint
 from alignkit.modules import AlignmentModule
-from alignkit.modules.precision import refuse_by_name
-from alignkit.modules.runs import NAMES, asked_checkpoint
+from alignkit.modules.precision import refuse_precision_name
+from alignkit.modules.runs import CHECKPOINT_NAMES, asked_checkpoint
 from alignkit.utils.interrupts import Stopped, stop_on_signals
 from alignkit.utils.ranks import is_first_rank, is_lost_connection
 
@@ -159,7 +159,7 @@ class AlignCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with our progress bar where the configuration names none."""
         config = self._get(self.config_init, "trainer")
-        refuse_by_name(config.get("precision"))
+        refuse_precision_name(config.get("precision"))
         bars = [c for c in config.get("callbacks") or [] if isinstance(c, BaseProgressBar)]
         if config.get("enable_progress_bar") is not False and not bars:
             config["callbacks"] = [*(config.get("callbacks") or []), ProgressBar()]
@@ -187,7 +187,7 @@ class AlignCLI(LightningCLI):
         if start:
             options["model.init_args.init_from"] = find_checkpoint(start)
         path = options.get("ckpt_path")
-        if path and path not in NAMES:
+        if path and path not in CHECKPOINT_NAMES:
             options["ckpt_path"] = find_checkpoint(path)
             read_checkpoint(options["ckpt_path"])
 

@@ -34,12 +34,6 @@ class DPO(PreferenceLoss):
     Args:
         beta: Strength of the tie to the reference.
         label_smoothing: ε.
-
-    Example:
-        >>> tokens = torch.tensor([12])
-        >>> policy = PairScores(torch.tensor([-9.5]), torch.tensor([-7.0]), tokens, tokens)
-        >>> DPO(beta=0.1)(policy, policy)  # log 2: the policy still is the reference
-        tensor([0.6931])
     """
 
     beta: float = 0.1
