@@ -1,4 +1,4 @@
-"""``alignkit export``: a checkpoint in a form that needs no alignkit to be read."""
+"""Run ``alignkit export``, which writes a checkpoint for readers without alignkit."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def export(
 ) -> Path:
     """Write a checkpoint for use elsewhere.
 
-    How its text was put goes along, in ``alignkit.json``, and a merged model's tokenizer gets it
-    as its chat template, so that other readers ask the model as it was trained.
+    The text format of training is written to ``alignkit.json``, and a merged model's tokenizer gets
+    it as its chat template, so that other readers ask the model as it was trained.
 
     Args:
         model: A checkpoint of any stage (.ckpt), a run's folder or a PEFT adapter directory.
@@ -39,8 +39,8 @@ def export(
         to: ``peft``, the adapter as PEFT writes it; ``merged``, a whole transformers model with the
             adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or
             llama.cpp's converter; ``safetensors``, the adapter as one file.
-        base: Where the base model lies now, if not where the checkpoint says.
-        dtype: Of the weights of a merged model.
+        base: The base model's path, if it is no longer where the checkpoint says.
+        dtype: Dtype of the weights of a merged model.
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank.
 
     Returns:
@@ -59,7 +59,7 @@ def export(
     name = base or policy_base(model)
     trained = policy_format(model)
     if trained is not None and to == "merged":
-        _teach(policy, tokenizer, trained)
+        _keep_text_format(policy, tokenizer, trained)
     header = {} if to == "merged" else base_identity(policy).header()
     write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
     if trained is not None:
@@ -68,10 +68,10 @@ def export(
     return place
 
 
-def _teach(
+def _keep_text_format(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: TextFormat
 ) -> None:
-    """Let transformers' own chat and generation do what training did."""
+    """Store the chat template and the end tokens of training for transformers' generation."""
     tokenizer.chat_template = template_of(trained, tokenizer) or tokenizer.chat_template
     config = policy.generation_config
     if config is not None and trained.ends:
