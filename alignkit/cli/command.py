@@ -142,7 +142,7 @@ class AlignCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         listed = parser._subcommands_action
         assert listed is not None
-        for name, (summary, _) in TOOLS.items():  # for --help alone: `main` runs them
+        for name, (summary, _) in TOOLS.items():  # only to list them in --help: `main` runs them
             listed.add_subcommand(name, Parser(), help=summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -281,7 +281,7 @@ def _configure_logs() -> None:
     """Show our own log lines, and hide those of Lightning that a user cannot act on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("alignkit").setLevel(logging.INFO)
-    # Advertisements for other products.
+    # Messages that advertise other products.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

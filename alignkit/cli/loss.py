@@ -12,7 +12,7 @@ from alignkit.errors import AlignkitError
 from alignkit.objectives.preference import known_losses, unknown_loss
 
 _FLAG = "--model.loss"
-# How the parser says that a name is no class it knows.
+# The parser's message about a name that is no known class.
 _NO_CLASS = re.compile(r'key "(?:\S+\.)?loss".*?import path string: (\S+)', re.DOTALL)
 
 

@@ -220,14 +220,14 @@ class AlignmentModule(TrainerSupport):
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         super().on_load_checkpoint(checkpoint)
-        # Tuners restore what they began with; only a run without an optimizer yet resumes.
+        # Tuners restore their initial state when the optimizer exists; a resumed run has none yet.
         self._resumed = checkpoint if self._settings is None else None
 
     def on_train_start(self) -> None:
         """Log the share of rows that the data module truncated."""
         super().on_train_start()
         truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
-        if truncated is not None:  # a fact about the run: no mean over ranks or steps
+        if truncated is not None:  # constant over the run, so no mean over ranks or steps
             for logger in self.loggers:
                 logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
 

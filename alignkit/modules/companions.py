@@ -48,7 +48,7 @@ _REFUSED: dict[type[Callback], str] = {
     ),
 }
 _NEED_A_LOGGER = (LearningRateMonitor, DeviceStatsMonitor, ThroughputMonitor)
-# What `torch.load` builds without unpickling objects.
+# Types that `torch.load` reads without unpickling objects.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.Size)
 _PLAIN_TORCH = (torch.dtype, torch.device)
 

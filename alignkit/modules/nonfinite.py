@@ -73,9 +73,9 @@ class StepGuard:
             return True
         named = zip(("loss", "weight", "gradient's norm"), values, strict=False)
         what = next(f"the {name} is {value}" for name, value in named if not _is_finite(value))
-        if norm is not None:  # a scaler still has to see them
+        if norm is not None:  # a gradient scaler still has to see the gradients
             for parameter in module.parameters():
-                parameter.grad = None  # an optimizer leaves a parameter without gradient alone
+                parameter.grad = None  # an optimizer skips a parameter without gradient
         where = _locate_nonfinite(module, totals.micro_batches)
         told = f"global step {module.global_step}: {what}; {where}"
         if self.policy == "stop":
@@ -163,7 +163,7 @@ def _locate_nonfinite(module: HasLoss, micro_batches: list[MicroBatch]) -> str:
     Every rank must call it.
     """
     found = [m for m in micro_batches if not _has_finite_loss(module, m.batch)]
-    place = Path(module.trainer.log_dir or module.trainer.default_root_dir)  # a collective
+    place = Path(module.trainer.log_dir or module.trainer.default_root_dir)  # broadcasts
     told = [_describe_batch(module, micro, place) for micro in found[:1]]
     everybody: list[list[str]] = [told]
     if dist.is_available() and dist.is_initialized():

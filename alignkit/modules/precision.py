@@ -22,7 +22,7 @@ from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
 
 _HALF = (torch.bfloat16, torch.float16)
-# By class: a subclass of Lightning's own may do anything to a module.
+# Compared by exact class, because a subclass may do anything to a module.
 _KNOWN = (Precision, MixedPrecision, HalfPrecision, DoublePrecision, FSDPPrecision)
 
 
@@ -47,7 +47,7 @@ def keep_batches_uncast(trainer: Trainer) -> None:
     log-probabilities are fp32 in every precision.
     """
     plugin = trainer.precision_plugin
-    if not isinstance(plugin.convert_input, partial):  # once a plugin
+    if not isinstance(plugin.convert_input, partial):  # not replaced before
         plugin.convert_input = partial(_convert, plugin.convert_input)  # type: ignore[method-assign]
 
 

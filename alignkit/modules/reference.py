@@ -60,7 +60,7 @@ class Reference(nn.Module):
         self.cache: ReferenceCache | None = None
         self.cache_error = torch.zeros(())
         self._base = ""
-        self._agreed = False  # once seen to start as the reference, the policy may leave it
+        self._agreed = False  # whether `check_start` has passed; later the policy may differ
         self.train(False)
 
     def train(self, mode: bool = True) -> Reference:

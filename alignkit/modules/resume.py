@@ -23,7 +23,7 @@ from alignkit.modules.optimize import total_steps
 
 KEY = "settings"
 # Paths, and ways to compute: neither changes what is trained.
-_ELSEWHERE = frozenset(
+_WITHOUT_EFFECT = frozenset(
     {"base", "tokenizer", "init_from", "random_init", "reference_cache", "reference_checks",
      "activation_checkpointing", "compile", "packing"}
 )  # fmt: skip
@@ -84,7 +84,7 @@ def apply_settings(
     _refuse_other_optimizer(optimizer, saved, before, now)
     changes = [
         *_changes("model.optimizer.", _saved_options(saved, before), now["options"]),
-        *_changes("model.", checkpoint.get("hyper_parameters", {}), hparams, _ELSEWHERE),
+        *_changes("model.", checkpoint.get("hyper_parameters", {}), hparams, _WITHOUT_EFFECT),
         *_changes("trainer.", before.get("trainer", {}), now["trainer"]),
         *_changes("", before.get("run", {}), now["run"]),
     ]
@@ -127,7 +127,7 @@ def _changes(
     for name in (name for name in new if name in old and name not in but):
         was, value = old[name], new[name]
         if isinstance(was, Mapping) and isinstance(value, Mapping):
-            # As on the command line, which needs no `init_args`.
+            # Named as on the command line, without `init_args`.
             told += _changes(prefix if name == "init_args" else f"{prefix}{name}.", was, value)
         elif _plain(was) != _plain(value):
             told.append(f"{prefix}{name} {_plain(was)} -> {_plain(value)}")

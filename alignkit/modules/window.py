@@ -94,7 +94,7 @@ class Window:
         own_K = torch.stack([self._sums[name] for name in names])
         own = dict(zip(names, own_K.unbind(), strict=True))
         del own["tokens"]
-        # Gloo reduces in place.
+        # Gloo reduces in place, so it gets a copy.
         sums = dict(zip(names, reduce(own_K.clone()).unbind(), strict=True))
         seconds = time.perf_counter() - self._start
         micro_batches = self.micro_batches

@@ -53,7 +53,7 @@ def export(
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise AlignkitError(f"output {output}: exists and is not empty; choose another directory")
-    # Adapters stay fp32 whatever the base's dtype; only a merged model takes it.
+    # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
     kept = "float32" if to != "merged" and dtype == "float16" else dtype
     policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, kept))
     name = base or policy_base(model)

@@ -68,7 +68,7 @@ def demo(base: str | None = None, max_steps: int | None = None) -> None:
         AlignkitError: A missing package, or a command that failed.
     """
     started = time.monotonic()
-    for name in STAGES:  # what an earlier demo left
+    for name in STAGES:  # remove the runs of an earlier demo
         shutil.rmtree(RUNS / name, ignore_errors=True)
     RUNS.mkdir(parents=True, exist_ok=True)
 

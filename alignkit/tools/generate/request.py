@@ -96,7 +96,7 @@ class Request:
             AlignkitError: There is no model, or it is damaged.
         """
         model, tokenizer = load_policy(path, base=self.base, dtype=getattr(torch, self.dtype))
-        torch.nn.Module.to(model, self.target)  # transformers types its own override away
+        torch.nn.Module.to(model, self.target)  # transformers' override is untyped
         return model.train(False), tokenizer
 
     def format_for(self, path: str, tokenizer: PreTrainedTokenizerBase) -> TextFormat:

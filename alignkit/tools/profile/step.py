@@ -114,7 +114,7 @@ def measure(setup: Setup) -> Measurement:
 
 def _build(setup: Setup) -> Any:
     adapt = setup.lora is not None
-    # A frozen base sits in bf16; weights that train need fp32 master copies.
+    # A frozen base is stored in bf16; weights that train need fp32 master copies.
     dtype = torch.bfloat16 if setup.mixed and adapt else torch.float32
     model = load_model(setup.base, dtype=dtype, random_init=setup.random_init)
     context = getattr(model.config, "max_position_embeddings", setup.tokens)
