@@ -24,6 +24,11 @@ def smoothed(x_B: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * logsigmoid(x_B) - label_smoothing * logsigmoid(-x_B)
 
 
+def bounded_expm1(x_B: Tensor) -> Tensor:
+    """Return e^x − 1 with x at most 80, so that nothing overflows."""
+    return torch.expm1(x_B.clamp(max=80.0))
+
+
 @dataclass(frozen=True)
 class DPO(PreferenceLoss):
     """Compute the DPO loss −log σ(βΔ).

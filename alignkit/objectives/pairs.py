@@ -97,6 +97,16 @@ class PreferenceLoss:
         if not 0 <= getattr(self, "label_smoothing", 0.0) < 0.5:
             self.refuse("label_smoothing", "must lie in [0, 0.5)")
 
+    def at_least_zero(self, *names: str) -> None:
+        """Refuse parameters that are negative, infinite or no numbers.
+
+        Raises:
+            AlignkitError: One is.
+        """
+        for name in names:
+            if not 0 <= getattr(self, name) < inf:
+                self.refuse(name, "must be at least 0")
+
     def refuse(self, name: str, rule: str) -> NoReturn:
         """Raise the error that names one parameter and the rule it breaks.
 

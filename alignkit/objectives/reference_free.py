@@ -1,10 +1,11 @@
-"""Define the preference losses that use no reference model: SimPO and ORPO.
+"""Define the preference losses that use no reference model: SimPO, AlphaPO and ORPO.
 
 Shape letters and symbols: as in `alignkit.objectives.logistic`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from alignkit.objectives.logistic import smoothed
+from alignkit.objectives.logistic import bounded_expm1, smoothed
 from alignkit.objectives.pairs import PairScores, PreferenceLoss
 
 
@@ -45,6 +46,43 @@ class SimPO(_ReferenceFree):
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
         return smoothed(self.margin(policy, reference) - self.gamma, self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class AlphaPO(_ReferenceFree):
+    """Compute the AlphaPO loss −log σ(β (R(y_w) − R(y_l)) − γ), R(y) = (1 − π(y)^{−α/|y|}) / α.
+
+    Gupta et al. 2025, arXiv:2501.03884, equation 5: SimPO with another shape of reward, which is
+    SimPO's for α → 0. The reference is not used.
+
+    Args:
+        beta: Scale of the rewards.
+        alpha: α, not 0; the paper takes 0.1 to 0.25.
+        gamma: γ, the margin asked for.
+        label_smoothing: ε.
+    """
+
+    beta: float = 2.0
+    alpha: float = 0.25
+    gamma: float = 1.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse the α at which there is no equation."""
+        super().__post_init__()
+        if not (math.isfinite(self.alpha) and self.alpha):
+            self.refuse("alpha", "must be a number other than 0, at which it is SimPO")
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        return smoothed(self.margin(policy, reference) - self.gamma, self.label_smoothing)
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
+        """Return β R(y) of both sides, [B] each."""
+        mean, scale = policy.per_token(), self.beta / self.alpha
+        return (
+            scale * -bounded_expm1(-self.alpha * mean.chosen),
+            scale * -bounded_expm1(-self.alpha * mean.rejected),
+        )
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,18 @@ class IPO(PreferenceLoss):
 
     Args:
         beta: τ; the target margin is 1/(2τ).
+        per_token: Whether log-ratios are means over tokens; ``False`` is the paper's equation as it
+            stands, (Δ − 1/(2β))² of sums.
     """
 
     beta: float = 0.1
+    per_token: bool = True
     trl_name: ClassVar[str | None] = "ipo"
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
-        ours, theirs = policy.per_token(), reference.per_token()
+        ours, theirs = policy, reference
+        if self.per_token:
+            ours, theirs = policy.per_token(), reference.per_token()
         margin_B = (ours.chosen - theirs.chosen) - (ours.rejected - theirs.rejected)
         return (margin_B - 1 / (2 * self.beta)).square()
 
