@@ -16,7 +16,7 @@ import transformers
 from transformers.utils import logging as hf_logging
 
 from alignkit.engine import check_engine, collate, score
-from alignkit.engine.proof import _STANDING
+from alignkit.engine.verify import _VERIFIED
 from alignkit.errors import AlignkitError
 from tests.engine.families import KINDS, UNBUILT, VARIANTS, tiny_family
 
@@ -86,9 +86,9 @@ def outcome(kind: str) -> Outcome:
             assert "\n" not in line
             told = line.partition(" cannot be scored: ")[2].rpartition("; use another model")[0]
             return Outcome(REFUSED, reason=told or line)
-    standing = getattr(model, _STANDING)
-    way = PACKED if not standing.fault else MIXED if standing.packed else ALONE
-    return Outcome(way, (scores - truth).abs().max().item(), standing.fault)
+    verified = getattr(model, _VERIFIED)
+    way = PACKED if not verified.fault else MIXED if verified.packed else ALONE
+    return Outcome(way, (scores - truth).abs().max().item(), verified.fault)
 
 
 def listed() -> dict[str, str]:
