@@ -171,7 +171,7 @@ def _locate(name: str, argument: str) -> tuple[str, dict[str, Any]]:
 
 
 def embedding_size(model: PreTrainedModel) -> int:
-    """How many token ids a model has embeddings for, adapted or not."""
+    """Return how many token ids a model has embeddings for, with or without adapters."""
     embedding: Any = model.get_input_embeddings()
     return int(getattr(embedding, "num_embeddings", None) or len(embedding.weight))
 

@@ -1,4 +1,4 @@
-"""The model that a stage trains: a base with adapters, or the whole base."""
+"""Build the model that a stage trains: a base with adapters, or the whole base."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def build_policy(
     random_init: bool,
     dropout: bool,
 ) -> tuple[PreTrainedModel, BaseIdentity, LoRAConfig | None]:
-    """Load a base, make what is to be trained of it trainable, and start from given weights.
+    """Load a base, make the parameters to be trained trainable, and copy given weights.
 
     Args:
-        base: As in `AlignmentModule`, and so the others that are not described here.
-        choice: What adapter to train.
+        base: Where the base lies, as in `AlignmentModule`.
+        choice: The adapter to train.
         start: The weights to start from.
         dtype: Of the base.
-        random_init: Draw its weights.
-        dropout: Keep its dropout.
+        random_init: Draw the base's weights at random.
+        dropout: Keep the base's own dropout.
 
     Returns:
-        The model, the identity of its base as loaded, and the adapter it got.
+        The model, the identity of its base as loaded, and the adapter that was injected.
 
     Raises:
         AlignkitError: The base cannot be loaded, adapters or start do not fit it, or the whole
