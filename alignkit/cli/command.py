@@ -235,6 +235,8 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     arguments = [argument for argument in given if argument != "--debug"]
     _quiet_logs()
+    if args is None and len(arguments) == len(given):
+        sys.unraisablehook = _note_unraisable
     set_parsing_settings(add_print_completion_argument=True)
     register_type(torch.device)  # a default of Lightning's callbacks that config.yaml has to hold
     with stop_on_signals():
@@ -269,6 +271,14 @@ def _tell(error: Exception) -> int:
     of_rank = "" if is_first_rank() else f" (rank {rank})"
     print(f"alignkit: error{of_rank}: {line}", file=sys.stderr)
     return status
+
+
+def _note_unraisable(about: sys.UnraisableHookArgs) -> None:
+    """Keep the trace of what failed while an object was thrown away out of a user's sight.
+
+    Lightning's profilers, say, fail so once more where their ``__init__`` has been refused.
+    """
+    logging.getLogger("alignkit").debug("ignored: %r in %r", about.exc_value, about.object)
 
 
 def _quiet_logs() -> None:
