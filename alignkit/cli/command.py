@@ -241,6 +241,8 @@ def main(args: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if args is None else args)
     arguments = [argument for argument in given if argument != "--debug"]
     _configure_logs()
+    if args is None and len(arguments) == len(given):
+        sys.unraisablehook = _log_unraisable
     set_parsing_settings(add_print_completion_argument=True)
     register_type(torch.device)  # some of Lightning's callbacks have one in their defaults
     with stop_on_signals():
@@ -275,6 +277,14 @@ def _report_error(error: Exception) -> int:
     of_rank = "" if is_first_rank() else f" (rank {rank})"
     print(f"alignkit: error{of_rank}: {line}", file=sys.stderr)
     return status
+
+
+def _log_unraisable(about: sys.UnraisableHookArgs) -> None:
+    """Log, at debug level alone, what failed while an object was being deleted.
+
+    Some of Lightning's profilers fail so a second time after their ``__init__`` was refused.
+    """
+    logging.getLogger("alignkit").debug("ignored: %r in %r", about.exc_value, about.object)
 
 
 def _configure_logs() -> None:

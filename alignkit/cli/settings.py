@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 
 from alignkit.cli.launch import check_strategy
 from alignkit.errors import AlignkitError
@@ -57,11 +59,22 @@ def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if value is not None and not value >= least:
             raise AlignkitError(f"trainer.{name}={value}: must be {least} or more")
+    _check_duration(settings["max_time"])
     steps, ends = settings["max_steps"], ("max_epochs", "max_time", "fast_dev_run")
     if command == "fit" and steps == -1 and not any(_given(settings[name]) for name in ends):
         raise AlignkitError(
             "nothing says when training ends; give --trainer.max_epochs or --trainer.max_steps"
         )
+
+
+def _check_duration(value: Any) -> None:
+    """Refuse a time that is none; Lightning's line is about a callback that nobody asked for."""
+    try:
+        Timer(value)
+    except MisconfigurationException:
+        raise AlignkitError(
+            f"trainer.max_time={value}: give days, hours, minutes and seconds as DD:HH:MM:SS"
+        ) from None
 
 
 def _given(value: Any) -> bool:

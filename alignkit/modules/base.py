@@ -170,10 +170,12 @@ class AlignmentModule(TrainerSupport):
         self._resumed = None
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
+        lightened = getattr(self.model, "lightened", "no norms or MLPs lightened")
         if self.trainer.is_global_zero:
             log.info(
-                "%s: training %s of %s parameters (%.2f%%)",
+                "%s: training %s of %s parameters (%.2f%%); %s",
                 type(self).__name__, f"{trainable:,}", f"{total:,}", 100 * trainable / total,
+                lightened,
             )  # fmt: skip
 
     # Optimizer ------------------------------------------------------------------------------

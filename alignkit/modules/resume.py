@@ -70,13 +70,19 @@ def apply_settings(
         hparams: This run's hyper-parameters.
 
     Raises:
-        AlignkitError: The checkpoint holds weights alone, another optimizer, or one whose state
-            does not fit these settings.
+        AlignkitError: The checkpoint holds weights alone, more steps than are asked for, another
+            optimizer, or one whose state does not fit these settings.
     """
     if not checkpoint.get("optimizer_states") or "lr_schedulers" not in checkpoint:
         raise AlignkitError(
             "ckpt_path: holds weights alone (save_weights_only), so there is no run to resume; "
             "pass it as model.init_from"
+        )
+    taken = checkpoint["global_step"]
+    if 0 <= trainer.max_steps < taken:  # Lightning would end at once, and call it done
+        raise AlignkitError(
+            f"ckpt_path: has taken {taken} steps, more than trainer.max_steps={trainer.max_steps}; "
+            "raise that, or resume from an earlier checkpoint"
         )
     optimizer = trainer.optimizers[0]
     saved = checkpoint["optimizer_states"][0]

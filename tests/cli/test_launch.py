@@ -189,6 +189,13 @@ def test_a_forked_rank_s_error_is_its_own_line(command: Callable) -> None:
     assert one_error(done.stderr) == "alignkit: error: this row cannot be read; mend it"
 
 
+def test_nothing_follows_the_line(command: Callable) -> None:
+    """Lightning's profiler fails once more where it is thrown away, with a trace of its own."""
+    done = command(SCRIPT, "--trainer.profiler", "xla")
+    assert done.returncode == 2
+    assert "pip install torch_xla" in one_error(done.stderr)
+
+
 @pytest.mark.parametrize("shell", ["| true", ">&-", ">&- 2>&-", "2>&1 | true"])
 def test_training_outlives_its_readers(shell: str, command: Callable) -> None:
     bar = ["--trainer.enable_progress_bar", "true"]
