@@ -123,7 +123,7 @@ def _score_or_fault(model: PreTrainedModel, score: Score, batch: PackedBatch) ->
         raise
     except AlignkitError as error:
         return str(error).removeprefix("model: ").partition("; ")[0]
-    except Exception as error:  # transformers' models raise many kinds over a packed row
+    except Exception as error:  # transformers' models raise many kinds of errors over a row
         return f"the forward fails ({reason_of(error)})"
 
 

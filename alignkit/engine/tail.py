@@ -165,7 +165,7 @@ def _find_curve(model: PreTrainedModel, width: int) -> Curve | None:
     try:
         samples = [try_at(unit * spread) for spread in _TRIED_SPREADS]
         curves = (PLAIN, _fit_scale(*try_at(unit)), _fit_cap(try_at, unit))
-    except Exception:  # forwards that want more than tokens raise many kinds
+    except Exception:  # a forward that wants more than tokens may raise any kind of error
         return PLAIN  # `verify_scores` finds out whether that is right
     return next((c for c in curves if all(_fits(c, *sample) for sample in samples)), None)
 

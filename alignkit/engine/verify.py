@@ -176,7 +176,7 @@ def _check_examples(
         return find_fault(model, score, examples, looks_ahead)
     except (AlignkitError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # transformers' models raise many kinds
+    except Exception as error:  # transformers' models raise many kinds of errors
         reason = f"its own forward fails on tokens alone ({reason_of(error)})"
         raise _scoring_error(model, reason) from error
 

@@ -97,7 +97,7 @@ def _errors_in_one_line(place: str | Path) -> Iterator[None]:
             f"{place}: holds objects beyond tensors and plain values; only checkpoints written by "
             "alignkit are loaded"
         ) from None
-    except Exception as error:  # zipfile and torch raise many kinds over a file of another format
+    except Exception as error:  # zipfile and torch raise many kinds of errors over other files
         raise AlignkitError(f"{place}: not a readable checkpoint ({_first_line(error)})") from None
 
 

@@ -49,17 +49,17 @@ def lean_modules(model: nn.Module) -> int:
     bytes an element for the backward pass. `torch.nn.functional.gelu` with ``approximate="tanh"``
     computes the same formula in one kernel that keeps 2 (bf16).
 
-    What came of it stays with the model, as the line ``model.lightened`` for training to log.
+    ``model.lightened`` keeps the result as a line, which training logs.
 
     Returns:
         The number of norms and MLPs lightened by this call.
     """
     lightened = total = 0
-    proven: dict[object, type[nn.Module] | None] = {}
+    lean_classes: dict[object, type[nn.Module] | None] = {}
     for module in list(model.modules()):
         if isinstance(module, (_LeanModule, LeanLayerNorm)):
             continue
-        lean = _lean_class(module, proven)
+        lean = _lean_class(module, lean_classes)
         if lean is not None:
             module.__class__ = lean
         lighter = _replace_gelu(module) or lean is not None
@@ -71,20 +71,20 @@ def lean_modules(model: nn.Module) -> int:
 
 
 def _lean_class(
-    module: nn.Module, proven: dict[object, type[nn.Module] | None]
+    module: nn.Module, lean_classes: dict[object, type[nn.Module] | None]
 ) -> type[nn.Module] | None:
     """Return a lighter class that computes the same as ``module``; ``None`` where none does."""
     if type(module) is nn.LayerNorm:
         return LeanLayerNorm if module.elementwise_affine else None
     if is_rms_norm(module):
-        prove: Callable[[nn.Module], type[nn.Module] | None] = _lean_norm
+        find_class: Callable[[nn.Module], type[nn.Module] | None] = _lean_norm
     elif is_gated_mlp(module):
-        prove = _lean_mlp
+        find_class = _lean_mlp
     else:
         return None
-    if (key := settings(module)) not in proven:
-        proven[key] = prove(module)
-    return proven[key]
+    if (key := settings(module)) not in lean_classes:
+        lean_classes[key] = find_class(module)
+    return lean_classes[key]
 
 
 def _lean_norm(module: nn.Module) -> type[nn.Module] | None:
