@@ -25,6 +25,8 @@ def audit(
     *,
     kind: Kind = "auto",
     split: str | None = None,
+    splits: dict[str, str] | None = None,
+    columns: dict[str, str] | None = None,
     tokenizer: str | None = None,
     max_length: int = 512,
     prompt_format: PromptFormat = "boundary",
@@ -38,6 +40,8 @@ def audit(
         path: A file, a directory or a Hub id, as the data modules take it.
         kind: What the rows are; ``auto`` decides by the first one.
         split: Audit this split alone (``train``, ``validation`` or ``test``); default: all.
+        splits: What makes up each split, as ``data.splits`` has it.
+        columns: The rows' columns by the names that are read, as ``data.columns`` has them.
         tokenizer: A Hub id or a local directory. Without one, lengths are estimated as a token
             for every four bytes, and the boundary defects are not counted.
         max_length: Most tokens of a prompt with one answer, EOS included; of a document, for text.
@@ -60,6 +64,8 @@ def audit(
         path,
         kind=kind,
         split=split,
+        splits=splits,
+        columns=columns,
         tokenizer=tokenizer,
         max_length=max_length,
         prompt_format=prompt_format,

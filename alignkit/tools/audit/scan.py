@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.chunks import chunks
+from alignkit.data.encode.columns import named_row
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import Draft, rendered_defects
 from alignkit.data.encode.tokens import TextEncoder
-from alignkit.data.read.rows import BadRow, Row, Source
+from alignkit.data.read.rows import BadRow, Row, Rows, Source
 from alignkit.data.read.sources import find_splits, not_read
 from alignkit.data.text.defects import (
     Dropped,
@@ -26,7 +27,13 @@ from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import unread_columns
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.raw import reader
-from alignkit.data.text.recognise import TEXT_COLUMNS, columns_of, document_of, kind_of
+from alignkit.data.text.recognise import (
+    TEXT_COLUMNS,
+    check_columns,
+    columns_of,
+    document_of,
+    kind_of,
+)
 from alignkit.data.text.shapes import (
     PREFERENCE_COLUMNS,
     SFT_COLUMNS,
@@ -62,6 +69,8 @@ def scan(
     *,
     kind: Kind,
     split: str | None,
+    splits: Mapping[str, str] | None,
+    columns: Mapping[str, str] | None,
     tokenizer: str | None,
     max_length: int,
     prompt_format: PromptFormat,
@@ -74,10 +83,16 @@ def scan(
     Raises:
         AlignkitError: Nothing can be read there, or there is no such split.
     """
-    splits = find_splits(path)
-    if split is not None and split not in splits:
-        raise AlignkitError(f"--split {split}: {path} has {', '.join(splits)}")
-    sources = [source for name in splits if split in (None, name) for source in splits[name]]
+    offered = find_splits(path, splits=splits)
+    if split is not None and split not in offered:
+        raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
+    names = check_columns(columns)
+    sources = [
+        _named(source, names)
+        for name in offered
+        if split in (None, name)
+        for source in offered[name]
+    ]
     found = Findings(
         {
             "path": path,
@@ -88,7 +103,7 @@ def scan(
             "prompt_format": prompt_format,
         }
     )
-    if told := not_read(path):
+    if splits is None and (told := not_read(path)):
         found.files.append(told)
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     scanner = (_TextScanner if found.settings["kind"] == "text" else _DialogueScanner)(
@@ -103,6 +118,17 @@ def scan(
         found.sources.append({"name": source.name, "first_row": first, "rows": rows})
         first = max(first, last + 1)
     return found
+
+
+def _named(source: Source, columns: Mapping[str, str] | None) -> Source:
+    """Return a source whose rows have their columns by the names that are read."""
+    if columns is None:
+        return source
+
+    def rows() -> Rows:
+        return ((line, named_row(row, columns)) for line, row in source.rows())
+
+    return Source(source.name, source.digest, rows)
 
 
 Numbered = tuple[int, Row]
