@@ -14,6 +14,9 @@ from alignkit.utils.atomic import write_atomically
 PromptFormat = Literal["boundary", "stripped", "chat", "raw"]
 """How a dialogue is put into text; see `alignkit.data.text.formats`."""
 
+PromptChoice = Literal["auto", "boundary", "stripped", "chat", "raw"]
+"""A prompt format, or ``auto``: what the rows and the tokenizer call for."""
+
 TextKind = Literal["boundary", "stripped", "chat", "raw", "text"]
 """A prompt format, or ``text``: documents, which have no prompt."""
 

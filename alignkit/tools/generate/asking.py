@@ -31,10 +31,14 @@ def choose_format(
         trained: The text format of training; ``None`` if the model does not store it.
         tokenizer: The model's tokenizer.
         name: The model's name in the log.
-        prompt_format: The user's choice; ``None`` for that of training.
+        prompt_format: The user's choice; ``None`` for that of training, or for the tokenizer's
+            chat template where the model does not say and there is one.
         system: The user's system message; ``None`` for that of training.
     """
     asked = trained or DEFAULT_FORMAT
+    if trained is None and prompt_format is None and (template := own_template(tokenizer)):
+        asked = TextFormat("chat", max_length=0, chat_template=template)
+        log.info("%s: does not say how it was trained; asked by its chat template", name)
     if prompt_format not in (None, asked.prompt_format):
         if trained is not None and prompt_format != "raw":
             log.warning(

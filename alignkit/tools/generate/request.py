@@ -35,8 +35,9 @@ class Request:
         base: The base model of a checkpoint or adapter, if it has moved since training.
         prompt_format: How a question is formatted: as HH-RLHF's dialogues (boundary), as dialogues
             of stripped texts (stripped), by the tokenizer's chat template (chat), as it is (text),
-            or as it is with special tokens read as such (raw). By default as the model was trained,
-            or boundary for a model that does not say.
+            or as it is with special tokens read as such (raw). By default as the model was
+            trained; for a model that does not say, chat where its tokenizer has a chat template,
+            and boundary elsewhere.
         system: A system message before each question; by default the one that all of the model's
             training examples had, if they did; an empty text for none.
         raw: Short for prompt_format raw.
