@@ -280,7 +280,7 @@ def _report_error(error: Exception) -> int:
 
 
 def _log_unraisable(about: sys.UnraisableHookArgs) -> None:
-    """Log, at debug level alone, what failed while an object was being deleted.
+    """Log at debug level what failed while an object was being deleted.
 
     Some of Lightning's profilers fail so a second time after their ``__init__`` was refused.
     """
