@@ -13,10 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.lora.adapter import plain_modules
+from alignkit.models.quantize import quantization
 from alignkit.models.settings import function_settings, setting_defaults
 
 _CHUNK = 2**20
 # With the fingerprint's version: what another version computes cannot be compared.
+QUANTIZE = "alignkit_quantize"
+"""Key of what a base's linear layers are packed as, in its settings and in files' headers."""
 _HEADER_KEY = "alignkit_base_2"
 
 
@@ -36,7 +39,8 @@ class BaseIdentity:
 
     def header(self) -> dict[str, str]:
         """Return what an adapter file's header says of its base."""
-        return {_HEADER_KEY: self.fingerprint}
+        packed = self.settings.get(QUANTIZE)
+        return {_HEADER_KEY: self.fingerprint, **({QUANTIZE: packed} if packed else {})}
 
     def is_named_in(self, header: Mapping[str, str]) -> bool:
         """Return whether a header names this base, or none: PEFT's own files do not."""
@@ -46,6 +50,9 @@ class BaseIdentity:
 def base_identity(model: PreTrainedModel) -> BaseIdentity:
     """Return the identity of a base, adapters injected or not."""
     settings, defaults = function_settings(model.config), setting_defaults(model.config)
+    packed = quantization(model)
+    if packed is not None:
+        settings = {**settings, QUANTIZE: packed}
     return BaseIdentity(base_fingerprint(model), settings, defaults)
 
 
