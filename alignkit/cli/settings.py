@@ -1,4 +1,4 @@
-"""What is wrong with a command before anything is loaded: its files, and the trainer's settings."""
+"""Check a command's configuration files and trainer settings before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 
 from alignkit.cli.launch import check_strategy
 from alignkit.errors import AlignkitError
 
 _CONFIG_FLAGS = ("--config", "-c")
-# Below these Lightning trains on, and does something else than what was meant: a negative clip
-# turns the gradient round, no accumulation never steps.
+# The least values. Below these Lightning trains, but wrongly: a negative clip value reverses the
+# gradient, and with an accumulation of 0 no step is ever taken.
 _LEAST = {
     "accumulate_grad_batches": 1,
     "gradient_clip_val": 0,
@@ -24,12 +26,15 @@ _LEAST = {
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
-    """Refuse a ``--config`` file that is no mapping in YAML, by its name and line.
+    """Refuse a ``--config`` file that is not a YAML mapping, naming the file and the line.
 
-    What is no file is left to the parser, which takes YAML in a file's place too.
+    A value that is not a file is left to the parser, which also takes YAML itself.
+
+    Args:
+        arguments: The command line after ``alignkit``.
 
     Raises:
-        AlignkitError: It cannot be read as YAML, or holds no options.
+        AlignkitError: The file cannot be read as YAML, or holds no options.
     """
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name, given, inline = flag.partition("=")
@@ -39,26 +44,37 @@ def check_config_files(arguments: Sequence[str]) -> None:
 
 
 def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings of the trainer that Lightning takes without a word or finds out too late.
+    """Refuse trainer settings that Lightning accepts silently or refuses too late.
 
     Args:
         command: ``fit``, ``validate`` or ``test``.
         settings: The ``trainer`` part of the configuration, as parsed.
 
     Raises:
-        AlignkitError: The strategy cannot train right, a number is out of range, or nothing says
-            when training ends.
+        AlignkitError: The strategy cannot train correctly, a number is out of range, or training
+            has no end.
     """
     check_strategy(settings["strategy"])
     for name, least in _LEAST.items():
         value = settings[name]
         if value is not None and not value >= least:
             raise AlignkitError(f"trainer.{name}={value}: must be {least} or more")
+    _check_duration(settings["max_time"])
     steps, ends = settings["max_steps"], ("max_epochs", "max_time", "fast_dev_run")
     if command == "fit" and steps == -1 and not any(_given(settings[name]) for name in ends):
         raise AlignkitError(
             "nothing says when training ends; give --trainer.max_epochs or --trainer.max_steps"
         )
+
+
+def _check_duration(value: Any) -> None:
+    """Refuse a time that is none; Lightning's line is about a callback that nobody asked for."""
+    try:
+        Timer(value)
+    except MisconfigurationException:
+        raise AlignkitError(
+            f"trainer.max_time={value}: give days, hours, minutes and seconds as DD:HH:MM:SS"
+        ) from None
 
 
 def _given(value: Any) -> bool:

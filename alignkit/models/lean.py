@@ -14,7 +14,6 @@ Shape letters: T rows (all leading axes), D width.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -34,8 +33,6 @@ from alignkit.models.lean_proof import (
 )
 from alignkit.utils.autocast import no_autocast
 
-log = logging.getLogger(__name__)
-
 CACHED = 2**18
 """Elements of a norm's input in fp32 at once on the CPU: they stay in a core's cache."""
 
@@ -51,6 +48,8 @@ def lean_modules(model: nn.Module) -> int:
     that save 8 bytes an element for backward; `torch.nn.functional.gelu` with
     ``approximate="tanh"`` is the same formula in one kernel that saves 2 (bf16).
 
+    What came of it stays with the model, as the line ``model.lightened`` for training to log.
+
     Returns:
         The number of norms and MLPs lightened by this call.
     """
@@ -65,8 +64,8 @@ def lean_modules(model: nn.Module) -> int:
         lighter = _swap_gelu(module) or lean is not None
         lightened += lighter
         total += lighter or _is_norm_or_mlp(module)
-    if total:
-        log.info("%d of %d norms and MLPs lightened", lightened, total)
+    if total and not hasattr(model, "lightened"):
+        model.__dict__["lightened"] = f"{lightened} of {total} norms and MLPs lightened"
     return lightened
 
 

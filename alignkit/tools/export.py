@@ -1,4 +1,4 @@
-"""``alignkit export``: a checkpoint in a form that needs no alignkit to be read."""
+"""Run ``alignkit export``, which writes a checkpoint for readers without alignkit."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def export(
 ) -> Path:
     """Write a checkpoint for use elsewhere.
 
-    How its text was put goes along, in ``alignkit.json``, and a merged model's tokenizer gets it
-    as its chat template, so that other readers ask the model as it was trained.
+    The text format of training is written to ``alignkit.json``, and a merged model's tokenizer gets
+    it as its chat template, so that other readers ask the model as it was trained.
 
     Args:
         model: A checkpoint of any stage (.ckpt), a run's folder or a PEFT adapter directory.
@@ -46,8 +46,8 @@ def export(
         to: ``peft``, the adapter as PEFT writes it; ``merged``, a whole transformers model with the
             adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or
             llama.cpp's converter; ``safetensors``, the adapter as one file.
-        base: Where the base model lies now, if not where the checkpoint says.
-        dtype: Of the weights of a merged model.
+        base: The base model's path, if it is no longer where the checkpoint says.
+        dtype: Dtype of the weights of a merged model.
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank.
         onto: What a merged model gets that was trained over a quantized base: ``dequantized``, the
             weights that the packed ones stand for, which answers as it was trained; ``original``,
@@ -63,13 +63,13 @@ def export(
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise AlignkitError(f"output {output}: exists and is not empty; choose another directory")
-    # Adapters stay fp32 whatever the base's dtype; only a merged model takes it.
+    # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
     kept = "float32" if to != "merged" and dtype == "float16" else dtype
     policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, kept))
     name = base or policy_base(model)
     trained = policy_format(model)
     if trained is not None and to == "merged":
-        _teach(policy, tokenizer, trained)
+        _keep_text_format(policy, tokenizer, trained)
     told = ""
     if to == "merged" and quantization(policy) is not None:
         told = _unpack(policy, name, onto)
@@ -94,10 +94,10 @@ def _unpack(policy: PreTrainedModel, base: str, onto: Literal["dequantized", "or
     return f" onto the {onto} base; largest logit change {change:.2g} of {scale:.2g}"
 
 
-def _teach(
+def _keep_text_format(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: TextFormat
 ) -> None:
-    """Let transformers' own chat and generation do what training did."""
+    """Store the chat template and the end tokens of training for transformers' generation."""
     tokenizer.chat_template = template_of(trained, tokenizer) or tokenizer.chat_template
     config = policy.generation_config
     if config is not None and trained.ends:

@@ -53,7 +53,7 @@ def launched(
     """Run one step of SFT here, as if a launcher had set the environment."""
 
     def run(environment: Mapping[str, str], *changes: object) -> tuple[int, str]:
-        monkeypatch.setattr("alignkit.cli.command._PATIENCE", 0)
+        monkeypatch.setattr("alignkit.cli.command._OTHER_RANK_SECONDS", 0)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         status, _, err = alignkit(*quick("demo/sft.yaml", model_dir, hh, text, 1), *changes)
@@ -187,6 +187,13 @@ def test_a_forked_rank_s_error_is_its_own_line(command: Callable) -> None:
     done = command(SCRIPT, *mine, environment={"FAILING": "1"})
     assert done.returncode == 2
     assert one_error(done.stderr) == "alignkit: error: this row cannot be read; mend it"
+
+
+def test_nothing_follows_the_line(command: Callable) -> None:
+    """Lightning's profiler fails once more where it is thrown away, with a trace of its own."""
+    done = command(SCRIPT, "--trainer.profiler", "xla")
+    assert done.returncode == 2
+    assert "pip install torch_xla" in one_error(done.stderr)
 
 
 @pytest.mark.parametrize("shell", ["| true", ">&-", ">&- 2>&-", "2>&1 | true"])

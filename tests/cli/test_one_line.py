@@ -122,6 +122,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     ),
     "model": (("--model", "torch.nn.Linear"), ("torch.nn.Linear", "AlignmentModule")),
     "seed": (("--seed_everything", -5), ("-5", "--seed_everything")),
+    "time": (("--trainer.max_time", "1h"), ("trainer.max_time=1h", "DD:HH:MM:SS")),
     "profiler": (("--trainer.profiler", "simpl"), ("--trainer.profiler",)),
     "checkpoints-off": (
         ("--trainer.enable_checkpointing", "false"),

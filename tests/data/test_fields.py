@@ -168,6 +168,12 @@ TALK = {"messages": [USER, says("Apple.")]}
             {"input": "Only citrus."},
             {"images": ["a.png"]},
             {"label": 0},
+            {"kto_tag": False},
+            {"isDesirable": False},
+            {"Weight": 0},
+            {"token-weights": [0, 1]},
+            {"is_train": False},
+            {"exclude": True},
             {"history": [["a", "b"]]},
         )
     ]
@@ -186,6 +192,7 @@ def test_a_column_that_changes_what_is_trained_is_refused(
     "columns",
     [
         {"weight": 1, "train": True, "masked": False, "tools": [], "tool_calls": None},
+        {"kto_tag": True, "isDesirable": True, "sample_weights": 1.0, "exclude": False},
         {"system": "", "input": None, "history": [], "images": []},
         {"input": "Name a fruit.", "instruction": " a fruit. "},
         {"id": 3, "source": "web", "score_chosen": 3.5, "dataset": {"a": 1}},

@@ -181,33 +181,38 @@ def test_four_bits_take_a_quarter_of_bf16_and_one_fingerprint(model_dir: ModelDi
 def test_dpo_shares_the_packed_base_and_resumes(
     model_dir: ModelDir, tmp_path: Path, kind: Any
 ) -> None:
-    """One storage under both models; four steps equal two, a checkpoint, and two."""
+    """One storage under both models; two epochs equal one, a checkpoint, and one."""
 
     def module() -> DPOModule:
         torch.manual_seed(0)
-        options: dict[str, Any] = {"dtype": "bfloat16", "quantize": kind, "optimizer": sgd}
+        options: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "quantize": kind,
+            "optimizer": sgd,
+            "schedule": "constant_with_warmup",
+        }
         return DPOModule(str(model_dir("llama")), lora=LoRAConfig(r=4), **options)
 
     whole = module()
-    trainer(tmp_path / "a", max_steps=4).fit(whole, loader(pairs(4), 2))
+    trainer(tmp_path / "a", max_epochs=2).fit(whole, loader(pairs(4), 2))
     reference = whole.reference.model
     own = {n: m for n, m in whole.model.named_modules() if isinstance(m, QuantizedLinear)}
     for name, theirs in reference.named_modules():
         if isinstance(theirs, QuantizedLinear):
             assert theirs.weight.data_ptr() == own[name].weight.data_ptr()
-    half = trainer(tmp_path / "b", max_steps=2)
+    half = trainer(tmp_path / "b", max_epochs=1)
     half.fit(first := module(), loader(pairs(4), 2))
     half.save_checkpoint(tmp_path / "half.ckpt")
     assert (tmp_path / "half.ckpt").stat().st_size < 400_000
     rest = module()
-    second = trainer(tmp_path / "c", max_steps=4)
+    second = trainer(tmp_path / "c", max_epochs=2)
     second.fit(rest, loader(pairs(4), 2), ckpt_path=str(tmp_path / "half.ckpt"))
     assert first.global_step == 2 and rest.global_step == 4
     state = trainable_state(rest.model)
     assert state and all(torch.equal(v, state[n]) for n, v in trainable_state(whole.model).items())
     plain = DPOModule(str(model_dir("llama")), lora=LoRAConfig(r=4), dtype="bfloat16")
     with pytest.raises(AlignkitError, match=f"trained with model.quantize {kind}"):
-        trainer(tmp_path / "d", max_steps=4).fit(
+        trainer(tmp_path / "d", max_epochs=2).fit(
             plain, loader(pairs(4), 2), ckpt_path=str(tmp_path / "half.ckpt")
         )
 

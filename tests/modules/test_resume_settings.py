@@ -277,6 +277,14 @@ def test_loading_for_use_is_no_resume(run: Run, told: Callable[[], list[str]]) -
     assert not told()
 
 
+def test_fewer_steps_than_were_taken_are_refused(run: Run) -> None:
+    """Nothing would be trained, and the run would count as done."""
+    _, _, last = run(steps=3)
+    with pytest.raises(AlignkitError, match=r"has taken 3 steps, more than trainer.max_steps=2"):
+        run(resume=last, steps=2)
+    run(resume=last, steps=3)  # is done
+
+
 @pytest.mark.parametrize("limits", [{"max_epochs": -1}, {"max_time": "00:00:01:00"}])
 def test_a_run_without_a_number_of_steps(
     model_dir: Callable[..., Path], tmp_path: Path, limits: dict[str, Any]

@@ -7,6 +7,7 @@ what is trained are found where they are set and not read; any other is told onc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -19,19 +20,23 @@ _HARMLESS = {
 """Fields of a message that say where it came from."""
 
 _WEIGHTS: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("weight", "weights", "loss_weight", "sample_weight", "example_weight"), (1,)),
+    "weight": (1,),
     **dict.fromkeys(("train", "trainable", "train_on_turn"), (True,)),
-    **dict.fromkeys(("mask", "masked", "ignore"), (False,)),
+    **dict.fromkeys(("mask", "masked", "ignore", "skip", "exclude", "excluded"), (False,)),
     **dict.fromkeys(("loss", "loss_mask", "label_mask", "assistant_masks", "completion_mask"), ()),
 }
-"""Columns that say how much of a row is trained on, with the values that say "as usual"."""
+"""Columns that say how much of a row is trained on, with the values that say "as usual".
+
+In the names of `_known_as`, as are those of `_CONTEXT`.
+"""
 
 _CONTEXT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("system", "system_prompt", "instruction", "input", "context", "history"), ()),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "documents"), ()),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), ()),
     **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "chat_template_kwargs"), ()),
-    **dict.fromkeys(("label", "labels"), (True,)),
+    **dict.fromkeys(("label", "labels", "kto_tag", "desirable", "accepted", "preferred"), (True,)),
+    "undesirable": (False,),
     "margin": (0,),
 }
 """Columns that say more about a dialogue than its prompt and answers."""
@@ -82,13 +87,20 @@ def unread_columns(
     known = _WEIGHTS if said is None else {**_WEIGHTS, **_CONTEXT}
     unread = []
     for name, value in row.items():
-        if name in known and name not in read and is_set(value):
-            if any(_same(value, usual) for usual in known[name]):
+        usually = known.get(_known_as(name))
+        if usually is not None and name not in read and is_set(value):
+            if any(_same(value, usual) for usual in usually):
                 continue
             held = isinstance(value, str) and any(value.strip() in text for text in said or ())
             if not held:
                 unread.append(_shown(name, value))
     return unread
+
+
+def _known_as(name: str) -> str:
+    """Return what a column is known by: isDesirable as ``desirable``, loss_weights as weight."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.-]+", "_", name).lower().removeprefix("is_")
+    return "weight" if words.rpartition("_")[2] in ("weight", "weights") else words
 
 
 def _same(value: Any, usual: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Reading a set once for its audit: defects, places, examples and lengths."""
+"""Read a data set once for its audit: defects, rows, examples and lengths."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Kind = Literal["auto", "preference", "sft", "text"]
 
 _CHUNK = 256
 _SNIPPET = 200
-# Rows are settled only to measure them, so nothing goes that need not.
+# Rows are settled only to measure them, so no policy drops any.
 _LENIENT = Policies(
     unread_fields="keep",
     differing_prompts="keep",
@@ -67,7 +67,9 @@ def scan(
     prompt_format: PromptFormat,
     examples: int,
 ) -> Findings:
-    """Read every row of a set once; arguments as `alignkit.tools.audit.command.audit` takes them.
+    """Read every row of a data set once, and return what was found.
+
+    The arguments are those of `alignkit.tools.audit.command.audit`.
 
     Raises:
         AlignkitError: Nothing can be read there, or there is no such split.
@@ -79,7 +81,7 @@ def scan(
     found = Findings(
         {
             "path": path,
-            "kind": _kind(sources[0]) if kind == "auto" else kind,
+            "kind": _detect_kind(sources[0]) if kind == "auto" else kind,
             "tokenizer": tokenizer,
             "unit": "tokens" if tokenizer else "estimated tokens",
             "max_length": max_length,
@@ -89,11 +91,13 @@ def scan(
     if told := not_read(path):
         found.files.append(told)
     loaded = load_tokenizer(tokenizer) if tokenizer else None
-    scanner = (_Text if found.settings["kind"] == "text" else _Dialogues)(found, loaded, examples)
+    scanner = (_TextScanner if found.settings["kind"] == "text" else _DialogueScanner)(
+        found, loaded, examples
+    )
     first = 1
     for source in sources:
         rows = last = 0
-        for chunk in chunks(_counted(source, found, first, examples), _CHUNK):
+        for chunk in chunks(_number_rows(source, found, first, examples), _CHUNK):
             scanner.take(source, chunk)
             rows, last = rows + len(chunk), chunk[-1][0]
         found.sources.append({"name": source.name, "first_row": first, "rows": rows})
@@ -104,8 +108,8 @@ def scan(
 Numbered = tuple[int, Row]
 
 
-def _counted(source: Source, found: Findings, first: int, limit: int) -> Iterator[Numbered]:
-    """The source's rows, numbered on, the unreadable ones counted."""
+def _number_rows(source: Source, found: Findings, first: int, limit: int) -> Iterator[Numbered]:
+    """Yield the source's rows with their numbers from ``first`` on, and count unreadable ones."""
     for line, row in source.rows():
         number = first + line - 1
         found.tally.add("rows", number)
@@ -114,16 +118,16 @@ def _counted(source: Source, found: Findings, first: int, limit: int) -> Iterato
         yield number, row
 
 
-def _kind(source: Source) -> str:
-    """What a source holds, by its first readable row."""
+def _detect_kind(source: Source) -> str:
+    """Return the kind of a source's rows, decided by the first readable one."""
     readable_rows = (row for _, row in source.rows() if not isinstance(row, BadRow))
     for row in islice(readable_rows, 1):
         return kind_of(row)
     return "sft"
 
 
-class _Dialogues:
-    """Audits dialogue rows, for preference training or SFT."""
+class _DialogueScanner:
+    """Audit rows of dialogues, for preference training or SFT."""
 
     def __init__(
         self, found: Findings, tokenizer: PreTrainedTokenizerBase | None, examples: int
@@ -198,8 +202,8 @@ class _Dialogues:
         others = answers[1:]
         bias = {"rejected": round(sum(others) / len(others))} if others else {}
         self._found.measure(prompt=prompt, chosen=answers[0], **bias, longest=longest)
-        self._found.apart += sum(prompt + answer for answer in answers)
-        self._found.shared += prompt + sum(answers)
+        self._found.tokens_apart += sum(prompt + answer for answer in answers)
+        self._found.tokens_shared += prompt + sum(answers)
         limit = self._found.settings["max_length"]
         end = dialogue.prompt[-_SNIPPET:]
         for name in rendered_defects(draft) if self._encoder else ():
@@ -214,8 +218,8 @@ class _Dialogues:
             self._found.add("boundary", draft.line, shown, self._limit)
 
 
-class _Text:
-    """Audits rows of plain text; a repeated prompt is a repeated document."""
+class _TextScanner:
+    """Audit rows of plain text, in which a repeated prompt is a repeated document."""
 
     def __init__(
         self, found: Findings, tokenizer: PreTrainedTokenizerBase | None, examples: int
@@ -254,7 +258,7 @@ class _Text:
                 self._found.add("truncated", number, snippet, self._limit)
 
     def _judge(self, text: str, number: int) -> bool:
-        """Count a document's defects; whether it holds anything."""
+        """Count a document's defects, and tell whether it holds any text."""
         key = prompt_key(text)
         names = character_defects(text)
         names += ["empty_answers"] if not text.strip() else []
@@ -269,12 +273,12 @@ class _Text:
 
 
 def estimated_tokens(text: str) -> int:
-    """A token for every four bytes, about right for English under a BPE."""
+    """Return a token for every four bytes, which is about right for English under a BPE."""
     return -(-len(text.encode("utf-8", "replace")) // 4)
 
 
 def _snippet(name: str, sides: Sequence[Side]) -> str:
-    """The part of a row that shows a defect."""
+    """Return the part of a row that shows a defect."""
     if name == "unread_fields":
         return ", ".join(dict.fromkeys(field for side in sides for field in side.unread))
     if name in ("differing_prompts", "doubled_roles", "repeated_prompts"):
