@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import copy
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose ``weight`` is packed: the product is its own business.
+
+    Attributes:
+        quantization: What it is packed as, ``nf4``.
+        dtype: Of the weight that it stands for.
+    """
+
+    quantization: ClassVar[str]
+    dtype: torch.dtype
+
+    def dequantized(self) -> Tensor:
+        """Return the weight [O, I] that it stands for, in its dtype."""
+        raise NotImplementedError
+
 
 _FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 """What a forward pass may raise that was written for other inputs: then it is no linear layer."""
@@ -19,7 +37,7 @@ def is_linear(module: nn.Module) -> bool:
     `torch.nn.Linear` and transformers' ``Conv1D`` do. A subclass of either (FalconLinear) does if
     it is seen to: a router that returns a choice of experts beside its logits is none.
     """
-    if type(module) in (nn.Linear, Conv1D):
+    if type(module) in (nn.Linear, Conv1D) or isinstance(module, QuantizedLinear):
         return True
     return isinstance(module, (nn.Linear, Conv1D)) and _is_seen_linear(module)
 
@@ -27,6 +45,13 @@ def is_linear(module: nn.Module) -> bool:
 def is_adaptable(module: nn.Module) -> bool:
     """Tell whether a module can be adapted by low rank: a linear layer or a plain embedding."""
     return type(module) is nn.Embedding or is_linear(module)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a module's weight, or of the one that a packed weight stands for."""
+    if isinstance(module, QuantizedLinear):
+        return module.out_features, module.in_features
+    return tuple(module.get_parameter("weight").shape)
 
 
 def stores_rows_of_outputs(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import Adapter, AdapterLayer
 from alignkit.lora.config import LoRAConfig
 from alignkit.lora.init import Start, start
-from alignkit.lora.kinds import is_linear, stores_rows_of_outputs
+from alignkit.lora.kinds import QuantizedLinear, is_linear, stores_rows_of_outputs, weight_shape
 from alignkit.lora.matmul import adapted_linear
 
 _READS_BASES: ContextVar[bool] = ContextVar("reads_bases", default=False)
@@ -92,16 +92,16 @@ class LowRankLayer(AdapterLayer):
         the adapter acts there too, without its dropout.
         """
         adapter = self.current()
-        if adapter is None:
-            return self.original("weight")
-        if self.merged or _READS_BASES.get():
+        if adapter is None or _READS_BASES.get():
+            return self._stored()
+        if self.merged:
             return self.base.get_parameter("weight")
         weight_IO = self.weight_io().float() + self._delta(adapter)
         magnitude = adapter.get("magnitude")
         if magnitude is not None:
             weight_IO = weight_IO * (magnitude / self.norms(adapter))
         weight = weight_IO.t() if stores_rows_of_outputs(self.base) else weight_IO
-        return weight.to(self.original("weight").dtype)
+        return weight.to(self._stored().dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -116,8 +116,14 @@ class LowRankLayer(AdapterLayer):
 
     def weight_io(self) -> Tensor:
         """Return the original weight as [I, O]: a view where the base stores [O, I]."""
-        weight = self.original("weight")
+        weight = self._stored()
         return weight.t() if stores_rows_of_outputs(self.base) else weight
+
+    def _stored(self) -> Tensor:
+        """Return the original weight in the base's layout, unpacked where it is packed."""
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.dequantized()
+        return self.original("weight")
 
     def _delta(self, adapter: Adapter) -> Tensor:
         """``s A B`` [I, O] in fp32, without a start that is taken away."""
@@ -172,12 +178,16 @@ class LoRALinear(LowRankLayer):
     @property
     def in_features(self) -> int:
         """I."""
-        return self.weight_io().shape[0]
+        return self._sizes()[0]
 
     @property
     def out_features(self) -> int:
         """O."""
-        return self.weight_io().shape[1]
+        return self._sizes()[1]
+
+    def _sizes(self) -> tuple[int, ...]:
+        shape = weight_shape(self.base)
+        return shape[::-1] if stores_rows_of_outputs(self.base) else shape
 
     def start(self, config: LoRAConfig) -> Start:
         """Draw A and B as the config's ``init`` says."""
@@ -189,14 +199,15 @@ class LoRALinear(LowRankLayer):
         if bias is None:
             bias = self.base.bias  # type: ignore[assignment]
         dropout = adapter.config.dropout if self.training else 0.0
-        if dropout == 0 and adapter.get("magnitude") is None:
+        packed = isinstance(self.base, QuantizedLinear)
+        if dropout == 0 and adapter.get("magnitude") is None and not packed:
             return adapted_linear(
                 x, self.weight_io(), bias, *adapter.factors(), adapter.config.scale
             )
         return self._general(adapter, x, bias, dropout)
 
     def _general(self, adapter: Adapter, x: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        """Dropout and DoRA, by plain autograd."""
+        """Dropout, DoRA and packed weights, by plain autograd."""
         scale = adapter.config.scale
         dropped = functional.dropout(x, dropout) if dropout else x
         y = self._frozen(adapter, x)
@@ -214,7 +225,11 @@ class LoRALinear(LowRankLayer):
 
     def _frozen(self, adapter: Adapter, x: Tensor) -> Tensor:
         """``x W``, less the subtracted start."""
-        y = functional.linear(x, self.weight_io().t())
+        if isinstance(self.base, QuantizedLinear):
+            y: Tensor = self.base(x)
+            y = y if self.base.bias is None else y - self.base.bias.to(y.dtype)
+        else:
+            y = functional.linear(x, self.weight_io().t())
         start_a, start_b = adapter.get("start_A"), adapter.get("start_B")
         if start_a is None or start_b is None:
             return y

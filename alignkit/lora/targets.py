@@ -11,7 +11,7 @@ from torch import nn
 from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import plain_modules
 from alignkit.lora.config import LoRAConfig, first_match
-from alignkit.lora.kinds import is_adaptable
+from alignkit.lora.kinds import QuantizedLinear, is_adaptable
 from alignkit.lora.parts import Parts, parts
 from alignkit.lora.regex import compiled
 
@@ -117,6 +117,12 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
             raise AlignkitError(
                 f"LoRAConfig.modules_to_save: {name!r} matches no module with parameters; "
                 f"near: {near(name, owners)}"
+            )
+        packed = next((p for p in inside if isinstance(modules[p], QuantizedLinear)), None)
+        if packed is not None:
+            raise AlignkitError(
+                f"LoRAConfig.modules_to_save: {packed} is quantized and cannot train whole; leave "
+                "it out"
             )
         found |= inside
     return [path for path in owners if path in found]

@@ -24,7 +24,7 @@ from alignkit.lora.peft_files import CONFIG_FILE, read_adapter
 from alignkit.lora.state import refuse_differences
 from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
-from alignkit.models.fingerprint import base_identity
+from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
 from alignkit.models.stamp import (
     STAMP,
@@ -119,7 +119,8 @@ def load_policy(
         tokenizer = hparams.get("tokenizer") or base
         # The whole model lies in the checkpoint if it was trained in full from random weights.
         from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
-        model = load_model(base, dtype=first, random_init=from_scratch)
+        packed = checkpoint[STAMP]["base_settings"].get(QUANTIZE)
+        model = load_model(base, dtype=first, random_init=from_scratch, quantize=packed)
         check_base(base_identity(model), checkpoint[STAMP], path, weights=not from_scratch)
         if hparams["lora"] is None:
             model.requires_grad_(True)
@@ -128,7 +129,8 @@ def load_policy(
         check_adapter(active_identity(model), checkpoint[STAMP], path)
         load_trainable(model, model_state(checkpoint), path)
     elif is_adapter(path):
-        model = load_model(base, dtype=first)
+        packed = read_adapter(Path(path)).header.get(QUANTIZE)
+        model = load_model(base, dtype=first, quantize=packed)  # type: ignore[arg-type]
         check_adapter_base(base_identity(model), Path(path), path)
         # An adapter on tied embeddings was trained with them untied.
         load_adapter(model, path, untie=True)

@@ -13,9 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.lora.adapter import plain_modules
+from alignkit.models.quantize import quantization
 from alignkit.models.settings import function_settings, setting_defaults
 
 _CHUNK_VALUES = 2**20
+QUANTIZE = "alignkit_quantize"
+"""Key of what a base's linear layers are packed as, in its settings and in files' headers."""
 # The key names the version of the fingerprint, since those of other versions cannot be compared.
 _HEADER_KEY = "alignkit_base_2"
 
@@ -41,8 +44,9 @@ class BaseIdentity:
     defaults: Mapping[str, Any]
 
     def header(self) -> dict[str, str]:
-        """Return the entry of an adapter file's header that names its base."""
-        return {_HEADER_KEY: self.fingerprint}
+        """Return the entries of an adapter file's header that name its base."""
+        packed = self.settings.get(QUANTIZE)
+        return {_HEADER_KEY: self.fingerprint, **({QUANTIZE: packed} if packed else {})}
 
     def is_named_in(self, header: Mapping[str, str]) -> bool:
         """Return whether a header names this base, or none as in PEFT's own files."""
@@ -52,6 +56,9 @@ class BaseIdentity:
 def base_identity(model: PreTrainedModel) -> BaseIdentity:
     """Return the identity of a base, with or without adapters."""
     settings, defaults = function_settings(model.config), setting_defaults(model.config)
+    packed = quantization(model)
+    if packed is not None:
+        settings = {**settings, QUANTIZE: packed}
     return BaseIdentity(base_fingerprint(model), settings, defaults)
 
 

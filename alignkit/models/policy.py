@@ -12,6 +12,7 @@ from alignkit.lora import LoRAConfig, inject_lora
 from alignkit.models.dropout import zero_dropout
 from alignkit.models.fingerprint import BaseIdentity, base_identity
 from alignkit.models.load import load_model
+from alignkit.models.quantize import Quantization
 from alignkit.models.start import Choice, Start
 
 
@@ -23,6 +24,7 @@ def build_policy(
     dtype: Literal["float32", "bfloat16"],
     random_init: bool,
     dropout: bool,
+    quantize: Quantization | None = None,
 ) -> tuple[PreTrainedModel, BaseIdentity, LoRAConfig | None]:
     """Load a base, make the parameters to be trained trainable, and copy given weights.
 
@@ -33,6 +35,7 @@ def build_policy(
         dtype: Of the base.
         random_init: Draw the base's weights at random.
         dropout: Keep the base's own dropout.
+        quantize: Pack the base's linear layers.
 
     Returns:
         The model, the identity of its base as loaded, and the adapter that was injected.
@@ -41,7 +44,9 @@ def build_policy(
         AlignkitError: The base cannot be loaded, adapters or start do not fit it, or the whole
             model is to be trained in bfloat16.
     """
-    model = load_model(base, dtype=getattr(torch, dtype), random_init=random_init)
+    model = load_model(
+        base, dtype=getattr(torch, dtype), random_init=random_init, quantize=quantize
+    )
     identity = base_identity(model)
     if not dropout:
         zero_dropout(model)
@@ -51,6 +56,11 @@ def build_policy(
         lora = LoRAConfig() if choice == "auto" else choice
     if lora is not None:
         inject_lora(model, lora)
+    elif quantize is not None:
+        raise AlignkitError(
+            "model.quantize: packed weights do not train (model.lora: null); train an adapter, or "
+            "leave model.quantize out"
+        )
     elif dtype != "float32":
         raise AlignkitError(
             "model.dtype: full fine-tuning (model.lora: null) keeps master weights, which "

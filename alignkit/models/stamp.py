@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from alignkit.errors import AlignkitError
 from alignkit.lora.identity import Identity, active_identity, difference
 from alignkit.lora.peft_files import read_adapter
-from alignkit.models.fingerprint import BaseIdentity
+from alignkit.models.fingerprint import QUANTIZE, BaseIdentity
 from alignkit.models.settings import settings_difference
 from alignkit.utils.finite import first_nonfinite, nested_tensors
 
@@ -117,6 +117,12 @@ def check_base(
     differs = settings_difference(stamp["base_settings"], own.settings, own.defaults)
     if differs is None and weights and stamp["base_fingerprint"] != own.fingerprint:
         differs = "weights differ, which random_init draws by seed_everything"
+    packed = stamp["base_settings"].get(QUANTIZE)
+    if packed != own.settings.get(QUANTIZE):
+        raise AlignkitError(
+            f"{where}: was trained with model.quantize {packed or 'null'}, this base has "
+            f"{own.settings.get(QUANTIZE, 'null')}; pass --model.quantize {packed or 'null'}"
+        )
     if differs is not None:
         raise AlignkitError(
             f"{where}: belongs to another base model (trained on {stamp['base']!r}; {differs}); "

@@ -21,6 +21,7 @@ from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.noise import refuse_noise
 from alignkit.models.policy import build_policy
+from alignkit.models.quantize import Quantization
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
 from alignkit.models.text_format import KEY as TEXT
@@ -56,6 +57,8 @@ class AlignmentModule(TrainerSupport):
             ``ckpt_path`` instead.
         dtype: Dtype of the base's weights. With LoRA ``bfloat16`` halves their memory. Adapters
             are always fp32; without LoRA the whole model trains, which needs ``float32``.
+        quantize: Keep the frozen linear layers of the base in 4 bits (``nf4``, with double
+            quantization) or 8 (``int8``), for adapters over them; needs ``alignkit[quant]``.
         random_init: Draw the base's weights at random from its config, reading none.
         optimizer: A function from the trainable parameters to an optimizer.
         schedule: Shape of the learning rate after warm-up, a name of transformers'
@@ -98,6 +101,7 @@ class AlignmentModule(TrainerSupport):
         lora: LoRAConfig | Literal["auto"] | None = "auto",
         init_from: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        quantize: Quantization | None = None,
         random_init: bool = False,
         optimizer: OptimizerCallable = lambda params: AdamW(
             params, lr=2e-4, weight_decay=0.0, fused=True
@@ -126,7 +130,13 @@ class AlignmentModule(TrainerSupport):
         # A checkpoint's hyper-parameters hold the config as plain values.
         choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
         self.model, self.base_identity, self.lora = build_policy(
-            base, choice, start, dtype=dtype, random_init=random_init, dropout=dropout
+            base,
+            choice,
+            start,
+            dtype=dtype,
+            random_init=random_init,
+            dropout=dropout,
+            quantize=quantize,
         )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
         if activation_checkpointing:

@@ -12,11 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.text.chat_templates import template_of
 from alignkit.errors import AlignkitError
+from alignkit.lora.merge import merged_plain
 from alignkit.models.checkpoint import load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
 from alignkit.models.fingerprint import base_identity
+from alignkit.models.load import embedding_size, load_model
+from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.text_format import TextFormat, write_format
+
+_PROBED = 32
+"""Tokens whose logits are compared when packed weights give way to plain ones."""
 
 
 def export(
@@ -27,6 +33,7 @@ def export(
     base: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     plain: bool = False,
+    onto: Literal["dequantized", "original"] = "dequantized",
 ) -> Path:
     """Write a checkpoint for use elsewhere.
 
@@ -42,6 +49,9 @@ def export(
         base: The base model's path, if it is no longer where the checkpoint says.
         dtype: Dtype of the weights of a merged model.
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank.
+        onto: What a merged model gets that was trained over a quantized base: ``dequantized``, the
+            weights that the packed ones stand for, which answers as it was trained; ``original``,
+            those that they were packed from. The largest change of a logit is told.
 
     Returns:
         The directory.
@@ -60,12 +70,28 @@ def export(
     trained = policy_format(model)
     if trained is not None and to == "merged":
         _keep_text_format(policy, tokenizer, trained)
+    told = ""
+    if to == "merged" and quantization(policy) is not None:
+        told = _unpack(policy, name, onto)
     header = {} if to == "merged" else base_identity(policy).header()
     write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
     if trained is not None:
         write_format(trained, place)
-    Console().print(f"wrote {place} ({to})", highlight=False)
+    Console().print(f"wrote {place} ({to}{told})", highlight=False)
     return place
+
+
+@torch.no_grad()
+def _unpack(policy: PreTrainedModel, base: str, onto: Literal["dequantized", "original"]) -> str:
+    """Give a model with packed layers plain weights; say which and how far its logits move."""
+    ids = torch.arange(_PROBED)[None] * 37 % embedding_size(policy)
+    before = policy(ids, use_cache=False).logits.float()
+    original = load_model(base, dtype=policy.dtype) if onto == "original" else None
+    unquantize(policy, original)
+    with merged_plain(policy):
+        after = policy(ids, use_cache=False).logits.float()
+    change, scale = (after - before).abs().max().item(), before.abs().max().item()
+    return f" onto the {onto} base; largest logit change {change:.2g} of {scale:.2g}"
 
 
 def _keep_text_format(
