@@ -9,6 +9,9 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from alignkit.models.archive import local_path
+from alignkit.utils.atomic import write_atomically
+
 
 class SaveConfig(SaveConfigCallback):
     """Save ``config.yaml`` into the folder of a run, and never overwrite a file of that name.
@@ -37,6 +40,9 @@ class SaveConfig(SaveConfigCallback):
             name = f"{stem}-v{version}{ending}" if version else self.config_filename
             path = os.path.join(folder, name)
             if not files.exists(path):
-                with files.open(path, "w") as file:
-                    file.write(text)
+                local = local_path(path)
+                if local is not None:
+                    write_atomically(local, text)
+                else:
+                    files.write_text(path, text, encoding="utf-8")
                 return

@@ -28,7 +28,7 @@ from alignkit.models.text_format import KEY as TEXT
 from alignkit.models.text_format import TextFormat
 from alignkit.modules.checkpoint_io import seal_checkpoints
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
-from alignkit.modules.optimize import make_optimizer, make_schedule, total_steps
+from alignkit.modules.optimize import check_rates, make_optimizer, make_schedule, total_steps
 from alignkit.modules.resume import KEY as SETTINGS
 from alignkit.modules.resume import apply_settings, run_settings
 from alignkit.modules.runs import claim_run_folder
@@ -116,6 +116,7 @@ class AlignmentModule(TrainerSupport):
         on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         super().__init__(on_nonfinite)
+        check_rates(warmup_steps, lora_plus_ratio)
         self._save_plain_hyperparameters()
         self.base = base
         self.optimizer = optimizer

@@ -17,6 +17,18 @@ from alignkit.lora import lora_parameter_groups
 CONSTANT = "constant_with_warmup"
 
 
+def check_rates(warmup_steps: float, lora_plus_ratio: float) -> None:
+    """Refuse numbers that would train at other rates than anyone meant, before a model is loaded.
+
+    Raises:
+        AlignkitError: One is negative or no number; the line names it.
+    """
+    if not 0 <= warmup_steps < math.inf:
+        raise AlignkitError(f"model.warmup_steps={warmup_steps}: must be 0 or more")
+    if not 0 < lora_plus_ratio < math.inf:
+        raise AlignkitError(f"model.lora_plus_ratio={lora_plus_ratio}: must be positive")
+
+
 def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: float) -> Optimizer:
     """Return the optimizer over a model's trainable parameters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,6 +115,8 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "type": (("--trainer.max_steps", "ten"), ("trainer.max_steps: expected int, got 'ten'",)),
     "nested-type": (("--model.lora.r", "x"), ("model.lora.r: expected int, got 'x'",)),
     "rate": (("--model.optimizer.lr", "fast"), ("model.optimizer.lr: expected float",)),
+    "warm-up": (("--model.warmup_steps", -3), ("model.warmup_steps=-3",)),
+    "rate-ratio": (("--model.lora_plus_ratio", 0), ("model.lora_plus_ratio=0",)),
     "rate-negative": (("--model.optimizer.lr", -1), ("learning rate", "--model.optimizer")),
     "optimizer": (("--model.optimizer", "AdmW"), ("did you mean AdamW?",)),
     "optimizer-option": (
@@ -241,6 +244,21 @@ def test_a_second_run_writes_over_nothing(
     assert Path("config.yaml").read_text() == "# mine\n"
     saved = sorted(p.name for p in Path("runs").rglob("config*.yaml"))
     assert saved == ([] if "false" in logger else ["config-v1.yaml", "config.yaml"])
+
+
+def test_a_full_disk_leaves_no_half_of_a_configuration(
+    alignkit: Callable, model_dir: Callable, hh: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(old: object, new: object) -> None:
+        if Path(str(new)).name == "config.yaml":
+            raise OSError(28, "No space left on device")
+        os.rename(str(old), str(new))
+
+    monkeypatch.setattr("alignkit.utils.atomic.os.replace", full)
+    status, _, err = alignkit(*quick("demo/sft.yaml", model_dir, hh, text, 1))
+    assert status == 2
+    assert "config.yaml: cannot be written (No space left on device)" in one_error(err)
+    assert not list(Path("runs").rglob("config.yaml"))
 
 
 def test_resuming_with_another_optimizer_is_one_line(

@@ -26,6 +26,7 @@ from alignkit.lora import (
     set_adapter,
     trainable_parameter_count,
 )
+from alignkit.lora.peft_files import read_tensors
 
 Make = Callable[..., PreTrainedModel]
 Shake = Callable[..., nn.Module]
@@ -107,6 +108,15 @@ def test_files_are_pefts(saved: Path) -> None:
     assert config["r"] == 4
     assert config["lora_alpha"] == 16
     assert not [path for path in saved.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="shows what is mapped on Linux")
+def test_what_was_read_is_not_mapped_any_more(saved: Path) -> None:
+    """Windows replaces no file that is."""
+    path = saved / "adapter_model.safetensors"
+    tensors, _ = read_tensors(path)
+    assert tensors
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def test_one_file_holds_it_all(
