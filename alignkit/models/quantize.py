@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: linear layers that keep their weights packed, by bitsandbytes.
+"""Keep the weights of a base's linear layers packed in 4 or 8 bits, by bitsandbytes.
 
 Embeddings, norms, routers and the output head stay as they are. Everything else that
 ``all-linear`` adapts is packed as it is loaded, from fp32 values on the CPU, so that one base has
@@ -32,7 +32,7 @@ _LEVELS = 127
 
 
 class PackedLinear(QuantizedLinear):
-    """What both kinds share: built from a linear layer, statistics that stay fp32.
+    """Define what both kinds share: built from a linear layer, statistics that stay fp32.
 
     Args:
         linear: The layer to pack; its bias goes along as it is.
@@ -66,7 +66,7 @@ class PackedLinear(QuantizedLinear):
 
 
 class NF4Linear(PackedLinear):
-    """A weight in 4-bit NormalFloat with double quantization (Dettmers et al. 2023, sec. 3).
+    """Hold a weight in 4-bit NormalFloat with double quantization (Dettmers et al. 2023, sec. 3).
 
     Each block of 64 weights has an 8-bit scale and each 256 of those an fp32 one: 4.13 bits a
     weight (arXiv:2305.14314). Products and their gradient are bitsandbytes' own.
@@ -127,7 +127,7 @@ class NF4Linear(PackedLinear):
 
 
 class Int8Linear(PackedLinear):
-    """A weight in 8 bits with a scale for each output, packed by bitsandbytes.
+    """Hold a weight in 8 bits with a scale for each output, packed by bitsandbytes.
 
     Products are taken with the weight unpacked for the moment, forward and backward: LLM.int8
     rounds activations too, by the largest of a batch, so that a neighbour would change a score.
@@ -176,7 +176,7 @@ _KINDS: dict[str, type[PackedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
 def quantize(model: PreTrainedModel, to: Quantization) -> None:
-    """Pack the linear layers of a plain model, in place, one at a time.
+    """Replace the linear layers of a plain model by packed ones, in place, one at a time.
 
     Args:
         model: On the CPU, without adapters.
