@@ -69,7 +69,8 @@ class NF4Linear(PackedLinear):
     """Hold a weight in 4-bit NormalFloat with double quantization.
 
     Each block of 64 weights has an 8-bit scale and each 256 of those an fp32 one: 4.13 bits a
-    weight (Dettmers et al. 2023, arXiv:2305.14314, section 3). Products and their gradient are bitsandbytes' own.
+    weight (Dettmers et al. 2023, arXiv:2305.14314, section 3). Products and their gradient are
+    bitsandbytes' own.
     """
 
     quantization = "nf4"
