@@ -36,8 +36,14 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
         model: In which what does not train is frozen.
         make: From parameters or groups of them to an optimizer.
         lora_plus_ratio: Learning rate of every B over that of A; 1 for one group.
+
+    Raises:
+        AlignkitError: The optimizer refuses its options, whoever's it is.
     """
-    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    try:
+        optimizer = make([p for p in model.parameters() if p.requires_grad])
+    except ValueError as error:
+        raise AlignkitError(f"{error}; change --model.optimizer") from error
     if lora_plus_ratio != 1:
         chosen = optimizer.defaults
         groups = lora_parameter_groups(
