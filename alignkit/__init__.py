@@ -1,4 +1,4 @@
-"""alignkit: align causal language models in three stages, LoRA, SFT and DPO."""
+"""Align causal language models in three stages: LoRA language modelling, SFT and DPO."""
 
 from __future__ import annotations
 

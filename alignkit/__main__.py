@@ -1,17 +1,20 @@
-"""``alignkit`` and ``python -m alignkit``, which answer signals while they are being imported."""
+"""Run the command line for ``alignkit`` and ``python -m alignkit``.
+
+The signal handlers are installed before the packages are imported, which takes seconds.
+"""
 
 import sys
 
-from alignkit.utils.interrupts import leave_on_signals, stop_on_signals
+from alignkit.utils.interrupts import exit_on_signals, stop_on_signals
 
 
 def main() -> int:
-    """Run the command line with the process's arguments; return its exit status."""
+    """Run the command line with the process's arguments and return its exit status."""
     with stop_on_signals():
         from alignkit.cli import main as run  # takes seconds
 
         status = run()
-    leave_on_signals()
+    exit_on_signals()
     return status
 
 

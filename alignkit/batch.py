@@ -1,4 +1,4 @@
-"""One shape for all data: a prompt and its responses, laid end to end in a flat row.
+"""Define the batch of all three stages: prompts and responses, laid end to end in a flat row.
 
 Shape letters: T row tokens, N scored tokens, E examples, R responses (all examples together).
 """
@@ -21,7 +21,12 @@ from alignkit.errors import AlignkitError
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its k responses, as token ids.
+    """Hold a prompt and its k responses, as token ids.
+
+    Example:
+        >>> pair = Example(prompt=[11, 12], responses=[[13, 0], [14, 15, 0]])
+        >>> pair.num_tokens
+        7
 
     Attributes:
         prompt: Token ids every response continues; may be empty.
@@ -38,12 +43,17 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens this example takes in a row: its prompt once and every response."""
+        """Return how many tokens the example takes in a row: its prompt once, every response."""
         return len(self.prompt) + sum(len(response) for response in self.responses)
 
 
 class Span(NamedTuple):
-    """Where one example lies in the row: its start, its prompt's and its responses' lengths."""
+    """Hold an example's first index in the row, and its prompt's and its responses' lengths.
+
+    Example:
+        >>> Span(start=0, prompt=2, responses=(2, 3)).end
+        7
+    """
 
     start: int
     prompt: int
@@ -51,16 +61,26 @@ class Span(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Index one past the example's last token."""
+        """Return the index one past the example's last token."""
         return self.start + self.prompt + sum(self.responses)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Examples as a flat row of segments; nothing is padded.
+    """Hold examples as one flat row of segments, without padding.
 
-    ``prompt₀ response₀₀ response₀₁ … prompt₁ response₁₀ …``. A token sees its own prompt and,
-    within its own response, what precedes it: never another example, never a sibling response.
+    The row is ``prompt₀ response₀₀ response₀₁ … prompt₁ response₁₀ …``. A token attends to its own
+    prompt and to the tokens before it in its own response. It attends to no other example and to no
+    other response of its example.
+
+    Example:
+        >>> batch = collate([Example([11, 12], [[13, 0], [14, 15, 0]])])
+        >>> batch.input_ids.tolist()
+        [11, 12, 13, 0, 14, 15, 0]
+        >>> batch.position_ids.tolist()
+        [0, 1, 2, 3, 2, 3, 4]
+        >>> batch.score_from.tolist(), batch.target_ids.tolist()
+        ([1, 2, 1, 4, 5], [13, 0, 14, 15, 0])
 
     Attributes:
         input_ids: [T] int64.
@@ -83,27 +103,27 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """T, the row's length."""
+        """Return T, the row's length."""
         return self.input_ids.numel()
 
     @property
     def num_scored(self) -> int:
-        """N, the number of scored tokens."""
+        """Return N, the number of scored tokens."""
         return self.target_ids.numel()
 
     @property
     def num_examples(self) -> int:
-        """E, the number of prompts."""
+        """Return E, the number of prompts."""
         return len(self.spans)
 
     @cached_property
     def num_responses(self) -> int:
-        """R, the number of responses over all examples."""
+        """Return R, the number of responses over all examples."""
         return sum(len(span.responses) for span in self.spans)
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest sequence: a prompt with one of its responses."""
+        """Return the length of the longest sequence in tokens: a prompt with one response."""
         return max(span.prompt + max(span.responses) for span in self.spans)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
@@ -115,7 +135,7 @@ class PackedBatch:
         return self._map(Tensor.pin_memory)
 
     def take(self, examples: Sequence[int]) -> PackedBatch:
-        """Return a batch of some of the examples, in the order given; for a batch on the CPU."""
+        """Return a batch of some examples, by their indices in order, of a batch on the CPU."""
         rows, scored, spans, responses = [], [], [], []
         first_response = [0, *accumulate(len(span.responses) for span in self.spans)]
         bounds = torch.searchsorted(self.response_index, torch.tensor(first_response)).tolist()

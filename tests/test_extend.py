@@ -94,6 +94,18 @@ def test_a_loss_of_twelve_lines_has_its_parameter_on_the_command_line(
     assert fit(model_dir("llama"), *arguments, *data) == 0
 
 
+def test_metrics_are_logged_beside_the_others(
+    page: Callable, model_dir: Callable, pairs: Path
+) -> None:
+    mine = page("Log something more")
+    module = mine.LengthsDPO(str(model_dir("llama")))
+    logged = module.metrics(POLICY, REFERENCE)
+    assert logged["tokens/longer"] == 1
+    assert "rewards/margins" in logged
+    data = ("--data", "PreferenceDataModule", "--data.path", pairs)
+    assert fit(model_dir("llama"), "--model", "mine.LengthsDPO", *data) == 0
+
+
 def test_an_objective_of_ones_own(
     page: Callable, model_dir: Callable[[str], Path], pairs: Path
 ) -> None:

@@ -1,8 +1,9 @@
-"""The package's floors: a module imports only from floors below its own, and when it is loaded."""
+"""The package's floors and its size: imports run downward, files stay short, the core readable."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,10 @@ DATA = ("read", "text", "encode", "keep", "deal")
 LATE: set[tuple[str, str]] = {
     ("__main__", "cli"),  # answers signals while torch is being imported
 }
+LONG: dict[str, str] = {
+    "engine/tiles.py": "one kernel and its backward pass, which are read side by side",
+}
+DESIGN = HOME.parent / "docs" / "design.md"
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -72,3 +77,22 @@ def test_no_import_is_late_without_a_reason() -> None:
         if name and not at_top
     }
     assert late <= LATE
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_no_file_is_long_without_a_reason() -> None:
+    long = {str(path.relative_to(HOME)) for path in HOME.rglob("*.py") if lines(path) > 300}
+    assert long <= LONG.keys()
+
+
+def test_the_core_is_read_in_an_afternoon() -> None:
+    """The files of the design's reading order, all of them there, are short together."""
+    section = DESIGN.read_text(encoding="utf-8").partition("## Reading order")[2]
+    named = re.findall(r"`([a-z_/]+(?:\.py|/))`", "".join(re.findall(r"^\d+\. .*", section, re.M)))
+    core = {HOME / name for name in named if name.endswith(".py")}
+    core |= {path for name in named if name.endswith("/") for path in (HOME / name).glob("*.py")}
+    assert len(core) > 20
+    assert sum(map(lines, core)) < 3000

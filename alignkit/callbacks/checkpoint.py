@@ -1,4 +1,4 @@
-"""A ``last.ckpt`` that is the last, in the folder of its own run."""
+"""Write ``last.ckpt`` at every validation and at the end of training."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from alignkit.utils.atomic import make_writable_folder
 
 
 class Checkpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, with ``last.ckpt`` written at every validation and at the end.
+    """Save checkpoints as `ModelCheckpoint` does, and ``last.ckpt`` at every validation.
 
-    Lightning 2.6 rewrites it only where the monitored value improved, so that the next stage, or a
-    resumed run, would silently start from an older step.
+    With ``save_last``, ``last.ckpt`` is also written at the end of training. Lightning 2.6 rewrites
+    it only where the monitored value improved, so that the next stage, or a resumed run, would
+    silently start from an older step.
 
-    Without ``dirpath`` checkpoints lie in the run's own folder, ``version_N`` beside its
-    config.yaml and events, so that no run writes over another one's. Where a logger gives two
-    runs one folder, the second one's are ``last-v1.ckpt``, as Lightning counts.
+    Without ``dirpath``, checkpoints are written into the run's own folder, ``version_N``, beside
+    its config.yaml and events, so that no run overwrites the files of another. Where a logger gives
+    two runs one folder, the second run writes ``last-v1.ckpt``, as Lightning counts.
     """
 
     _saved_weights: list[tuple[int, int]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Choose the folder of a run that trains, and find out now whether it can be written to.
+        """Choose the folder for the checkpoints of a fit, and test that it can be written to.
 
         Raises:
-            AlignkitError: It cannot, on all ranks alike.
+            AlignkitError: It cannot be written to; raised on every rank.
         """
         if stage != "fit":
             return
@@ -54,57 +55,58 @@ class Checkpoint(ModelCheckpoint):
         if shared:
             self._enable_version_counter = True  # last-v1.ckpt, beside the other run's
         with warnings.catch_warnings():
-            # Of a run's own folder that is no news: its events and configuration are there.
+            # The run's own folder always holds its events and its configuration already.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best checkpoint so far, where it still is, though this run has a folder.
+        """Restore the best checkpoint so far, unless its file is gone, and keep this run's folder.
 
-        Nothing there is ever removed: Lightning removes what lies in its own folder alone.
+        The earlier run's files stay: Lightning removes files from its own ``dirpath`` alone.
         """
         best = local_path(state_dict["best_model_path"])
         if best is None or best.is_file():
             super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best as Lightning does, then the last."""
+        """Save the best checkpoint as Lightning does, then ``last.ckpt``."""
         super().on_validation_end(trainer, pl_module)
         self._write_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, whether or not a validation followed it.
 
-        Once more if its weights have been replaced since, as averaging does at the end.
+        A step that was saved before is saved again if its weights have been replaced since, as
+        weight averaging does at the end of training.
         """
-        if self._saved_weights not in (None, _versions(pl_module)):
+        if self._saved_weights not in (None, _weight_versions(pl_module)):
             self._last_global_step_saved = -1
         super().on_train_end(trainer, pl_module)
         self._write_last(trainer)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        self._saved_weights = _versions(trainer.lightning_module)
+        self._saved_weights = _weight_versions(trainer.lightning_module)
 
     def _write_last(self, trainer: Trainer) -> None:
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Return what ``ckpt_path="last"`` stands for in Python: this run's, or an earlier one's.
+        """Return the files that ``ckpt_path="last"`` stands for in Python: the run's newest.
 
         Raises:
-            AlignkitError: There is none, or none that is intact.
+            AlignkitError: There is no checkpoint, or none that is intact.
         """
-        # Lightning also asks by itself, where runs go on from wherever an exception left them.
-        by_itself = any(isinstance(c, OnExceptionCheckpoint) for c in trainer.callbacks)  # type: ignore[attr-defined]
-        if by_itself or (self.dirpath and local_path(self.dirpath) is None):
+        # With this callback Lightning also asks where the user has not, and may find no file.
+        unasked = any(isinstance(c, OnExceptionCheckpoint) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if unasked or (self.dirpath and local_path(self.dirpath) is None):
             return super()._find_last_checkpoints(trainer)
         return {named_checkpoint(trainer, "last")}
 
 
 def _is_anothers(folder: Path, trainer: Trainer) -> bool:
-    """Tell whether a folder has checkpoints of a run that this one does not go on from.
+    """Return whether a folder has checkpoints of a run that this one does not go on from.
 
     A logger that was given its version writes into the same folder again.
     """
@@ -114,6 +116,6 @@ def _is_anothers(folder: Path, trainer: Trainer) -> bool:
     return any(folder.glob("*.ckpt")) and not (goes_on and not numbered)
 
 
-def _versions(module: LightningModule) -> list[tuple[int, int]]:
-    """Return what changes whenever a trained parameter is replaced or written to in place."""
+def _weight_versions(module: LightningModule) -> list[tuple[int, int]]:
+    """Return a value that changes whenever a trained parameter is replaced or written to."""
     return [(id(p), p._version) for p in module.parameters() if p.requires_grad]

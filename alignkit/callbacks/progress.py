@@ -1,4 +1,4 @@
-"""A progress bar that fits in a terminal."""
+"""Show the training metrics that fit beside a progress bar."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _SHORT = {"train/loss": "loss", "val/loss": "val", "train/tokens_per_second": "t
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's Rich bar with the three numbers worth watching, under short names."""
+    """Show Lightning's Rich progress bar with three metrics under short names."""
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return ``loss``, ``val`` (loss) and ``tok/s``, in few digits."""
+        """Return the metrics to show: ``loss``, ``val`` (validation loss) and ``tok/s``."""
         shown: dict[str, int | str | float | dict[str, float]] = {}
         for name, value in super().get_metrics(trainer, pl_module).items():
             if name in _SHORT and isinstance(value, float):

@@ -1,4 +1,4 @@
-"""The ``alignkit`` command."""
+"""Provide the ``alignkit`` command."""
 
 from alignkit.cli.command import main
 

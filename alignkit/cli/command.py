@@ -1,4 +1,4 @@
-"""The ``alignkit`` command: LightningCLI for training, plain functions for everything else."""
+"""Run the ``alignkit`` command: LightningCLI for training, a function for each other tool."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from alignkit.callbacks import ProgressBar
 from alignkit.cli.config import SaveConfig
 from alignkit.cli.errors import explain
 from alignkit.cli.launch import RankFailed, check_processes, end_ranks, keep_relaunchable
-from alignkit.cli.loss import fresh_losses
+from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.messages import OneLineErrors
 from alignkit.cli.settings import check_config_files, check_trainer
-from alignkit.cli.streams import outlive_readers
+from alignkit.cli.streams import survive_closed_streams
 from alignkit.models.checkpoint import read_checkpoint
 from alignkit.models.find import find_checkpoint
 from alignkit.modules import AlignmentModule
-from alignkit.modules.precision import refuse_by_name
-from alignkit.modules.runs import NAMES, asked_checkpoint
+from alignkit.modules.precision import refuse_precision_name
+from alignkit.modules.runs import CHECKPOINT_NAMES, asked_checkpoint
 from alignkit.utils.interrupts import Stopped, stop_on_signals
 from alignkit.utils.ranks import is_first_rank, is_lost_connection
 
-# Command to what it does and the module behind it, imported when it runs: a function of the
-# command's name, and ``add_arguments(parser)`` for its flags.
+# From a command to what it does and to its module, which is imported when the command runs. The
+# module has a function of the command's name, and ``add_arguments(parser)`` for its flags.
 TOOLS = {
     "generate": ("Answer prompts with a model.", "alignkit.tools.generate.command"),
     "compare": ("Put several models' answers side by side.", "alignkit.tools.compare"),
@@ -50,25 +50,25 @@ TOOLS = {
 }
 
 
-# Warnings that tell a user of alignkit nothing.
-_NO_NEWS = (
+# Warnings that a user of alignkit can do nothing about.
+_IGNORED_WARNINGS = (
     # Lightning's own use of names that torch and jsonargparse have deprecated since.
     r"(?s).*treespec, LeafSpec",
     r"(?s).*skip_none parameter was deprecated",
-    # Always so: the configuration was just saved there, or an earlier run's checkpoint lies there.
+    # The configuration was just saved there, or an earlier run's checkpoint lies there.
     r"Checkpoint directory .* exists and is not empty",
-    # Ours is: its sampler starts where the checkpoint stopped.
+    # Our data loader is resumable: its sampler starts where the checkpoint stopped.
     r".*your dataloader is not resumable",
-    # Our data modules have no such hook to lose.
+    # Our data modules do not define that hook, so the module's replaces nothing.
     r"You have overridden `on_before_batch_transfer`",
 )
 
 
-_PATIENCE = 2.0  # seconds that an error of another rank has to come first
+_OTHER_RANK_SECONDS = 2.0  # time for another rank to report the cause of an error first
 
 
 class _DebugFlag(Action):
-    """``--debug`` for ``--help`` alone: `main` takes it out before a parser sees it."""
+    """List ``--debug`` in ``--help``; `main` removes the flag before a parser sees it."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
         told = "Show the trace of an error, before its one line."
@@ -79,21 +79,21 @@ class _DebugFlag(Action):
 
 
 class Parser(OneLineErrors, ArgumentParser):
-    """A tool's parser."""
+    """Parse the arguments of a tool."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
 
 class TrainingParser(OneLineErrors, LightningArgumentParser):
-    """The parser of ``fit``, ``validate`` and ``test``."""
+    """Parse the arguments of ``fit``, ``validate`` and ``test``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
 
 class AlignCLI(LightningCLI):
-    """``fit``, ``validate`` and ``test`` for any AlignmentModule and data module, by class path.
+    """Run ``fit``, ``validate`` and ``test`` for any AlignmentModule and data module.
 
     Args:
         arguments: The command line after ``alignkit``.
@@ -121,7 +121,7 @@ class AlignCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Return the trainer methods on offer; there is nothing to predict."""
+        """Return the trainer methods that are commands, which excludes ``predict``."""
         return {k: v for k, v in LightningCLI.subcommands().items() if k != "predict"}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -131,7 +131,7 @@ class AlignCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the data tokenize as the model reads, unless told otherwise."""
+        """Set the data module's tokenizer to the model's by default."""
         parser.link_arguments(
             ("model.init_args.base", "model.init_args.tokenizer"),
             "data.init_args.tokenizer",
@@ -142,24 +142,25 @@ class AlignCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         listed = parser._subcommands_action
         assert listed is not None
-        for name, (summary, _) in TOOLS.items():  # for --help alone: `main` runs them
+        for name, (summary, _) in TOOLS.items():  # only to list them in --help: `main` runs them
             listed.add_subcommand(name, Parser(), help=summary)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse what was handed over; Lightning would warn that there is ``sys.argv`` as well.
+        """Parse the arguments that were handed over.
 
-        That stays as it is: Lightning starts the other ranks with it.
+        Lightning would warn that ``sys.argv`` differs. That must stay as it is, as Lightning starts
+        the other ranks with it.
         """
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        """Refuse what the trainer would find out after the model is loaded, or never."""
+        """Refuse trainer settings that are wrong, before the model is loaded."""
         check_trainer(str(self.subcommand), self.config[self.subcommand].trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Return the trainer, with our progress bar where the configuration names none."""
+        """Return the trainer, with our progress bar if the configuration names none."""
         config = self._get(self.config_init, "trainer")
-        refuse_by_name(config.get("precision"))
+        refuse_precision_name(config.get("precision"))
         bars = [c for c in config.get("callbacks") or [] if isinstance(c, BaseProgressBar)]
         if config.get("enable_progress_bar") is not False and not bars:
             config["callbacks"] = [*(config.get("callbacks") or []), ProgressBar()]
@@ -175,26 +176,26 @@ class AlignCLI(LightningCLI):
             raise
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration as it was given: ``--ckpt_path`` resumes and says nothing else.
+        """Check ``--ckpt_path``, and replace a run's folder by its newest checkpoint.
 
         Lightning would merge the checkpoint's hyper-parameters over the command line, so that
-        ``fit --model DPO --ckpt_path sft.ckpt`` silently trains SFT. Reading it here finds a bad
-        file before a model is loaded. Runs' folders become their newest checkpoints, here and in
-        ``init_from``, so that config.yaml names the very file.
+        ``fit --model DPO --ckpt_path sft.ckpt`` silently trains SFT. Reading the file here finds a
+        damaged one before a model is loaded. A folder in ``init_from`` is replaced too, so that
+        config.yaml names the file itself.
         """
         options = self.config[self.config.subcommand]
         start = options.get("model.init_args.init_from")
         if start:
             options["model.init_args.init_from"] = find_checkpoint(start)
         path = options.get("ckpt_path")
-        if path and path not in NAMES:
+        if path and path not in CHECKPOINT_NAMES:
             options["ckpt_path"] = find_checkpoint(path)
             read_checkpoint(options["ckpt_path"])
 
     def _find_named_checkpoint(self) -> None:
-        """Find what ``last``, ``best`` or ``hpc`` stands for in the folders that the trainer knows.
+        """Replace ``last``, ``best`` or ``hpc`` in ``ckpt_path`` by the file it stands for.
 
-        Lightning starts anew where there is no last one, and checks none of them.
+        Lightning silently starts a new run if there is no last checkpoint, and verifies no file.
         """
         options = self.config_init[self.config.subcommand]
         options["ckpt_path"] = asked_checkpoint(self.trainer, options.get("ckpt_path"))
@@ -203,9 +204,14 @@ class AlignCLI(LightningCLI):
 
 
 def run_tool(name: str, arguments: Sequence[str]) -> int:
-    """Run a tool with its function's arguments as flags; returns the exit status.
+    """Run a tool with its function's arguments as flags, and return the exit status.
 
-    It is what the tool's ``status`` makes of the result, where it has one, and else 0.
+    Args:
+        name: A key of `TOOLS`.
+        arguments: The command line after the tool's name.
+
+    Returns:
+        What the module's function ``status`` returns for the result, 0 if it has none.
     """
     summary, place = TOOLS[name]
     module = importlib.import_module(place)
@@ -229,19 +235,19 @@ def main(args: Sequence[str] | None = None) -> int:
         stopped it. With ``--debug`` the trace comes before the line.
     """
     if args is None:
-        outlive_readers()
+        survive_closed_streams()
         keep_relaunchable()
-        sys.path.append(os.getcwd())  # a user's own classes, beside what they run
+        sys.path.append(os.getcwd())  # finds a user's own classes in the working folder
     given = list(sys.argv[1:] if args is None else args)
     arguments = [argument for argument in given if argument != "--debug"]
-    _quiet_logs()
+    _configure_logs()
     if args is None and len(arguments) == len(given):
-        sys.unraisablehook = _note_unraisable
+        sys.unraisablehook = _log_unraisable
     set_parsing_settings(add_print_completion_argument=True)
-    register_type(torch.device)  # a default of Lightning's callbacks that config.yaml has to hold
+    register_type(torch.device)  # some of Lightning's callbacks have one in their defaults
     with stop_on_signals():
         try:
-            return _run(arguments)
+            return _run_command(arguments)
         except Stopped as stop:
             return int(stop.code or 0)
         except RankFailed as failed:
@@ -249,45 +255,45 @@ def main(args: Sequence[str] | None = None) -> int:
         except Exception as error:
             if len(arguments) < len(given):
                 traceback.print_exception(error)
-            return _tell(error)
+            return _report_error(error)
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run_command(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in TOOLS:
         return run_tool(arguments[0], arguments[1:])
     check_config_files(arguments)
-    AlignCLI(fresh_losses(arguments))
+    AlignCLI(spell_out_losses(arguments))
     return 0
 
 
-def _tell(error: Exception) -> int:
-    """Print one line about an error, where several ranks met it once, and return the status."""
+def _report_error(error: Exception) -> int:
+    """Print one line about an error, once if several ranks have it, and return the status."""
     line, status = explain(error)
     rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
     if not is_first_rank() or is_lost_connection(error):
-        # Whoever started this process ends it, once another rank has ended with the same error or
-        # with the cause of this one.
-        time.sleep(_PATIENCE)
+        # The launcher ends this process when another rank has ended with the same error, or with
+        # the error that caused this one.
+        time.sleep(_OTHER_RANK_SECONDS)
     of_rank = "" if is_first_rank() else f" (rank {rank})"
     print(f"alignkit: error{of_rank}: {line}", file=sys.stderr)
     return status
 
 
-def _note_unraisable(about: sys.UnraisableHookArgs) -> None:
-    """Keep the trace of what failed while an object was thrown away out of a user's sight.
+def _log_unraisable(about: sys.UnraisableHookArgs) -> None:
+    """Log at debug level what failed while an object was being deleted.
 
-    Lightning's profilers, say, fail so once more where their ``__init__`` has been refused.
+    Some of Lightning's profilers fail so a second time after their ``__init__`` was refused.
     """
     logging.getLogger("alignkit").debug("ignored: %r in %r", about.exc_value, about.object)
 
 
-def _quiet_logs() -> None:
-    """Show our own log lines, and leave out what of Lightning's a user cannot act on."""
+def _configure_logs() -> None:
+    """Show our own log lines, and hide those of Lightning that a user cannot act on."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("alignkit").setLevel(logging.INFO)
-    # Advertisements for other products.
+    # Messages that advertise other products.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )
-    for message in _NO_NEWS:
+    for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -1,4 +1,4 @@
-"""The configuration of a run, kept beside what the run writes."""
+"""Save the configuration of a run beside its other files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from alignkit.utils.atomic import write_atomically
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves ``config.yaml`` into the folder of a run, and never over another file of that name.
+    """Save ``config.yaml`` into the folder of a run, and never overwrite a file of that name.
 
-    Lightning's own ends the second run that is given the same folder. Here its configuration
-    becomes ``config-v1.yaml``, as Lightning counts checkpoints. Without a logger there is no
-    folder of the run's own, and Lightning's would be the working folder, with files of the user's.
+    Lightning's own callback ends a second run in the same folder with an error. Here the second
+    configuration is named ``config-v1.yaml``, as Lightning numbers checkpoints. Without a logger
+    the run has no folder of its own, and nothing is saved: Lightning would take the working folder,
+    among the user's own files.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -26,7 +27,7 @@ class SaveConfig(SaveConfigCallback):
         if self.already_saved or trainer.logger is None:
             return
         self.already_saved = True
-        folder = trainer.log_dir  # a collective: every rank asks
+        folder = trainer.log_dir  # broadcast from rank 0, so every rank must read it
         if trainer.is_global_zero and folder is not None:
             self._save(folder)
 

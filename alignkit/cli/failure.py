@@ -1,4 +1,4 @@
-"""What an exception says, whether it was caught here or came as the text of another process."""
+"""Read class, message and frames of an exception, or of the stack trace of another process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,18 @@ Frame = tuple[str, int]
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception's class by its full name, its message, and the frames it passed, outer first."""
+    """Hold what is known of an exception.
+
+    Example:
+        >>> failure = Failure.of(ValueError("no such file"))
+        >>> failure.name, failure.message
+        ('ValueError', 'no such file')
+
+    Attributes:
+        kind: Full name of the exception's class.
+        message: Its message.
+        frames: The frames it passed, the outermost first.
+    """
 
     kind: str
     message: str
@@ -28,7 +39,10 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """Return what an exception says, or what the trace inside its text does: a worker's."""
+        """Return an exception's class, message and frames.
+
+        Those of an exception in a worker process are read from the stack trace in its message.
+        """
         message = str(error)
         if _TRACE in message:
             return cls._from_text(message)
@@ -47,28 +61,28 @@ class Failure:
 
     @property
     def name(self) -> str:
-        """The class's own name."""
+        """Return the class's name without its module."""
         return self.kind.rpartition(".")[2]
 
     @property
-    def places(self) -> list[str]:
-        """The files it passed, innermost first, below the folder of packages they lie in."""
+    def files(self) -> list[str]:
+        """Return the files it passed, innermost first, relative to the folder of packages."""
         files = [file for file, _ in self.frames if not file.startswith("<frozen")]
         return [_below_packages(file) for file in reversed(files)]
 
     @property
-    def blamed(self) -> tuple[str, int, bool]:
-        """The innermost file and line that are no library's, and whether they are alignkit's."""
+    def origin(self) -> tuple[str, int, bool]:
+        """Return the innermost file and line outside of libraries, and whether it is alignkit's."""
         for file, line in reversed(self.frames):
             if file.startswith(_PACKAGE):
                 return f"alignkit{file.removeprefix(_PACKAGE)}", line, True
             if not file.startswith(("<", *_INSTALLED)):
                 return file, line, False
-        return next(iter(self.places), "no file"), 0, True
+        return next(iter(self.files), "no file"), 0, True
 
 
 def _frames(error: BaseException) -> tuple[Frame, ...]:
-    """Return the frames of an exception and, after them, of what it was raised from."""
+    """Return the frames of an exception and, after them, those of its causes."""
     found: list[Frame] = []
     at: BaseException | None = error
     while at is not None:

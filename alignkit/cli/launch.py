@@ -1,4 +1,4 @@
-"""One command as several processes: which strategies do, whether the counts agree, how it ends."""
+"""Check and end the processes of a command that trains on several devices."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from alignkit.errors import AlignkitError
 from alignkit.utils.ranks import is_lost_connection
 
 _USABLE = "ddp, ddp_fork, ddp_notebook or auto"
-_GRACE = 10.0  # seconds for a failed process to say why
-_FEW = 8  # processes that any CPU may be asked for, to try things out
-# How many processes a launcher that Lightning does not know started, where it says so.
-_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
+_WAIT_SECONDS = 10.0  # for a failed process to report why
+_ALWAYS_ALLOWED = 8  # processes on a CPU of any number of cores, to try things out
+# Variables in which launchers unknown to Lightning give the number of processes.
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE")
 
 
 class RankFailed(Exception):
-    """Another process of the run ended with this status, and has said why.
+    """Report that another process of the run has failed, after it has printed why.
 
     Args:
-        status: To end with, too.
+        status: Its exit status, which this process ends with too.
     """
 
     def __init__(self, status: int) -> None:
@@ -45,11 +45,11 @@ class RankFailed(Exception):
 
 
 def keep_relaunchable() -> None:
-    """Let Lightning's own way of starting the other ranks find this command again.
+    """Let Lightning find this command again when it starts the other ranks.
 
-    It runs ``python -m`` the main module, or ``python`` the script in ``sys.argv[0]``. Where
-    neither is there (``python -c``, an archive, the ``.exe`` that pip makes on Windows) it is
-    pointed at ``python -m alignkit``, which is the same command.
+    Lightning runs ``python -m`` with the main module, or ``python`` with the script in
+    ``sys.argv[0]``. If neither exists (``python -c``, an archive, the ``.exe`` that pip makes on
+    Windows), it runs ``python -m alignkit``, which is the same command.
     """
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
@@ -64,12 +64,12 @@ def check_strategy(strategy: Any) -> None:
         strategy: ``trainer.strategy`` as it was parsed: a name, or a class path and its arguments.
 
     Raises:
-        AlignkitError: It is none of those that are known to train right.
+        AlignkitError: The strategy is not one of those that train correctly.
     """
     if strategy == "auto":
         return
     name = strategy if isinstance(strategy, str) else strategy["class_path"]
-    kind, options = _look_up(name)
+    kind, options = _strategy_class(name)
     if not isinstance(strategy, str):
         options = {**options, **(strategy.get("init_args") or {})}
         options.update(strategy.get("dict_kwargs") or {})
@@ -89,14 +89,14 @@ def check_strategy(strategy: Any) -> None:
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Refuse a run whose launcher started more or fewer processes than the trainer counts on.
+    """Refuse a run whose launcher started more or fewer processes than the trainer expects.
 
-    Each of two processes with ``devices=1`` would train the whole run by itself, and write over
-    the other's files.
+    Each of two processes with ``devices=1`` would train the whole run by itself, and overwrite the
+    other's files.
 
     Raises:
-        AlignkitError: They differ; the line names both. Or more than one machine is wanted and
-            nothing says how they meet, or more processes than any CPU has use for.
+        AlignkitError: The numbers differ; several machines have no common address; or there are
+            far more processes than the CPU has cores.
     """
     total = trainer.num_devices * trainer.num_nodes
     environment: ClusterEnvironment = trainer._accelerator_connector.cluster_environment
@@ -111,10 +111,10 @@ def check_processes(trainer: Trainer) -> None:
         if rank >= trainer.num_devices:
             started, told_by = max(started, rank + 1), f"LOCAL_RANK={rank}"
     else:
-        # Lightning starts the others of each machine itself: one process there is the right number.
+        # Lightning starts the other processes of a machine, so one on each machine is right.
         expected = trainer.num_nodes
-        started, told_by = _launched(total) or (expected, "")
-        _check_meeting(trainer.num_nodes)
+        started, told_by = _external_processes(total) or (expected, "")
+        _check_rendezvous(trainer.num_nodes)
     if started != expected:
         raise AlignkitError(
             f"trainer.devices={trainer.num_devices} on trainer.num_nodes={trainer.num_nodes} makes "
@@ -122,10 +122,12 @@ def check_processes(trainer: Trainer) -> None:
             f"number of processes on each machine, and {advice}"
         )
     cores = os.cpu_count() or 1
-    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(cores, _FEW):
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(
+        cores, _ALWAYS_ALLOWED
+    ):
         raise AlignkitError(
             f"trainer.devices={trainer.num_devices}: as many processes on a CPU of {cores} cores; "
-            f"give at most {max(cores, _FEW)}"
+            f"give at most {max(cores, _ALWAYS_ALLOWED)}"
         )
 
 
@@ -133,26 +135,26 @@ def end_ranks(trainer: Trainer, error: BaseException) -> None:
     """End the processes that Lightning started for other ranks, after this one failed.
 
     Args:
-        trainer: Whose launcher holds them.
-        error: What failed here. If that is only the news of another rank's end, its own message
-            is waited for.
+        trainer: The trainer, whose launcher holds the processes.
+        error: The error of this process. If it only reports the end of another rank, the function
+            waits for the message of that rank.
 
     Raises:
-        RankFailed: Another rank failed first, and has said why.
+        RankFailed: Another rank failed first, and has printed why.
         AlignkitError: Another rank was killed, which leaves no message.
     """
     launched: list[Any] = getattr(trainer.strategy.launcher, "procs", [])
     children: list[Popen[bytes]] = [each for each in launched if isinstance(each, Popen)]
     if not children:
         return
-    launched.clear()  # Lightning's observer watches this list, and would kill this process too
+    launched.clear()  # Lightning's thread that watches this list would kill this process too
     second = is_lost_connection(error)
-    deadline = time.monotonic() + (_GRACE if second else 0)
+    deadline = time.monotonic() + (_WAIT_SECONDS if second else 0)
     while time.monotonic() < deadline and not any(child.poll() for child in children):
         time.sleep(0.05)
     ended = [(rank, child.poll()) for rank, child in enumerate(children, start=1)]
     for child in children:
-        child.kill()  # a process inside a collective heeds nothing less
+        child.kill()  # a process inside a collective does not react to SIGTERM
         child.wait()
     if not second:
         return
@@ -166,8 +168,8 @@ def end_ranks(trainer: Trainer, error: BaseException) -> None:
             raise RankFailed(status)
 
 
-def _look_up(name: str) -> tuple[type[Strategy] | None, dict[str, Any]]:
-    """Return a strategy's class and the arguments its name stands for."""
+def _strategy_class(name: str) -> tuple[type[Strategy] | None, dict[str, Any]]:
+    """Return a strategy's class, or ``None``, and the arguments that its name implies."""
     if name.lower() in StrategyRegistry:
         entry = StrategyRegistry[name.lower()]
         return entry["strategy"], dict(entry["init_params"])
@@ -179,12 +181,13 @@ def _look_up(name: str) -> tuple[type[Strategy] | None, dict[str, Any]]:
     return (kind if isinstance(kind, type) and issubclass(kind, Strategy) else None), {}
 
 
-def _launched(total: int) -> tuple[int, str] | None:
-    """Return how many processes a launcher that Lightning does not know started, and who says so.
+def _external_processes(total: int) -> tuple[int, str] | None:
+    """Return the number of processes that an unknown launcher started, and its source.
 
-    The right ``WORLD_SIZE`` without a rank is a user's way of saying the same as the trainer.
+    The result is ``None`` if no variable tells. ``WORLD_SIZE`` without a rank counts only where it
+    differs from the trainer's total, as a user may set it by hand.
     """
-    for name in _LAUNCHED:
+    for name in _SIZE_VARIABLES:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name]), name
     size = os.environ.get("WORLD_SIZE", "")
@@ -193,8 +196,8 @@ def _launched(total: int) -> tuple[int, str] | None:
     return None
 
 
-def _check_meeting(nodes: int) -> None:
-    """Refuse several machines that would each wait for the others at an address of its own."""
+def _check_rendezvous(nodes: int) -> None:
+    """Refuse several machines without a common address to connect at."""
     wanted = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     missing = [name for name in wanted if not os.environ.get(name)]
     if nodes > 1 and missing:

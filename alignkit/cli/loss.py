@@ -1,4 +1,4 @@
-"""``--model.loss NAME`` on the command line: a loss has its own parameters and no other's."""
+"""Give ``--model.loss NAME`` on the command line the default parameters of that loss."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from alignkit.errors import AlignkitError
 from alignkit.objectives.preference import known_losses, unknown_loss
 
 _FLAG = "--model.loss"
-# How the parser says that a name is no class it knows.
+# The parser's message about a name that is no known class.
 _NO_CLASS = re.compile(r'key "(?:\S+\.)?loss".*?import path string: (\S+)', re.DOTALL)
 
 
-def fresh_losses(arguments: Sequence[str]) -> list[str]:
-    """Spell out a loss's own defaults after each ``--model.loss NAME``.
+def spell_out_losses(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with a loss's own defaults added after each ``--model.loss NAME``.
 
-    The parser keeps, from the class that was chosen before, whatever parameter has a name in the
-    new one: SimPO would silently run at DPO's β.
+    Where a new class replaces another, the parser keeps the values of the parameters that both
+    have: SimPO would silently run at DPO's β.
     """
     fresh: list[str] = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         fresh.append(argument)
         if previous == _FLAG:
-            fresh += _defaults(argument)
+            fresh += _default_flags(argument)
         elif argument.startswith(f"{_FLAG}="):
-            fresh += _defaults(argument.removeprefix(f"{_FLAG}="))
+            fresh += _default_flags(argument.removeprefix(f"{_FLAG}="))
     return fresh
 
 
 def unknown_loss_in(message: str) -> AlignkitError | None:
-    """Return the line about an unknown loss, if that is what a parser's message is about."""
+    """Return the error about an unknown loss, ``None`` if a message is not about one."""
     found = _NO_CLASS.search(message)
     return unknown_loss(found[1]) if found else None
 
 
-def _defaults(name: str) -> Iterator[str]:
+def _default_flags(name: str) -> Iterator[str]:
     """Yield the flags that give a loss's parameters the values of its own class."""
     kind = {known.__name__: known for known in known_losses()}.get(name)
     if kind is None:
         module, _, attribute = name.rpartition(".")
         try:
             kind = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError):  # the parser says what is wrong with it
+        except (ImportError, AttributeError, ValueError):  # the parser reports what is wrong
             return
     for field in fields(kind) if is_dataclass(kind) else ():
         if field.init and field.default is not MISSING:

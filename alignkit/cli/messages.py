@@ -1,4 +1,7 @@
-"""What a parser says, in one line: jsonargparse names every type it tried and dumps the value."""
+"""Shorten a parser's error messages to one line.
+
+jsonargparse names every type that it tried, and prints the whole value.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any, NoReturn
 from alignkit.cli.loss import unknown_loss_in
 from alignkit.errors import AlignkitError, find_user_error
 
-# Lines that only say which types were tried, or show the whole value.
+# Lines that only list the types that were tried, or show the whole value.
 _NOISE = (
     "Does not validate",
     "Subtypes:",
@@ -37,12 +40,16 @@ _DUMP = re.compile(r"\s*\S*(?:Namespace|NestedArg)\(.*", re.DOTALL)
 
 @dataclass
 class OptionError(AlignkitError):
-    """A refused option; an outer parser puts its own name before it.
+    """Report an option that a parser refuses; an outer parser puts its own name before it.
+
+    Example:
+        >>> str(OptionError("lr", "expected float, got 'x'", "alignkit fit"))
+        "lr: expected float, got 'x'; see alignkit fit --help"
 
     Args:
-        option: As one would write it after ``--``; empty where no single one is at fault.
+        option: The option as one would write it after ``--``; empty if no single one is wrong.
         complaint: What is wrong with it.
-        command: Whose ``--help`` says more.
+        command: The command whose ``--help`` explains it.
     """
 
     option: str
@@ -55,13 +62,17 @@ class OptionError(AlignkitError):
 
 
 class OneLineErrors:
-    """Makes a parser raise its complaint as one `AlignkitError` line, without the usage."""
+    """Make a parser raise an `AlignkitError` of one line, without its usage."""
 
     prog: str
     _actions: list[Action]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what is left of jsonargparse's message without the types it tried."""
+        """Raise jsonargparse's message without the types that it tried.
+
+        Raises:
+            AlignkitError: Always.
+        """
         cause = find_user_error(ex) or unknown_loss_in(message)
         if cause is not None and not isinstance(cause, OptionError):
             raise cause from None
@@ -94,9 +105,9 @@ class OneLineErrors:
 
 
 def plain(message: str) -> str:
-    """Return a parser's message as one line: the likeliest complaint, and the value if it is short.
+    """Return a parser's message as one line: the likeliest complaint and a short value.
 
-    The types that were merely tried and the dumps of whole configurations are left out.
+    The types that were tried and the dumps of whole configurations are left out.
     """
     found = complaints(message)
     missing = _missing_class(found)
@@ -116,9 +127,9 @@ def plain(message: str) -> str:
 
 
 def complaints(message: str) -> list[str]:
-    """Return what a message says beyond the types that were tried, the most telling alone."""
+    """Return the most specific complaints of a message, without the types that were tried."""
     kept: list[str] = []
-    telling = True  # whether continued lines belong to something that is kept
+    telling = True  # whether a continued line belongs to a complaint that is kept
     for line in map(str.strip, _PROBLEM.sub(r"\g<path>: ", message).splitlines()):
         bare = _DUMP.sub("", line.removeprefix("- "))
         if bare.startswith(_NOISE):
@@ -135,13 +146,18 @@ def complaints(message: str) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean …?`` with the known name that is close, if one is."""
+    """Return ``; did you mean …?`` with the closest known name, empty without a close one.
+
+    Example:
+        >>> did_you_mean("max_step", ["max_steps", "max_epochs"])
+        '; did you mean max_steps?'
+    """
     close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if name and close else ""
 
 
 def _missing_class(found: Sequence[str]) -> str:
-    """Return the class that could not be found, if that is what the complaints are about."""
+    """Return the class that could not be found, empty if the complaints are about more."""
     names = [m["name"] for line in found if (m := _NO_CLASS.match(line))]
     return names[0] if names and len(names) == len(found) else ""
 
@@ -159,7 +175,7 @@ def _type_names(what: str) -> list[str]:
 
 
 def _class_names(hint: Any) -> set[str]:
-    """Return the names of the classes that a type hint lets through, as far as imported."""
+    """Return the names of the imported classes that a type hint allows."""
     if isinstance(hint, type) and hint.__module__ != "builtins":
         below: list[type] = type.__subclasses__(hint)
         return {hint.__name__}.union(*map(_class_names, below))

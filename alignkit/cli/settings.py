@@ -1,4 +1,4 @@
-"""What is wrong with a command before anything is loaded: its files, and the trainer's settings."""
+"""Check a command's configuration files and trainer settings before anything is loaded."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from alignkit.cli.launch import check_strategy
 from alignkit.errors import AlignkitError
 
 _CONFIG_FLAGS = ("--config", "-c")
-# Below these Lightning trains on, and does something else than what was meant: a negative clip
-# turns the gradient round, no accumulation never steps.
+# The least values. Below these Lightning trains, but wrongly: a negative clip value reverses the
+# gradient, and with an accumulation of 0 no step is ever taken.
 _LEAST = {
     "accumulate_grad_batches": 1,
     "gradient_clip_val": 0,
@@ -26,12 +26,15 @@ _LEAST = {
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
-    """Refuse a ``--config`` file that is no mapping in YAML, by its name and line.
+    """Refuse a ``--config`` file that is not a YAML mapping, naming the file and the line.
 
-    What is no file is left to the parser, which takes YAML in a file's place too.
+    A value that is not a file is left to the parser, which also takes YAML itself.
+
+    Args:
+        arguments: The command line after ``alignkit``.
 
     Raises:
-        AlignkitError: It cannot be read as YAML, or holds no options.
+        AlignkitError: The file cannot be read as YAML, or holds no options.
     """
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name, given, inline = flag.partition("=")
@@ -41,15 +44,15 @@ def check_config_files(arguments: Sequence[str]) -> None:
 
 
 def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings of the trainer that Lightning takes without a word or finds out too late.
+    """Refuse trainer settings that Lightning accepts silently or refuses too late.
 
     Args:
         command: ``fit``, ``validate`` or ``test``.
         settings: The ``trainer`` part of the configuration, as parsed.
 
     Raises:
-        AlignkitError: The strategy cannot train right, a number is out of range, or nothing says
-            when training ends.
+        AlignkitError: The strategy cannot train correctly, a number is out of range, or training
+            has no end.
     """
     check_strategy(settings["strategy"])
     for name, least in _LEAST.items():

@@ -1,4 +1,4 @@
-"""A command whose output nobody reads any more goes on to its end."""
+"""Let a command run to its end after the readers of its output have gone."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ import sys
 from typing import Any
 
 
-class _Unread(io.FileIO):
-    """A file that forgets what it is given once its reader is gone."""
+class _UnreadFile(io.FileIO):
+    """Write to a pipe, and discard what is written once the pipe is closed."""
 
     def write(self, data: Any, /) -> int:
-        """Write bytes; to nowhere from where ``| head`` has read enough."""
+        """Write bytes, or discard them after a reader such as ``| head`` has exited."""
         try:
             return super().write(data)
         except BrokenPipeError:
-            _to_nowhere(self.fileno())
+            _redirect_to_null(self.fileno())
             return super().write(data)
 
 
-def outlive_readers() -> None:
-    """Let standard output and error be closed, before or while the command runs.
+def survive_closed_streams() -> None:
+    """Keep the command running when standard output or error is closed.
 
-    A training run must not end because ``| head`` or a log viewer has. Call it before anything
-    keeps a reference to the streams.
+    A training run must not end because ``| head`` or a log viewer has ended. Call this before
+    anything keeps a reference to the streams.
     """
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None:  # closed from the start: the next file opened would take its number
-            _to_nowhere(number)
+        if stream is None:  # closed from the start, so the next file would take its number
+            _redirect_to_null(number)
             setattr(sys, name, os.fdopen(number, "w", closefd=False))
         elif stream is getattr(sys, f"__{name}__") and not stream.isatty():
             stream.flush()
-            raw = io.BufferedWriter(_Unread(number, "w", closefd=False))
+            raw = io.BufferedWriter(_UnreadFile(number, "w", closefd=False))
             wrapped = io.TextIOWrapper(
                 raw,
                 encoding=stream.encoding,
@@ -44,7 +44,7 @@ def outlive_readers() -> None:
             setattr(sys, name, wrapped)
 
 
-def _to_nowhere(number: int) -> None:
+def _redirect_to_null(number: int) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     if null != number:
         os.dup2(null, number)

@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler
 from alignkit.data.keep.cache import cache_root
-from alignkit.data.keep.position import Plan
+from alignkit.data.keep.position import SETTINGS, Plan
 from alignkit.data.keep.splits import RowEncoder, open_splits
 from alignkit.data.keep.store import ExampleSet, Unsized
 from alignkit.data.read.hashes import FileHashes
 from alignkit.data.read.rows import Source
+from alignkit.data.read.slices import parse_splits
 from alignkit.data.read.sources import DataPath, find_splits, not_read, weights_of
 from alignkit.engine import PackedBatch, collate
 from alignkit.errors import AlignkitError
@@ -38,10 +39,14 @@ class AlignmentDataModule(LightningDataModule):
     Args:
         tokenizer: A Hub id or a local directory.
         path: A Hub id (``name`` or ``name:configuration``), a local directory with ``train.*``
-            and ``validation.*`` or ``test.*`` files (or whole sets of numbered shards), or one
-            file (``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``, each also as ``.gz``
-            or ``.zst``). A list mixes several as they are; a
-            mapping to weights makes each epoch draw from them in these shares.
+            and ``validation.*`` or ``test.*`` files (or whole sets of numbered shards), one that
+            ``save_to_disk`` of the datasets library wrote, or one file (``.jsonl``, ``.json``,
+            ``.csv``, ``.tsv``, ``.parquet`` or ``.arrow``, each also as ``.gz`` or ``.zst``). A
+            list mixes several as they are; a mapping to weights makes each epoch draw from them
+            in these shares.
+        splits: What makes up each split, where that is not the standard names:
+            ``{"train": "train_prefs[:5%]", "validation": "test_prefs"}``. Slices and sums are
+            written as in the datasets library. What is not named is not read.
         tokens_per_batch: Most tokens in one micro-batch of one rank.
         examples_per_batch: Examples of one optimizer step, over all ranks and micro-batches,
             instead of a token budget.
@@ -72,6 +77,7 @@ class AlignmentDataModule(LightningDataModule):
         tokenizer: str,
         path: DataPath,
         *,
+        splits: dict[str, str] | None = None,
         tokens_per_batch: int = 4096,
         examples_per_batch: int | None = None,
         val_fraction: float = 0.05,
@@ -86,6 +92,8 @@ class AlignmentDataModule(LightningDataModule):
             raise AlignkitError(f"data.val_fraction={val_fraction}: give a share between 0 and 1")
         self.tokenizer = str(tokenizer)
         self.path = path
+        parse_splits(splits)  # refuses what it cannot read, before any work
+        self.splits = splits or None
         self.tokens_per_batch = tokens_per_batch
         self.examples_per_batch = examples_per_batch
         self.val_fraction = val_fraction
@@ -200,7 +208,7 @@ class AlignmentDataModule(LightningDataModule):
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """The sources of each split that are to be encoded."""
-        return find_splits(place, hashes=self._hashes)
+        return find_splits(place, splits=self.splits, hashes=self._hashes)
 
     def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
         sampler = TokenBudgetBatchSampler(
@@ -241,7 +249,8 @@ class AlignmentDataModule(LightningDataModule):
     def _set(self, split: str) -> ExampleSet:
         self.setup()
         if split not in self._sets:
-            others = [told for place in weights_of(self.path) if (told := not_read(place))]
+            places = [] if self.splits else weights_of(self.path)
+            others = [told for place in places if (told := not_read(place))]
             told = "; ".join([f"data.path {self.path}: it has no {split} split", *others])
             raise AlignkitError(told)
         return self._sets[split]
@@ -259,10 +268,12 @@ class AlignmentDataModule(LightningDataModule):
             max_train_examples=self.max_train_examples,
             max_val_examples=self.max_val_examples,
             announce=self._rank == 0,
+            named=self.splits is not None,
         )
         self._sets, self._quotas, self.stats = opened.sets, opened.quotas, opened.stats
         self.text_format = opened.text_format
-        self._content = opened.content
+        settings = {**opened.content[SETTINGS], "splits": self.splits}
+        self._content = {**opened.content, SETTINGS: settings}
 
 
 def _start_worker(worker: int) -> None:

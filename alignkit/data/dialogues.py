@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.base import AlignmentDataModule
+from alignkit.data.encode.choose import choose_format
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.keep.splits import RowEncoder
-from alignkit.data.read.sources import DataPath
+from alignkit.data.read.rows import Source
+from alignkit.data.read.sources import DataPath, weights_of
 from alignkit.data.text.policies import Policies
 from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import Side, preference_sides, sft_sides
-from alignkit.models.text_format import PromptFormat
+from alignkit.errors import AlignkitError
+from alignkit.models.text_format import PromptChoice, PromptFormat
+
+log = logging.getLogger(__name__)
 
 HH_RLHF = "Anthropic/hh-rlhf"
 
@@ -27,8 +33,10 @@ class DialogueDataModule(AlignmentDataModule):
         path: See `AlignmentDataModule`.
         max_length: Most tokens of a prompt with one answer, EOS included. Old turns go first,
             whole, then the left of the last one; an answer is never cut.
-        prompt_format: ``boundary`` (HH-RLHF's text), ``stripped``, ``chat``, or ``raw`` for rows
-            that were rendered before; see `alignkit.data.text.formats`.
+        prompt_format: ``auto`` takes the tokenizer's chat template where the rows are messages
+            and it has one, HH-RLHF's text otherwise, and logs which and why. By name: ``chat``,
+            ``boundary`` (HH-RLHF's text), ``stripped``, or ``raw`` for rows that were rendered
+            before; see `alignkit.data.text.formats`.
         policies: What to do with each defect; see `Policies`.
         columns: The rows' columns by the names that are read, where they have others:
             ``{"prompt": "query", "chosen": "better"}``.
@@ -44,16 +52,26 @@ class DialogueDataModule(AlignmentDataModule):
         path: DataPath,
         *,
         max_length: int = 512,
-        prompt_format: PromptFormat = "boundary",
+        prompt_format: PromptChoice = "auto",
         policies: Policies | None = None,
         columns: dict[str, str] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, path, **options)
+        if prompt_format not in get_args(PromptChoice):
+            raise AlignkitError(
+                f"data.prompt_format={prompt_format!r}: "
+                f"choose one of {', '.join(get_args(PromptChoice))}"
+            )
         self.max_length = max_length
         self.prompt_format = prompt_format
         self.policies = policies
         self.columns = check_columns(columns)
+        self._found: dict[str, dict[str, list[Source]]] = {}
+
+    def find_splits(self, place: str) -> dict[str, list[Source]]:
+        """The sources of each split; what `row_encoder` found already is not looked for again."""
+        return self._found.pop(place, None) or super().find_splits(place)
 
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
         """One example a row, its answers sharing the prompt."""
@@ -61,11 +79,26 @@ class DialogueDataModule(AlignmentDataModule):
             tokenizer,
             self.sides,
             max_length=self.max_length,
-            prompt_format=self.prompt_format,
+            prompt_format=self._resolve_format(tokenizer),
             all_turns=self.all_turns,
             policies=self.policies,
             columns=self.columns,
         )
+
+    def _resolve_format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+        """The prompt format, chosen by the training rows where it is ``auto``."""
+        if self.prompt_format != "auto":
+            return self.prompt_format
+        choice = choose_format(tokenizer, self._sources(), self.sides, self.columns)
+        if self._rank == 0:
+            log.info("data.prompt_format=auto: %s, as %s", *choice)
+        return choice.prompt_format
+
+    def _sources(self) -> Iterator[Source]:
+        """The sources of the training rows; of others where a place has none."""
+        for place in weights_of(self.path):
+            found = self._found[place] = self.find_splits(place)
+            yield from found.get("train") or next(iter(found.values()))
 
 
 class PreferenceDataModule(DialogueDataModule):

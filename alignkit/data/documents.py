@@ -29,7 +29,7 @@ class TextDataModule(AlignmentDataModule):
     Args:
         tokenizer: See `AlignmentDataModule`, as for every argument not named here.
         path: See `AlignmentDataModule`; rows are ``{"text": …}`` or ``{"content": …}``. A directory
-            of ``.txt`` and ``.md`` files alone holds a document each.
+            of ``.txt`` and ``.md`` files alone holds a document each, and so does one such file.
         block_size: Tokens of a row.
         streaming: Read and encode the training documents as training goes, in order and without
             end, instead of keeping them: for sets larger than the disk. The run needs
@@ -77,7 +77,9 @@ class TextDataModule(AlignmentDataModule):
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """What is to be encoded beforehand: with ``streaming``, all but the training split."""
-        splits = find_splits(place, streaming=self.streaming, hashes=self._hashes)
+        splits = find_splits(
+            place, splits=self.splits, streaming=self.streaming, hashes=self._hashes
+        )
         if self.streaming:
             train = splits.pop("train", [])
             if not splits:

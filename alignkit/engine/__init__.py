@@ -1,10 +1,9 @@
-"""The engine: packed rows in, token log-probabilities out. Plain PyTorch, no Lightning."""
+"""Compute the log-probability of every scored token of a packed row, in plain PyTorch."""
 
 from alignkit.batch import Example, PackedBatch, Span, collate
 from alignkit.engine.compile import compile_blocks
 from alignkit.engine.head import TokenScores
 from alignkit.engine.onednn import bound_caches
-from alignkit.engine.proof import Packing
 from alignkit.engine.score import (
     check_engine,
     response_lengths,
@@ -13,6 +12,7 @@ from alignkit.engine.score import (
     score,
     score_with_stats,
 )
+from alignkit.engine.verify import Packing
 
 bound_caches()
 

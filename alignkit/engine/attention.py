@@ -1,4 +1,4 @@
-"""How a packed row attends: which plan is chosen for a device, a dtype and a reach."""
+"""Choose how a packed row attends on a device, for a dtype and for a layer's reach."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from alignkit.engine.varlen import VarlenAttention, varlen_refusal
 log = logging.getLogger(__name__)
 
 
-# Policy and reference score the same row, and a model's layers may differ in their windows: each
-# is laid out once.
+# Policy and reference score the same row, and a model's layers may differ in their windows. The
+# cache lays out each of these plans once.
 @lru_cache(maxsize=4)
 def make_plan(
     spans: tuple[Span, ...],
@@ -36,12 +36,12 @@ def make_plan(
         spans: The row's examples.
         device: Where queries, keys and values live.
         dtype: Their dtype.
-        reach: Whom a query sees among what precedes it; ``None`` for all of it.
+        reach: Which earlier tokens a query sees; ``None`` for all of them.
 
     Returns:
-        On the CPU `TiledAttention` in bf16, `SegmentAttention` otherwise; on CUDA
-        `VarlenAttention` where it is proven on this device, `DenseAttention` otherwise and for a
-        reach that is no `Window`. Which one was taken and why is logged once.
+        On the CPU `TiledAttention` in bf16 and `SegmentAttention` otherwise. On CUDA
+        `VarlenAttention` where its self-test passed on this device and the reach is a `Window`
+        or ``None``, and `DenseAttention` otherwise. The choice and its reason are logged once.
     """
     # A plan made while scoring a reference under inference mode also serves the policy.
     with torch.inference_mode(False):

@@ -1,8 +1,8 @@
-"""`torch.compile` a block at a time, over rows whose lengths fall into buckets.
+"""Compile a model with `torch.compile`, block by block, over rows of few different lengths.
 
-Every block of a model is the same code, so it is compiled a few times (with and without gradients)
-rather than once a layer, and with a symbolic row length rather than once a length. Attention over
-a packed row stays as it is: its plan changes with every row.
+All blocks of a model run the same code. One compilation with gradients and one without therefore
+serve every layer, and a symbolic row length serves every length. Attention over a packed row is
+not compiled, because its plan changes with every row.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit.batch import PackedBatch, Span
-from alignkit.engine.proof import is_never_packed
+from alignkit.engine.verify import is_never_packed
 from alignkit.errors import AlignkitError
 
 ROW_MULTIPLE = 64
-"""Rows of a compiled model are padded to a multiple of it, so that kernels meet few lengths."""
+"""Rows of a compiled model are padded to a multiple of this many tokens."""
 
 
 def compile_blocks(model: PreTrainedModel) -> int:
-    """Compile each of a model's blocks in place, at its first forward.
+    """Prepare each of a model's blocks, in place, to be compiled at its first forward.
 
     Args:
         model: Any model of transformers; its parameters and their names stay as they are.
@@ -32,11 +32,12 @@ def compile_blocks(model: PreTrainedModel) -> int:
         The number of blocks.
 
     Raises:
-        AlignkitError: The model has no blocks that are known as such, is scored one sequence a
+        AlignkitError: The model has no blocks of transformers' kind, it is scored one sequence a
             forward, or PyTorch has no working compiler on this machine.
     """
     if is_never_packed(model):
-        # Their lengths vary too much, and the scans of recurrent layers take minutes to compile.
+        # Single sequences vary too much in length, and the scans of recurrent layers take minutes
+        # to compile.
         raise AlignkitError(
             f"model.compile: {type(model).__name__} is scored one sequence a forward, for which "
             "its blocks are not compiled; leave it off"
@@ -55,7 +56,7 @@ def compile_blocks(model: PreTrainedModel) -> int:
 def padded_for(model: PreTrainedModel, batch: PackedBatch) -> PackedBatch:
     """Return the batch with its row padded to the next bucket if the model is compiled.
 
-    The padding is one more example of which nothing is scored; T grows, N does not.
+    The padding is one more example, of which nothing is scored. T grows and N stays.
     """
     missing = -batch.num_tokens % ROW_MULTIPLE
     blocks = _blocks(model)
@@ -75,7 +76,10 @@ def _blocks(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 
 def _check_compiler() -> None:
-    """Find out on a small function, not an hour into a run."""
+    """Refuse to compile where `torch.compile` fails on a small function.
+
+    A model is compiled at its first forward, which may come an hour into a run.
+    """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
     except Exception as error:  # what a missing compiler raises differs with system and version

@@ -1,7 +1,7 @@
-"""Attention whose scores are changed before or within the softmax, spelled out.
+"""Compute attention whose scores are capped or share their softmax with a sink.
 
-Soft-capped scores (Gemma 2, arXiv:2408.00118, section 2) and sinks (gpt-oss, arXiv:2508.10925): a
-learned score of nothing, one more column of the softmax that no value belongs to.
+A soft-cap bounds the scores (Gemma 2, arXiv:2408.00118, section 2). A sink is a learned score that
+adds a column without a value to the softmax (gpt-oss, arXiv:2508.10925).
 
 Shape letters: T row tokens, H query heads, K key heads, D head width, L tokens of an example.
 """
@@ -20,12 +20,12 @@ from alignkit.engine.segments import Reach, example_mask
 
 
 class ExplicitAttention:
-    """One example at a time, scores in fp32 and computed again in the backward pass.
+    """Attend one example at a time, with fp32 scores that the backward pass computes again.
 
     Args:
         spans: The row's examples.
         device: Where queries, keys and values live.
-        reach: Whom a query sees among what precedes it; ``None`` for all of it.
+        reach: Which earlier tokens a query sees; ``None`` for all of them.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class ExplicitAttention:
         softcap: float | None,
         sinks_H: Tensor | None,
     ) -> Tensor:
-        """Attend [1, H, T, D] queries to [1, K, T, D] keys and values.
+        """Compute the attention of [1, H, T, D] queries to [1, K, T, D] keys and values.
 
         Args:
-            query, key, value: Of the row.
+            query, key, value: The row's.
             scaling: Factor on the scores; ``None`` for 1/√D.
             dropout: Probability on the attention weights.
             softcap: c of ``c tanh(s / c)`` over the scaled scores s.
-            sinks_H: [H], a head's score of nothing.
+            sinks_H: [H], the score of each head's sink.
 
         Returns:
             [1, H, T, D].
@@ -68,13 +68,13 @@ class ExplicitAttention:
         for q, k, v, mask_LL in parts:
             arguments = (q, k, v, mask_LL, scale, dropout, softcap, sinks_H)
             if torch.is_grad_enabled():
-                outputs.append(checkpoint(_attend, *arguments, use_reentrant=False))
+                outputs.append(checkpoint(_attend_example, *arguments, use_reentrant=False))
             else:
-                outputs.append(_attend(*arguments))
+                outputs.append(_attend_example(*arguments))
         return torch.cat(outputs, dim=2)
 
 
-def _attend(
+def _attend_example(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,9 +1,9 @@
-"""One sequence a forward, for models and lengths that no packed row expresses.
+"""Compute hidden states one sequence a forward, where packed rows would be scored wrongly.
 
-Recurrent layers carry a neighbour's state along, some attention is outside of transformers'
-interface, and some rotary embeddings depend on the longest sequence beside. A response goes through
-such a model with its prompt alone, as transformers would score it: right, and slower by the number
-of sequences in a row and the prompts that are computed again.
+Recurrent layers carry the state of one sequence into the next. Some attention does not go through
+transformers' interface. Some rotary embeddings depend on the longest sequence of the row. A
+response goes through such a model behind its prompt and with nothing else, as transformers would
+score it. This takes longer: a row takes many forwards, and each response computes its prompt again.
 
 Shape letters: N scored tokens, L tokens of a sequence, S tokens of all sequences, D width.
 """
@@ -25,11 +25,11 @@ def hidden_alone(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Compute the hidden states that predict the scored tokens, one sequence a forward.
 
     Args:
-        model: Attends as it does by itself: no row is in flight.
+        model: Any model. It attends in its own way, since no packed row is in flight.
         batch: On the model's device.
 
     Returns:
-        [N, D] in the batch's order.
+        [N, D], in the order of ``batch.target_ids``.
     """
     body = backbone(model)
     sequences = list(_sequences(batch))
@@ -38,13 +38,13 @@ def hidden_alone(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     )
     starts = [0, *accumulate(len(ids_L) for ids_L in sequences)][:-1]
     start_R = torch.tensor(starts, device=hidden_SD.device)
-    # A token's position is its place in its sequence.
-    place_N = batch.position_ids[batch.score_from]
-    return hidden_SD[start_R[batch.response_index] + place_N]
+    # A position counts from the start of its own sequence.
+    offset_N = batch.position_ids[batch.score_from]
+    return hidden_SD[start_R[batch.response_index] + offset_N]
 
 
 def _sequences(batch: PackedBatch) -> Iterator[Tensor]:
-    """Each response behind its prompt, [L] token ids, response by response."""
+    """Yield each response behind its prompt, as [L] token ids."""
     for span in batch.spans:
         first = span.start + span.prompt
         prompt = batch.input_ids[span.start : first]

@@ -1,4 +1,4 @@
-"""A half-precision model computed in fp32 for a moment, a block at a time."""
+"""Run a half-precision model in fp32 for a moment, with fp32 copies of one block at a time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit.utils.autocast import no_autocast
 
-_HALF = (torch.bfloat16, torch.float16)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @contextmanager
 def in_fp32(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Compute a model's forwards in fp32, with the values its weights have now.
 
-    Only one block at a time holds fp32 copies, besides what lies outside the blocks (embeddings
-    and head): a whole second model need not fit. Autocast, reduced-precision products and compiled
-    code are left aside meanwhile.
+    Only one block at a time holds fp32 copies, and so do the modules outside the blocks (embeddings
+    and head). A whole second model therefore need not fit into memory. Autocast, reduced-precision
+    products and compiled code are off meanwhile.
 
     Args:
-        model: Its parameters may be in any dtype; they are back when the context ends.
-        device: Where they lie.
+        model: Its parameters may be in any dtype. The context puts them back when it ends.
+        device: Where the parameters lie.
     """
     blocks = outermost_blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
@@ -36,14 +36,14 @@ def in_fp32(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(no_autocast(device.type))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for block in blocks:
-            held = _Copies(list(block.modules()))
-            stack.callback(held.put_back)
+            copies = _Fp32Copies(list(block.modules()))
+            stack.callback(copies.put_back)
             for hook in (
-                block.register_forward_pre_hook(held.widen),
-                block.register_forward_hook(held.put_back, always_call=True),
+                block.register_forward_pre_hook(copies.widen),
+                block.register_forward_hook(copies.put_back, always_call=True),
             ):
                 stack.callback(hook.remove)
-        outside = _Copies([module for module in model.modules() if id(module) not in inside])
+        outside = _Fp32Copies([module for module in model.modules() if id(module) not in inside])
         stack.callback(outside.put_back)
         outside.widen()
         yield
@@ -60,16 +60,16 @@ def outermost_blocks(model: nn.Module) -> list[GradientCheckpointingLayer]:
     return blocks
 
 
-class _Copies:
-    """fp32 stand-ins for the half-precision parameters and buffers of some modules.
+class _Fp32Copies:
+    """Put fp32 copies in the places of some modules' half-precision parameters and buffers.
 
     Args:
-        modules: Their own tensors are swapped, not their children's.
+        modules: Each module's own tensors are replaced, not those of its children.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
-        self.held: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.originals: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def widen(self, *_: object) -> None:
         copies: dict[int, Tensor] = {}  # a tied tensor stays tied
@@ -77,16 +77,16 @@ class _Copies:
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for tensors in tables:
                 for name, tensor in tensors.items():
-                    if tensor is None or tensor.dtype not in _HALF:
+                    if tensor is None or tensor.dtype not in _HALF_DTYPES:
                         continue
                     if id(tensor) not in copies:
                         copy = tensor.detach().float()
                         is_parameter = isinstance(tensor, nn.Parameter)
                         copies[id(tensor)] = nn.Parameter(copy, False) if is_parameter else copy
-                    self.held.append((tensors, name, tensor))
+                    self.originals.append((tensors, name, tensor))
                     tensors[name] = copies[id(tensor)]
 
     def put_back(self, *_: object) -> None:
-        for tensors, name, tensor in self.held:
+        for tensors, name, tensor in self.originals:
             tensors[name] = tensor
-        self.held.clear()
+        self.originals.clear()

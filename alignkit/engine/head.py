@@ -1,4 +1,4 @@
-"""Log-probabilities of the scored tokens, straight from hidden states: no [T, V] tensor exists.
+"""Compute the log-probabilities of scored tokens from hidden states, without a [T, V] tensor.
 
 Shape letters: N scored tokens, n tokens of a chunk, D width, V vocabulary.
 """
@@ -15,22 +15,31 @@ from torch.utils.checkpoint import checkpoint
 
 from alignkit.utils.autocast import compute_dtype
 
-# Rows of logits that exist at once: 256 x 50k in bf16 are 26 MB, small beside the activations of
-# any model, and the matmul is already as fast as it gets.
+# Rows of logits that exist at once. 256 x 50k logits in bf16 take 26 MB, which is little beside the
+# activations of any model. Larger chunks do not make the matmul faster.
 CHUNK = 256
-# Rows of a chunk in fp32 at once on the CPU: they stay in its cache. On other devices each part
-# would be a kernel of its own.
+# Rows of a chunk that are in fp32 at once on the CPU, where so many stay in its cache. Other
+# devices take a whole chunk at once, since each part would launch a kernel of its own.
 CACHED = 16
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """What the head says about N scored tokens.
+    """Hold the log-probabilities of N scored tokens, and statistics of them where asked for.
+
+    Example:
+        >>> hidden_ND, target_N = torch.zeros(2, 4), torch.tensor([0, 3])
+        >>> scores = token_scores(nn.Linear(4, 8, bias=False), hidden_ND, target_N, stats=True)
+        >>> [round(logp, 3) for logp in scores.logps.tolist()]  # all 8 tokens are equally probable
+        [-2.079, -2.079]
+        >>> scores.correct.tolist()
+        [True, False]
 
     Attributes:
         logps: [N] fp32 natural-log probability of each token.
         correct: [N] bool, whether it was the most probable token; ``None`` unless asked for.
-        entropy: [N] fp32, the predictive distribution's entropy in nats; ``None`` likewise.
+        entropy: [N] fp32 entropy of the predictive distribution in nats; ``None`` unless asked
+            for.
     """
 
     logps: Tensor
@@ -40,13 +49,18 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Curve:
-    """How logits follow from a head's outputs z: ``scale z``, or ``cap tanh(scale z / cap)``."""
+    """Turn a head's outputs z into logits: ``scale z``, or ``cap tanh(scale z / cap)``.
+
+    Example:
+        >>> Curve(scale=0.5, cap=30.0)(torch.tensor([0.0, 1e6])).tolist()
+        [0.0, 30.0]
+    """
 
     scale: float = 1.0
     cap: float | None = None
 
     def __call__(self, output: Tensor) -> Tensor:
-        """Bend a head's outputs; in fp32 at least, unless there is nothing to do."""
+        """Return the logits, in fp32 at least; the plain curve returns its input."""
         if self == PLAIN:
             return output
         wide = torch.promote_types(output.dtype, torch.float32)
@@ -68,15 +82,15 @@ def token_scores(
     """Score tokens with a model's output head.
 
     A frozen ``nn.Linear`` (the LoRA case) takes two matmuls a chunk and keeps [N, D] for the
-    backward pass; any other head (trained, or carrying an adapter) recomputes its logits chunk
-    by chunk in the backward pass.
+    backward pass. Any other head is trained or carries an adapter. Its backward pass computes the
+    logits again, chunk by chunk.
 
     Args:
         head: Maps [n, D] hidden states to [n, V] logits.
         hidden_ND: [N, D] hidden states that predict the tokens.
         target_N: [N] int64 token ids.
         stats: Also return ``correct`` and ``entropy``.
-        curve: From the head's outputs to logits.
+        curve: Turns the head's outputs into logits.
 
     Returns:
         The scores; ``logps`` carries gradients, the statistics do not.
@@ -118,11 +132,12 @@ def _statistics(logp_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """log softmax(c(h Wᵀ + b))[target] for a frozen W, with its gradient made in the forward pass.
+    """Compute log softmax(c(h Wᵀ + b))[target] for a frozen W, and its gradient beside it.
 
     ∂ log p_t / ∂h = c'(z_t) W_t − Σ_v p_v c'(z_v) W_v. Both terms are known while a chunk's logits
-    exist, so the forward pass keeps G = c'(z_t) W[target] − (softmax(c(z)) ∘ c'(z)) W, [N, D], and
-    the backward pass is g · G. The slope c' is ``scale``, times 1 − (c(z) / cap)² under a cap.
+    exist. The forward pass therefore keeps G = c'(z_t) W[target] − (softmax(c(z)) ∘ c'(z)) W,
+    [N, D], and the backward pass is g · G. The slope c' is ``scale``. Under a cap it is
+    ``scale`` (1 − (c(z) / cap)²).
     """
 
     @staticmethod

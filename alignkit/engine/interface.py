@@ -1,9 +1,9 @@
-"""Our entry in transformers' ``AttentionInterface``.
+"""Register attention over packed rows in transformers' ``AttentionInterface``.
 
-The function registered as ``alignkit`` is transformers' own attention until it is handed a mask
-that stands for a packed row; generation, evaluation with padded batches and everything else is
-therefore unchanged. With such a mask, a token attends to its own prompt and to what precedes it in
-its own response, as far as its layer reaches.
+The function registered as ``alignkit`` calls transformers' own attention, unless it gets a mask
+that stands for a packed row. Generation and evaluation with padded batches are therefore unchanged.
+With such a mask, a token attends to its own prompt and to the earlier tokens of its own response,
+as far as its layer reaches.
 
 Shape letters: T row tokens, H query heads, K key heads, D head width.
 """
@@ -26,16 +26,17 @@ from alignkit.errors import AlignkitError
 
 IMPLEMENTATION = "alignkit"
 OVER_EAGER = "alignkit_eager"
-"""The same for classes whose attention is more than SDPA computes."""
+"""Name of the same function for classes whose attention SDPA cannot compute."""
 
-# What models hand their attention beside queries, keys and values that changes nothing in it:
-# positions are in the queries already, a window is in the mask, and the rest asks for outputs that
-# nobody reads here. Anything else that is set may change who sees whom or how scores are formed.
-_HARMLESS = ("position_ids", "cache_position", "sliding_window")
-_HARMLESS_IF_OFF = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
+# Arguments beside queries, keys and values that models hand their attention and that change nothing
+# in it. Positions are in the queries already, a window is in the mask, and the others ask for
+# outputs that nobody reads here. Any other argument may change what a token sees or how scores are
+# computed.
+_IGNORED = ("position_ids", "cache_position", "sliding_window")
+_IGNORED_IF_FALSE = ("use_cache", "output_attentions", "output_hidden_states", "return_dict")
 
 
-# What a mask stands for differs with every row: a compiled block would be compiled anew for each.
+# A mask stands for another row each time, so that a compiled block would be compiled again for it.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention_forward(
     module: nn.Module,
@@ -50,18 +51,18 @@ def packed_attention_forward(
     plain: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The ``AttentionInterface`` function: transformers' own, or attention over a packed row.
+    """Compute attention over a packed row, or call transformers' own for any other mask.
 
     Args:
         module: The calling attention layer.
         query: [1, H, T, D]; key and value: [1, K, T, D].
-        attention_mask: From the mask function of `alignkit.engine.row`, or any other.
+        attention_mask: A mask from `alignkit.engine.row.mask_function`, or any other.
         scaling: Factor on the scores; ``None`` for 1/√D.
         dropout: Probability on the attention weights.
         softcap: c of ``c tanh(s / c)`` over the scaled scores s.
-        s_aux: [H], a head's score of nothing: one more column of the softmax.
-        plain: What transformers would call.
-        **kwargs: What else the model hands its attention.
+        s_aux: [H], the score of each head's sink, which adds a column to the softmax.
+        plain: The function that transformers would call.
+        **kwargs: Further arguments from the model.
 
     Returns:
         [1, T, H, D] attention output, and ``None`` for the weights.
@@ -82,7 +83,7 @@ def packed_attention_forward(
         return plain(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    _refuse_the_unknown(module, query, key, kwargs)
+    _refuse_unknown_arguments(module, query, key, kwargs)
     if softcap is None and s_aux is None:
         output = layer.plan(query, key, value, scaling, dropout)
     else:
@@ -90,15 +91,15 @@ def packed_attention_forward(
     return output.transpose(1, 2).contiguous(), None
 
 
-def _refuse_the_unknown(
+def _refuse_unknown_arguments(
     module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]
 ) -> None:
-    """Refuse by name what a packed row does not express; nothing unknown is swallowed."""
+    """Refuse by name any argument that attention over a packed row does not understand."""
     for name, value in kwargs.items():
         if (
             value is None
-            or name in _HARMLESS
-            or (name in _HARMLESS_IF_OFF and value is False)
+            or name in _IGNORED
+            or (name in _IGNORED_IF_FALSE and value is False)
             or (name == "is_causal" and value is True)
         ):
             continue
@@ -113,22 +114,22 @@ def _refuse_the_unknown(
         )
 
 
-def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Call the eager attention that the layer's own file defines."""
+def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Apply the eager attention that the layer's own file defines."""
     forward = sys.modules[type(module).__module__].eager_attention_forward
     output: tuple[Tensor, Tensor | None] = forward(module, *args, **kwargs)
     return output
 
 
 def backbone(model: PreTrainedModel) -> nn.Module:
-    """Return what makes hidden states of tokens: the model without its head.
+    """Return the model without its head, which turns tokens into hidden states.
 
     Raises:
         AlignkitError: The model has no such part.
     """
     if model.base_model is not model:
         return model.base_model
-    # A few classes name a part they do not have; the part is the one model inside them.
+    # A few classes name a part that they do not have. It is then the one model inside them.
     inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     if len(inside) == 1:
         return inside[0]
@@ -139,7 +140,7 @@ def backbone(model: PreTrainedModel) -> nn.Module:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Route the model's attention through `packed_attention_forward`; a no-op the second time.
+    """Set `packed_attention_forward` as the model's attention; a second call changes nothing.
 
     Raises:
         AlignkitError: The model's class does not go through ``AttentionInterface``.
@@ -157,9 +158,9 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
-    """Let a model attend as transformers has it; a no-op where it does.
+    """Set transformers' own attention for a model that has another; else change nothing.
 
-    Some layers ask for the name of their implementation and know ours as little as their rows.
+    Some layers choose their code by the name of their implementation, and do not know ours.
     """
     own = "sdpa" if model._supports_sdpa else "eager"
     if model.config._attn_implementation != own:
@@ -167,6 +168,6 @@ def use_own_attention(model: PreTrainedModel) -> None:
 
 
 AttentionInterface.register(IMPLEMENTATION, packed_attention_forward)
-AttentionInterface.register(OVER_EAGER, partial(packed_attention_forward, plain=_eager))
+AttentionInterface.register(OVER_EAGER, partial(packed_attention_forward, plain=_eager_attention))
 AttentionMaskInterface.register(IMPLEMENTATION, mask_function(sdpa_mask))
 AttentionMaskInterface.register(OVER_EAGER, mask_function(eager_mask))

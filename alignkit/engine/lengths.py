@@ -1,4 +1,4 @@
-"""At which lengths a model may begin to compute something else, read off its configuration."""
+"""Read off a model's configuration at which lengths it may begin to compute differently."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-# What numbers of a configuration mean that are no lengths: widths, counts, ids and scales. Any
-# other number counts as a length, so that a window is not missed for its name.
-_NO_LENGTH = re.compile(
+# Names of a configuration's numbers that are no lengths: widths, counts, ids and scales. Any other
+# number counts as a length, so that a window with an unusual name is not missed.
+_OTHER_NUMBER_NAMES = re.compile(
     r"vocab|hidden_size|intermediate|embed|embd|_dim|dim_|d_model|dff|ffn|inner|feed_forward"
     r"|head|layer|rank|expert|group|state|conv|kernel|width|theta|scal|seed|token|_id$|_ids$"
     r"|image|patch|audio|vision|dtype|quant|version|label|bucket|beam|summary|^num_|_period|_tp$",
     re.IGNORECASE,
 )
-# What families call the number of their positions; the first that a configuration has counts.
-_POSITIONS = (
+# Names of the number of positions in different families; the first one that is there counts.
+_POSITION_LIMIT_NAMES = (
     "max_position_embeddings",
     "max_target_positions",
     "n_positions",
     "max_seq_len",
     "model_max_length",
 )
-# Numbers that have such a word in their name and are lengths all the same.
-_LENGTH = re.compile(r"original_max|window|chunk|floor|top_?k$|_len(gth)?$")
+# Names of numbers that are lengths although the first pattern matches them.
+_LENGTH_NAMES = re.compile(r"original_max|window|chunk|floor|top_?k$|_len(gth)?$")
 
 
 def text_config(model: PreTrainedModel) -> PretrainedConfig:
@@ -39,7 +39,7 @@ def text_config(model: PreTrainedModel) -> PretrainedConfig:
 def longest_position(model: PreTrainedModel) -> int | None:
     """Return how many positions a model has, ``None`` where its configuration does not say."""
     config = text_config(model)
-    for name in _POSITIONS:
+    for name in _POSITION_LIMIT_NAMES:
         limit = getattr(config, name, None)
         if isinstance(limit, int) and limit > 0:
             return limit
@@ -49,22 +49,22 @@ def longest_position(model: PreTrainedModel) -> int | None:
 def named_lengths(model: PreTrainedModel) -> list[int]:
     """Return the lengths beyond which a model may attend, rotate or choose differently, sorted.
 
-    Windows, chunks, the k of a top-k, the positions before a rotary embedding is stretched:
-    sequences up to such a length say nothing about longer ones.
+    Such lengths are windows, chunks, the k of a top-k and the positions before a rotary embedding
+    is stretched. Sequences up to such a length say nothing about longer ones.
     """
     limit = longest_position(model)
-    found = set(_numbers(text_config(model).to_dict()))
+    found = set(_lengths_in(text_config(model).to_dict()))
     return sorted(length for length in found if length > 0 and (limit is None or length < limit))
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[int]:
+def _lengths_in(value: Any, name: str = "") -> Iterator[int]:
     if isinstance(value, dict):
         for key, part in value.items():
-            yield from _numbers(part, str(key))
+            yield from _lengths_in(part, str(key))
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from _numbers(part, name)
+            yield from _lengths_in(part, name)
     elif isinstance(value, int) and not isinstance(value, bool):
-        is_length = _LENGTH.search(name) or not _NO_LENGTH.search(name)
-        if is_length and name not in _POSITIONS:
+        is_length = _LENGTH_NAMES.search(name) or not _OTHER_NUMBER_NAMES.search(name)
+        if is_length and name not in _POSITION_LIMIT_NAMES:
             yield value

@@ -1,9 +1,9 @@
-"""A packed row on its way through a model.
+"""Give a packed row's attention to a model's layers, through the masks that the model makes.
 
-The model makes its masks itself, a kind of layer at a time: our mask function is handed the model's
-own rule of who sees whom, reads off whether that is a window, and gives back a mask that stands for
-attention over the row. Layers pass their mask on to the attention function, also when activations
-are computed again for the backward pass, and also those that pass on nothing else.
+The model makes a mask for each kind of layer. Our mask function gets the model's own rule of which
+tokens a token sees, reads off whether that is a window, and returns a mask that stands for
+attention over the row. Every layer passes its mask on to the attention function, also when
+activations are computed again for the backward pass.
 
 Shape letters: T row tokens, L tokens of the longest sequence.
 """
@@ -26,18 +26,19 @@ from alignkit.engine.explicit import ExplicitAttention
 from alignkit.engine.segments import AttentionPlan, Reach, Window
 from alignkit.errors import AlignkitError
 
-_ROW: ContextVar[PackedRow | None] = ContextVar("alignkit_row", default=None)
-_LAYER = "_alignkit_layer"
+_CURRENT_ROW: ContextVar[PackedRow | None] = ContextVar("alignkit_row", default=None)
+# Attribute of a mask that stands for attention over a row.
+_LAYER_ATTENTION = "_alignkit_layer_attention"
 
 
 class LayerAttention:
-    """Attention of one kind of layer over one row.
+    """Hold how one kind of layer attends over one row.
 
     Args:
         spans: The row's examples.
         device: Where the row lies.
-        reach: Whom a query sees among what precedes it; ``None`` for all of it.
-        plan: How it attends.
+        reach: Which earlier tokens a query sees; ``None`` for all of them.
+        plan: How the layer attends.
     """
 
     def __init__(
@@ -51,13 +52,13 @@ class LayerAttention:
 
     @cached_property
     def explicit(self) -> ExplicitAttention:
-        """The same reach, for scores that are capped or share their softmax with a sink."""
+        """Return attention of the same reach for scores that are capped or have a sink."""
         with torch.inference_mode(False):
             return ExplicitAttention(self.spans, self.device, self.reach)
 
 
 class PackedRow:
-    """The masks of one row, by what the model's layers may see.
+    """Make the masks of one row for the different kinds of a model's layers.
 
     Args:
         spans: The row's examples.
@@ -75,36 +76,36 @@ class PackedRow:
     ) -> None:
         self.spans, self.device, self.dtype, self.plan = spans, device, dtype, plan
         self.longest = max(span.prompt + max(span.responses) for span in spans)
-        self._causal: Tensor | None = None
+        self._causal_mask: Tensor | None = None
 
     def mask(self, given: dict[str, Any]) -> Tensor:
-        """Return what stands for a layer's mask: a tensor of no content.
+        """Return a tensor without content that stands for a layer's mask.
 
         Args:
-            given: What transformers hands a mask function.
+            given: The arguments that transformers hands a mask function.
 
         Raises:
-            AlignkitError: A token may see what follows it.
+            AlignkitError: A token may see later tokens.
         """
         reach = None
         if given.get("mask_function", causal_mask_function) is not causal_mask_function:
-            reach = self._reach(given)
+            reach = self._find_reach(given)
         if reach is not None:
-            # Layouts are kept by their reach, which only windows can be told apart by.
+            # Plans are cached by their reach. Only windows can be compared with each other.
             make = make_plan if isinstance(reach, Window) else make_plan.__wrapped__
-            return self._stand_in(reach, make(self.spans, self.device, self.dtype, reach))
-        if self._causal is None:
-            self._causal = self._stand_in(None, self.plan)
-        return self._causal
+            return self._placeholder(reach, make(self.spans, self.device, self.dtype, reach))
+        if self._causal_mask is None:
+            self._causal_mask = self._placeholder(None, self.plan)
+        return self._causal_mask
 
-    def _stand_in(self, reach: Reach | None, plan: AttentionPlan) -> Tensor:
+    def _placeholder(self, reach: Reach | None, plan: AttentionPlan) -> Tensor:
         mask = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        setattr(mask, _LAYER, LayerAttention(self.spans, self.device, reach, plan))
+        setattr(mask, _LAYER_ATTENTION, LayerAttention(self.spans, self.device, reach, plan))
         return mask
 
-    def _reach(self, given: dict[str, Any]) -> Reach | None:
-        """Evaluate the model's rule on the positions of the longest sequence."""
-        seen_LL = _on_one_sequence(given, self.longest, self.device)
+    def _find_reach(self, given: dict[str, Any]) -> Reach | None:
+        """Read off the reach from the model's own mask of the longest sequence."""
+        seen_LL = _own_mask(given, self.longest, self.device)
         position_L = torch.arange(self.longest)
         distance_LL = position_L[:, None] - position_L
         if (seen_LL & (distance_LL < 0)).any():
@@ -118,8 +119,8 @@ class PackedRow:
         return lambda query, key: seen_LL[query, key]
 
 
-def _on_one_sequence(given: dict[str, Any], length: int, device: torch.device) -> Tensor:
-    """[L, L] bool on the CPU: transformers' own mask of one sequence of that length."""
+def _own_mask(given: dict[str, Any], length: int, device: torch.device) -> Tensor:
+    """Return transformers' own mask of one sequence of that length, [L, L] bool on the CPU."""
     one = {
         **given,
         "batch_size": 1,
@@ -132,39 +133,39 @@ def _on_one_sequence(given: dict[str, Any], length: int, device: torch.device) -
         "allow_is_bidirectional_skip": False,
     }
     try:
-        # Rules made of numbers alone need no device, which would have to be waited for.
+        # A rule made of numbers alone is evaluated on the CPU, which saves waiting for the device.
         mask = sdpa_mask(**{**one, "device": torch.device("cpu")})
     except RuntimeError:
         mask = sdpa_mask(**{**one, "device": device})
-    assert mask is not None  # it is not skipped
+    assert mask is not None  # for the type checker: the mask is not skipped
     return mask[0, 0].cpu()
 
 
 @contextmanager
 def row_in_flight(row: PackedRow) -> Iterator[None]:
-    """Let the masks that a model makes meanwhile stand for attention over the row."""
-    token = _ROW.set(row)
+    """Let the masks that a model makes within the context stand for attention over the row."""
+    token = _CURRENT_ROW.set(row)
     try:
         yield
     finally:
-        _ROW.reset(token)
+        _CURRENT_ROW.reset(token)
 
 
 def is_row_in_flight() -> bool:
-    """Is a packed row being scored right now?"""
-    return _ROW.get() is not None
+    """Tell whether a packed row is being scored."""
+    return _CURRENT_ROW.get() is not None
 
 
 def layer_attention(mask: Tensor | None) -> LayerAttention | None:
-    """Return what a mask stands for; ``None`` for a mask that is one."""
-    return getattr(mask, _LAYER, None)
+    """Return the attention that a mask stands for; ``None`` for an ordinary mask."""
+    return getattr(mask, _LAYER_ATTENTION, None)
 
 
 def mask_function(plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function for ``AttentionMaskInterface``: ``plain`` unless a row is in flight."""
 
     def make(**given: Any) -> Any:
-        row = _ROW.get()
+        row = _CURRENT_ROW.get()
         return plain(**given) if row is None else row.mask(given)
 
     return make

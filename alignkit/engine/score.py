@@ -1,4 +1,4 @@
-"""`score`: a model and a packed batch in, the log-probability of every scored token out.
+"""Score a packed batch: compute the log-probability of each scored token under a model.
 
 Shape letters: T row tokens, N scored tokens, R responses, D width.
 """
@@ -16,9 +16,9 @@ from alignkit.engine.fallback import hidden_alone
 from alignkit.engine.head import TokenScores
 from alignkit.engine.interface import backbone, use_packed_attention
 from alignkit.engine.lengths import longest_position
-from alignkit.engine.proof import Packing, Ways, fits_a_row, set_packing, verify_scores
 from alignkit.engine.row import PackedRow, row_in_flight
 from alignkit.engine.tail import head_scores
+from alignkit.engine.verify import Packing, Scorers, fits_a_row, set_packing, verify_scores
 from alignkit.errors import AlignkitError
 from alignkit.utils.autocast import compute_dtype
 
@@ -28,22 +28,23 @@ def score(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
     Args:
         model: Any transformers causal LM (gpt2, gpt_neox and llama families are tested), with or
-            without LoRA layers. What does not fit into packed rows goes one sequence a forward.
+            without LoRA layers. Where packed rows would be scored wrongly, the model takes one
+            sequence a forward.
         batch: On the model's device.
 
     Returns:
-        [N] fp32 natural-log probabilities, in the order of ``batch.target_ids``; differentiable
-        in whatever parameters require gradients.
+        [N] fp32 natural-log probabilities, in the order of ``batch.target_ids``. They carry
+        gradients to the parameters that require them.
 
     Raises:
-        AlignkitError: Its scores were found to differ from the model's own, be it in packed rows
-            or one sequence a forward.
+        AlignkitError: The scores differ from the model's own, in packed rows and one sequence a
+            forward.
     """
     return score_with_stats(model, batch, stats=False).logps
 
 
 def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = True) -> TokenScores:
-    """`score`, with each token's correctness and predictive entropy beside it.
+    """Score a batch, and compute whether each token was the most probable and the entropy.
 
     Args:
         model: As in `score`.
@@ -54,7 +55,7 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
         `TokenScores` of N tokens.
     """
     _check_positions(model, batch)
-    if fits_a_row(model, _WAYS, batch):
+    if fits_a_row(model, _SCORERS, batch):
         hidden_ND = _last_hidden_state(model, batch)[batch.score_from]
     else:
         hidden_ND = hidden_alone(model, batch)
@@ -71,7 +72,7 @@ def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         output = backbone(model)(
             input_ids=batch.input_ids[None],
             position_ids=batch.position_ids[None],
-            # With a mask, all of ones, transformers does not guess sequences from positions.
+            # Without a mask of ones, transformers would guess sequences from positions.
             attention_mask=torch.ones(1, batch.num_tokens, dtype=torch.bool, device=device),
             use_cache=False,
         )
@@ -95,35 +96,36 @@ def response_sums(logps_N: Tensor, batch: PackedBatch) -> Tensor:
 
 
 def response_lengths(batch: PackedBatch) -> Tensor:
-    """Number of scored tokens of each response, [R] int64."""
+    """Count the scored tokens of each response, [R] int64."""
     index_N = batch.response_index
-    # bincount would ask the device for the largest index, which makes the host wait.
+    # torch.bincount would make the host wait for the largest index from the device.
     zeros_R = index_N.new_zeros(batch.num_responses)
     return zeros_R.index_add(0, index_N, torch.ones_like(index_N))
 
 
 def response_means(logps_N: Tensor, batch: PackedBatch) -> Tensor:
-    """Mean token log-prob of each response, [R] fp32; 0 for a response without scored tokens."""
+    """Compute the mean token log-prob of each response, [R] fp32; 0 where nothing is scored."""
     return response_sums(logps_N, batch) / response_lengths(batch).clamp(min=1)
 
 
 def check_engine(model: PreTrainedModel, packing: Packing = "auto") -> None:
-    """Prove on a few tokens that scores equal the model's own per-sequence forward.
+    """Check on a few tokens that scores equal the model's own per-sequence forward.
 
-    Catches, before any training, a model whose attention is not what the plan computes, or whose
-    tokens depend on their neighbours in the row: it is scored one sequence a forward, which one
-    line of the log announces. Lengths at which the model may change and that are too long to try
-    now are tried when a sequence first reaches them.
+    The check finds, before any training, a model whose attention the plan does not compute, or
+    whose tokens depend on other sequences of the row. Such a model is scored one sequence a
+    forward, and the log says so in one line. Lengths that take too long to check now are checked
+    when a sequence first reaches them.
 
     Args:
-        model: On any device, in any mode; both stay as they are.
-        packing: ``require`` refuses what packed rows do not express.
+        model: On any device, in any mode. Neither changes.
+        packing: ``require`` refuses a model that packed rows would score wrongly.
 
     Raises:
-        AlignkitError: The two disagree by more than rounding either way, or cannot be compared.
+        AlignkitError: Scores differ by more than rounding in packed rows and one sequence a
+            forward, or cannot be compared.
     """
     set_packing(model, packing)
-    verify_scores(model, _WAYS)
+    verify_scores(model, _SCORERS)
 
 
 def _packed_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -131,8 +133,8 @@ def _packed_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return head_scores(model, hidden_ND, batch.target_ids).logps
 
 
-def _lone_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def _logps_alone(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return head_scores(model, hidden_alone(model, batch), batch.target_ids).logps
 
 
-_WAYS = Ways(packed=_packed_logps, alone=_lone_logps)
+_SCORERS = Scorers(packed=_packed_logps, alone=_logps_alone)

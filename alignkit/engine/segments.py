@@ -1,4 +1,4 @@
-"""What a token of a packed row sees, and the two plain ways to attend to it.
+"""Define which tokens a token of a packed row sees, and two plain ways to attend to them.
 
 Shape letters: T row tokens, H query heads, K key heads, D head width, L tokens of an example.
 """
@@ -15,27 +15,37 @@ from torch.nn import functional as F
 
 from alignkit.batch import Span
 
-# May a query at one position see a key at another, both tensors of positions that broadcast: what a
-# layer's own mask says of one sequence, beyond "what precedes it".
+# Whether a query at one position sees a key at another. Both are tensors of positions, which
+# broadcast. The rule is the layer's own mask of one sequence; it counts for earlier keys alone.
 Reach: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Window:
-    """The reach of sliding-window attention: a token sees itself and ``size - 1`` before it."""
+    """Restrict a token to itself and the ``size - 1`` before it: sliding-window attention.
+
+    Example:
+        >>> Window(2)(torch.tensor(5), torch.tensor([3, 4, 5])).tolist()
+        [False, True, True]
+    """
 
     size: int
 
     def __call__(self, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """May a query see a key."""
+        """Tell whether a query sees a key."""
         return query_position - key_position < self.size
 
 
 def query_segments(span: Span) -> list[tuple[tuple[range, ...], int]]:
-    """The causal segments of one example: (key ranges in the row, number of queries) each.
+    """Return the causal segments of one example: (key ranges in the row, number of queries) each.
 
-    The queries are the last rows of the keys. One response makes one segment together with its
-    prompt; k ≥ 2 make the prompt's segment and one a response, over the prompt and itself.
+    The queries are the last rows of the keys. A single response makes one segment together with its
+    prompt. With k ≥ 2 responses the prompt makes a segment, and each response makes one over the
+    prompt and itself.
+
+    Example:
+        >>> query_segments(Span(start=0, prompt=2, responses=(2, 3)))
+        [((range(0, 2),), 2), ((range(0, 2), range(2, 4)), 2), ((range(0, 2), range(4, 7)), 3)]
     """
     if len(span.responses) == 1:
         return [((range(span.start, span.end),), span.end - span.start)]
@@ -49,14 +59,14 @@ def query_segments(span: Span) -> list[tuple[tuple[range, ...], int]]:
 
 
 def row_segments(spans: Sequence[Span]) -> Tensor:
-    """Which response a row token belongs to, [T] int64: 0 for a prompt's, else 1, 2, … ."""
+    """Return the response of each row token, [T] int64: 0 in a prompt, else 1, 2 and so on."""
     lengths = [length for span in spans for length in (span.prompt, *span.responses)]
     numbers = [k for span in spans for k in range(1 + len(span.responses))]
     return torch.tensor(numbers).repeat_interleave(torch.tensor(lengths))
 
 
 def row_positions(spans: Sequence[Span]) -> Tensor:
-    """Position of each row token in its sequence, [T] int64: a response's follow its prompt's."""
+    """Return each row token's position in its sequence, a response behind its prompt, [T] int64."""
     parts = [
         torch.arange(first, first + length)
         for span in spans
@@ -66,7 +76,7 @@ def row_positions(spans: Sequence[Span]) -> Tensor:
 
 
 def visible(segment_T: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """May a query see a key of its own example: what precedes it, in its prompt or its response.
+    """Tell whether a query sees a key of its example: an earlier one in its prompt or response.
 
     Args:
         segment_T: From `row_segments`.
@@ -80,7 +90,7 @@ def visible(segment_T: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def example_mask(span: Span, reach: Reach | None = None) -> Tensor:
-    """[L, L] bool on the CPU: may query i see key j, within one example of L tokens."""
+    """Return whether query i sees key j of one example of L tokens, [L, L] bool on the CPU."""
     segment_L = row_segments([span])
     index_L = torch.arange(len(segment_L))
     seen_LL = visible(segment_L, index_L[:, None], index_L)
@@ -91,21 +101,20 @@ def example_mask(span: Span, reach: Reach | None = None) -> Tensor:
 
 
 class AttentionPlan(Protocol):
-    """How one row attends; made once a batch, used by every layer."""
+    """Compute attention over one row; a plan is made once a batch and used by every layer."""
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
     ) -> Tensor:
-        """Attend [1, H, T, D] queries to [1, K, T, D] keys and values; returns [1, H, T, D]."""
+        """Compute [1, H, T, D] from [1, H, T, D] queries and [1, K, T, D] keys and values."""
 
 
 class SegmentAttention:
-    """One SDPA call an example: the CPU path.
+    """Compute attention on the CPU with one SDPA call an example.
 
-    An example with one response is plain causal attention. With k ≥ 2 responses a boolean mask
-    hides the siblings: one call over prompt and responses beats one call a segment, whose keys
-    would have to be copied next to the prompt's. A window that is longer than the example needs no
-    mask either.
+    An example with one response is plain causal attention, and so is one within a longer window.
+    With k ≥ 2 responses a boolean mask hides the other responses. One call over prompt and
+    responses is faster than one call a segment, which would copy the prompt's keys.
     """
 
     def __init__(
@@ -120,8 +129,8 @@ class SegmentAttention:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
     ) -> Tensor:
-        """Attend, one call an example."""
-        # split, not slicing: its backward concatenates once, a slice's zero-fills the whole row.
+        """Compute attention with one call an example."""
+        # The backward pass of a split concatenates once; that of a slice fills a row with zeros.
         parts = zip(
             torch.split(query, self.lengths, dim=2),
             torch.split(key, self.lengths, dim=2),
@@ -151,7 +160,7 @@ def _is_causal(span: Span, reach: Reach | None) -> bool:
 
 
 class DenseAttention:
-    """One SDPA call with a [T, T] mask: right everywhere, quadratic in the row."""
+    """Compute attention with one SDPA call and a [T, T] mask, at a cost quadratic in the row."""
 
     def __init__(
         self, spans: Sequence[Span], device: torch.device, reach: Reach | None = None
@@ -163,10 +172,10 @@ class DenseAttention:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
     ) -> Tensor:
-        """Attend in one call."""
+        """Compute attention with one call."""
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
-            # Masked SDPA on CUDA has no grouped-query kernel; copies cost less than its fallback.
+            # Masked SDPA on CUDA has no grouped-query kernel. Copies cost less than its fallback.
             key = key.repeat_interleave(groups, dim=1)
             value = value.repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""Attention over a packed row in bf16 on the CPU: a few batched matmuls over tiles of one shape.
+"""Compute bf16 attention over a packed row on the CPU, by batched matmuls over equal tiles.
 
 SDPA's CPU kernel multiplies small blocks one head at a time and its backward pass is several times
 slower than its forward. Here the queries of each example are cut into tiles of at most `QUERIES`
@@ -45,7 +45,7 @@ SCORES = 2**17
 
 @dataclass(frozen=True)
 class _Stack:
-    """Tiles of one shape.
+    """Hold tiles of one shape.
 
     Attributes:
         queries_Sn: Row of each query; padding repeats the tile's last.
@@ -62,7 +62,7 @@ class _Stack:
 
 @dataclass(frozen=True)
 class _Gather:
-    """Where the rows of every stack lie among a layer's [T·H, D] queries and [T·K, D] keys.
+    """Hold where each stack's rows lie among a layer's [T·H, D] queries and [T·K, D] keys.
 
     Attributes:
         stacks: In the order of the gathered rows.
@@ -79,7 +79,7 @@ class _Gather:
 
 
 class TiledAttention:
-    """Batched attention over tiles of equal shape: the CPU path in bf16.
+    """Compute attention on the CPU in bf16, by batches of tiles of equal shape.
 
     Attention dropout, which nothing here needs, is left to `SegmentAttention`.
 
@@ -114,7 +114,7 @@ class TiledAttention:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
     ) -> Tensor:
-        """Attend in a few calls a stack of tiles."""
+        """Compute attention with a few calls a stack of tiles."""
         if dropout > 0.0:
             plan = SegmentAttention(self.spans, query.device, self.reach)
             return plan(query, key, value, scaling, dropout)
@@ -130,7 +130,7 @@ class TiledAttention:
 
 
 def _tiles(span: Span) -> Iterator[tuple[range, list[int]]]:
-    """Cut one example into (query rows, key rows); short neighbouring segments share a tile."""
+    """Divide one example into (query rows, key rows); short neighbouring segments share a tile."""
     groups: list[range] = []
     for keys, count in query_segments(span):
         stop = keys[-1].stop
@@ -153,7 +153,7 @@ def _padded(count: int) -> int:
 
 
 def _within(window: Window, position_T: Tensor, queries: range, keys: list[int]) -> list[int]:
-    """Leave out the keys that lie before the window of every query of a tile."""
+    """Exclude the keys that lie before the window of every query of a tile."""
     first = int(position_T[queries.start : queries.stop].min()) - window.size
     index = torch.tensor(keys)
     return index[position_T[index] > first].tolist()
@@ -192,7 +192,7 @@ def _gather(stacks: list[_Stack], heads: int, key_heads: int, rows: int) -> _Gat
 
 
 class _Tiled(torch.autograd.Function):
-    """softmax(s q kᵀ + mask) v, and its gradient from q, k and v alone."""
+    """Compute softmax(s q kᵀ + mask) v, and its gradient from q, k and v alone."""
 
     @staticmethod
     def forward(
@@ -251,7 +251,7 @@ class _Tiled(torch.autograd.Function):
 
 
 def _take(tensor: Tensor, index_X: Tensor) -> Tensor:
-    """Gather rows of a [1, H, T, D] tensor, seen as [T·H, D] as the projections lay it out."""
+    """Take rows of a [1, H, T, D] tensor, seen as [T·H, D] as the projections lay it out."""
     return tensor[0].transpose(0, 1).reshape(-1, tensor.shape[-1]).index_select(0, index_X)
 
 
@@ -266,7 +266,7 @@ def _by_stack(
     query_side: tuple[Tensor, ...],
     key_side: tuple[Tensor, ...],
 ) -> Iterator[tuple[_Stack, list[Tensor], list[Tensor]]]:
-    """Walk the stacks: [S·K, H/K·n, D] of query-sided tensors, [S·K, m, D] of key-sided ones.
+    """Yield each stack with its part of the tensors: [S·K, H/K·n, D] by query, [S·K, m, D] by key.
 
     Queries of heads that share a key head follow one another, so grouped queries need no copies
     of their keys.
@@ -286,7 +286,7 @@ def _by_stack(
 
 
 def _probabilities(q: Tensor, k: Tensor, scale: float, stack: _Stack) -> Tensor:
-    """softmax(s q kᵀ + mask) in fp32, [S·K, H/K·n, m]."""
+    """Compute softmax(s q kᵀ + mask) in fp32, [S·K, H/K·n, m]."""
     scores = torch.bmm(q.float(), k.float().transpose(1, 2))
     S, _, n, m = stack.mask_S1nm.shape
     scores_SHnm = scores.view(S, -1, n, m)

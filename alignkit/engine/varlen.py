@@ -1,4 +1,4 @@
-"""Attention over a packed row on CUDA, by PyTorch's kernel for rows of segments.
+"""Compute attention over a packed row on CUDA, with PyTorch's kernel for rows of segments.
 
 Shape letters: T row tokens, H query heads, K key heads, D head width.
 """
@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class VarlenAttention:
-    """``torch.nn.attention.varlen.varlen_attn`` over segments: the CUDA bf16/fp16 path.
+    """Compute attention on CUDA in bf16 or fp16, by ``varlen_attn`` over segments.
 
-    Every prompt and every response is one query segment; a response's keys are its prompt's
-    followed by its own, gathered once a layer. Causality is aligned to the bottom right, which
-    `varlen_refusal` proves on the device before this path is taken.
+    The kernel is ``torch.nn.attention.varlen.varlen_attn``. Every prompt and every response is one
+    query segment. A response's keys are its prompt's followed by its own, gathered once a layer.
+    Causality must be aligned to the bottom right, which `varlen_refusal` tests on the device first.
 
     Args:
         spans: The row's examples.
         device: Where queries, keys and values live.
-        dtype: Of the products. Under autocast rotary embeddings of an fp32 model give fp32 queries
-            and keys, which autocast does not round for this kernel as it does for SDPA.
-        window: Whom a query sees among what precedes it; ``None`` for all of it. A segment's keys
-            lie in the order of their positions, so that the kernel's own windows serve.
+        dtype: Of the products. Under autocast the rotary embeddings of an fp32 model return fp32
+            queries and keys. Autocast rounds these for SDPA but not for this kernel.
+        window: Which earlier tokens a query sees; ``None`` for all of them. A segment's keys lie in
+            the order of their positions, so that the kernel's own windows are right.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class VarlenAttention:
         self.cu_queries = to_device([0, *accumulate(query_lengths)], torch.int32)
         self.cu_keys = to_device([0, *accumulate(key_lengths)], torch.int32)
         self.max_query, self.max_key = max(query_lengths), max(key_lengths)
-        # Where nothing is shared the keys already lie in order and nothing is gathered.
+        # Where no prompt is shared the keys already lie in order, and nothing is gathered.
         self.gather = to_device(gather, torch.int64) if len(gather) != sum(query_lengths) else None
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float
     ) -> Tensor:
-        """Attend in one call; with dropout, which the kernel has not, as `DenseAttention` does."""
+        """Compute attention with one call, or by `DenseAttention` for dropout."""
         from torch.nn.attention.varlen import varlen_attn
 
         if dropout > 0.0:
@@ -71,7 +71,7 @@ class VarlenAttention:
             scaling = query.shape[-1] ** -0.5
         width = max(query.shape[-1], value.shape[-1])
         query_THD, key_THD, value_THD = (
-            _widened(tensor, width)[0].transpose(0, 1).to(self.dtype)
+            _pad_heads(tensor, width)[0].transpose(0, 1).to(self.dtype)
             for tensor in (query, key, value)
         )
         if self.gather is not None:
@@ -80,7 +80,7 @@ class VarlenAttention:
         if groups > 1:  # torch 2.11's kernel takes equal head counts only
             key_THD = key_THD.repeat_interleave(groups, dim=1)
             value_THD = value_THD.repeat_interleave(groups, dim=1)
-        # Without `return_aux` it returns the output alone.
+        # Without `return_aux` the kernel returns the output alone.
         output: Tensor = varlen_attn(  # type: ignore[assignment]
             query_THD.contiguous(),
             key_THD.contiguous(),
@@ -99,10 +99,10 @@ class VarlenAttention:
         return DenseAttention(self.spans, self.device, self.window)
 
 
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    """Fill heads up to the one width that the kernel takes.
+def _pad_heads(tensor: Tensor, width: int) -> Tensor:
+    """Add zeros to heads, up to the one width that the kernel takes.
 
-    Zeros in queries and keys change no score, those in values are cut off the output again.
+    Zeros in queries and keys change no score. Those in values are cut off the output again.
     """
     missing = width - tensor.shape[-1]
     return F.pad(tensor, (0, missing)) if missing else tensor
@@ -115,11 +115,11 @@ def _log_dropout() -> None:
 
 @lru_cache
 def varlen_refusal(device: torch.device, dtype: torch.dtype, windowed: bool = False) -> str | None:
-    """Why ``varlen_attn`` is not used on this device with this dtype; ``None`` where it is.
+    """Return why ``varlen_attn`` is not used on this device with this dtype; ``None`` where it is.
 
-    Runs once a device and dtype, and once more for windows: a small row with shared prompts and
-    several responses must give the dense mask's output and gradients, which fails if causality is
-    aligned to the top left.
+    The self-test runs once a device and dtype, and once more for windows. A small row with shared
+    prompts and several responses must give the dense mask's output and gradients. It does not if
+    causality is aligned to the top left.
     """
     refusal = _varlen_self_test(device, dtype, windowed)
     which = " with windows" if windowed else ""
@@ -141,7 +141,7 @@ def _varlen_self_test(device: torch.device, dtype: torch.dtype, windowed: bool) 
 def compare_with_dense(
     device: torch.device, dtype: torch.dtype, window: Window | None = None
 ) -> str | None:
-    """Run the kernel and the dense mask on one small row; say how they differ, if they do.
+    """Run the kernel and the dense mask on one small row, and return how they differ, if they do.
 
     The row has shared prompts, several responses and grouped queries.
     """
@@ -167,6 +167,6 @@ def compare_with_dense(
     difference = max(
         (dense - varlen).abs().max().item() for dense, varlen in zip(*results, strict=True)
     )
-    # Half-precision rounding of outputs and gradients of order 1 stays well below this; a wrong
-    # alignment is off by the order of 1.
+    # Outputs and gradients are of order 1. Half-precision rounding stays well below this limit, and
+    # a wrong alignment is far above it.
     return f"its self-test is off by {difference:.2g}" if difference > 0.1 else None

@@ -136,6 +136,15 @@ class AdapterLayer(nn.Module):
         """Say which adapter is in use."""
         return f"active={self.active!r}, merged={self.merged}"
 
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the base, so that code reading ``norm.eps`` or ``head.weight`` still works."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)
+
 
 class TrainedModule(AdapterLayer):
     """A module some of whose own parameters train: ``modules_to_save`` and ``bias="all"``.
@@ -171,14 +180,9 @@ class TrainedModule(AdapterLayer):
 
     def __getattr__(self, name: str) -> Any:
         """Answer for the base, so that code reading ``norm.eps`` or ``head.weight`` still works."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            adapter = self.current()
-            trained = adapter.get(name) if adapter is not None else None
-            return getattr(self.base, name) if trained is None else trained
+        adapter = None if name in ("base", "adapters", "active") else self.current()
+        trained = adapter.get(name) if adapter is not None else None
+        return super().__getattr__(name) if trained is None else trained
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

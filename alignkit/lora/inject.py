@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from alignkit.lora.adapter import (
 )
 from alignkit.lora.config import LoRAConfig
 from alignkit.lora.layer import LoRAEmbedding, LoRALinear
-from alignkit.lora.targets import resolve, saved_modules, shared_weight
+from alignkit.lora.targets import ALL_LINEAR, all_linear, resolve, saved_modules, shared_weight
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -80,6 +83,8 @@ def inject_lora(
                 f"adapter {name!r}: {path} trains whole in one adapter and by low rank in another; "
                 "put them on separate copies of the model"
             )
+    if ALL_LINEAR in config.targets and (told := str(all_linear(model))):
+        log.warning("LoRA: all-linear leaves out %s", told)
     model.requires_grad_(False)
     for path in sorted(made, key=len, reverse=True):  # modules before those that hold them
         if path in layers:
@@ -196,6 +201,28 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for path, layer in layers.items():
             layer.active = active[path]
+
+
+@contextmanager
+def only_adapter(model: nn.Module, name: str) -> Iterator[None]:
+    """Run the block in eval mode with one adapter beside the base, merged nowhere."""
+    layers = adapter_layers(model)
+    active = {path: layer.active for path, layer in layers.items()}
+    merged = [layer for layer in layers.values() if layer.merged]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for layer in layers.values():
+            layer.unmerge()
+            layer.active = name
+        model.eval()
+        yield
+    finally:
+        for path, layer in layers.items():
+            layer.active = active[path]
+        for layer in merged:
+            layer.merge()
+        for module in training:
+            module.training = True
 
 
 def trainable_parameter_count(model: nn.Module) -> int:

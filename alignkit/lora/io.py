@@ -44,7 +44,7 @@ from alignkit.lora.peft_format import (
     peft_tensors,
     saved_names,
 )
-from alignkit.lora.peft_reader import refuse_rewritten
+from alignkit.lora.peft_reader import refuse_read, refuse_rewritten
 from alignkit.lora.state import refuse_differences
 from alignkit.lora.targets import pruned, resolve, saved_modules, shared_weight
 from alignkit.utils.atomic import write_atomically
@@ -85,6 +85,7 @@ def save_adapter(
     name = require_adapter(model, name)
     config, tensors = _to_peft(model, name, base, plain)
     refuse_rewritten(model, low_rank_paths(model, name))
+    refuse_read(model, low_rank_paths(model, name), name)
     directory = Path(directory)
     write_tensors(directory / WEIGHTS_FILE, tensors, header)
     write_atomically(directory / CONFIG_FILE, json.dumps(config, indent=2))

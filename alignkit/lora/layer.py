@@ -6,18 +6,33 @@ Shape letters: I input width, O output width, R rank, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import Adapter, AdapterLayer
 from alignkit.lora.config import LoRAConfig
 from alignkit.lora.init import Start, start
+from alignkit.lora.kinds import QuantizedLinear, is_linear, stores_rows_of_outputs, weight_shape
 from alignkit.lora.matmul import adapted_linear
+
+_READS_BASES: ContextVar[bool] = ContextVar("reads_bases", default=False)
+
+
+@contextmanager
+def weights_read_from_bases() -> Iterator[None]:
+    """Within the block a layer's ``weight`` is its base's, which is what PEFT's layers answer."""
+    token = _READS_BASES.set(True)
+    try:
+        yield
+    finally:
+        _READS_BASES.reset(token)
 
 
 class LowRankLayer(AdapterLayer):
@@ -32,21 +47,25 @@ class LowRankLayer(AdapterLayer):
         AlignkitError: A base of another kind, or an initialisation that does not suit it.
     """
 
-    kinds: tuple[type[nn.Module], ...]
+    kind: ClassVar[str]
 
     def __init__(
         self, base: nn.Module, config: LoRAConfig | None = None, name: str = "default"
     ) -> None:
-        if type(base) not in self.kinds:
-            kinds = " or ".join(kind.__name__ for kind in self.kinds)
+        if not self.takes(base):
             raise AlignkitError(
-                f"{type(self).__name__}: base is a {type(base).__name__}; give a {kinds}"
+                f"{type(self).__name__}: base is a {type(base).__name__}; give a {self.kind}"
             )
         super().__init__(base)
         config = config or LoRAConfig()
         self.adapters[name] = self._adapter(config)
         self.active = name
         base.requires_grad_(False)
+
+    @staticmethod
+    @abstractmethod
+    def takes(base: nn.Module) -> bool:
+        """Tell whether this class can adapt a module."""
 
     @abstractmethod
     def start(self, config: LoRAConfig) -> Start:
@@ -65,10 +84,51 @@ class LowRankLayer(AdapterLayer):
             adapter.register_parameter("magnitude", nn.Parameter(self.norms(adapter)))
         return adapter
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight in effect, in the base's layout and dtype, with the adapter's gradient.
+
+        For code that reads a layer's weight instead of calling the layer, as kernels of Mamba do:
+        the adapter acts there too, without its dropout.
+        """
+        adapter = self.current()
+        if adapter is None or _READS_BASES.get():
+            return self._stored()
+        if self.merged:
+            return self.base.get_parameter("weight")
+        weight_IO = self.weight_io().float() + self._delta(adapter)
+        magnitude = adapter.get("magnitude")
+        if magnitude is not None:
+            weight_IO = weight_IO * (magnitude / self.norms(adapter))
+        weight = weight_IO.t() if stores_rows_of_outputs(self.base) else weight_IO
+        return weight.to(self._stored().dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias in effect; ``None`` where the base has none."""
+        adapter = self.current()
+        trained = adapter.get("bias") if adapter is not None and not self.merged else None
+        if trained is not None:
+            return trained.to(self.original("bias").dtype)
+        if self.base._parameters.get("bias") is None:
+            return None
+        return self.original("bias") if adapter is None else self.base.get_parameter("bias")
+
     def weight_io(self) -> Tensor:
         """Return the original weight as [I, O]: a view where the base stores [O, I]."""
-        weight = self.original("weight")
-        return weight.t() if isinstance(self.base, nn.Linear) else weight
+        weight = self._stored()
+        return weight.t() if stores_rows_of_outputs(self.base) else weight
+
+    def _stored(self) -> Tensor:
+        """Return the original weight in the base's layout, unpacked where it is packed."""
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.dequantized()
+        return self.original("weight")
+
+    def _delta(self, adapter: Adapter) -> Tensor:
+        """``s A B`` [I, O] in fp32, without a start that is taken away."""
+        a_IR, b_RO = adapter.factors()
+        return a_IR @ (b_RO * adapter.config.scale)
 
     @torch.no_grad()
     def direction(self, adapter: Adapter) -> Tensor:
@@ -88,7 +148,7 @@ class LowRankLayer(AdapterLayer):
         magnitude, bias = adapter.get("magnitude"), adapter.get("bias")
         if magnitude is not None:
             weight_IO *= magnitude / weight_IO.norm(dim=0)
-        weight = weight_IO.t() if isinstance(self.base, nn.Linear) else weight_IO
+        weight = weight_IO.t() if stores_rows_of_outputs(self.base) else weight_IO
         dtype = self.original("weight").dtype
         merged = {"weight": weight.to(dtype).contiguous()}
         if bias is not None:
@@ -104,20 +164,30 @@ class LoRALinear(LowRankLayer):
     ``y = k (x W + s · x A B) + b`` where ``k = m / ‖W + s A B‖``, the norm over each output's
     column and held constant in backward (sec. 4.3).
 
-    The base is a `torch.nn.Linear` (weight [O, I]) or transformers' ``Conv1D`` (weight [I, O]).
+    The base is a `torch.nn.Linear` (weight [O, I]), transformers' ``Conv1D`` (weight [I, O]), or
+    a subclass that computes the same, see `alignkit.lora.kinds.is_linear`.
     """
 
-    kinds = (nn.Linear, Conv1D)
+    kind = "Linear or Conv1D"
+
+    @staticmethod
+    def takes(base: nn.Module) -> bool:
+        """Tell whether a module is a linear layer."""
+        return is_linear(base)
 
     @property
     def in_features(self) -> int:
         """I."""
-        return self.weight_io().shape[0]
+        return self._sizes()[0]
 
     @property
     def out_features(self) -> int:
         """O."""
-        return self.weight_io().shape[1]
+        return self._sizes()[1]
+
+    def _sizes(self) -> tuple[int, ...]:
+        shape = weight_shape(self.base)
+        return shape[::-1] if stores_rows_of_outputs(self.base) else shape
 
     def start(self, config: LoRAConfig) -> Start:
         """Draw A and B as the config's ``init`` says."""
@@ -129,14 +199,15 @@ class LoRALinear(LowRankLayer):
         if bias is None:
             bias = self.base.bias  # type: ignore[assignment]
         dropout = adapter.config.dropout if self.training else 0.0
-        if dropout == 0 and adapter.get("magnitude") is None:
+        packed = isinstance(self.base, QuantizedLinear)
+        if dropout == 0 and adapter.get("magnitude") is None and not packed:
             return adapted_linear(
                 x, self.weight_io(), bias, *adapter.factors(), adapter.config.scale
             )
         return self._general(adapter, x, bias, dropout)
 
     def _general(self, adapter: Adapter, x: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        """Dropout and DoRA, by plain autograd."""
+        """Dropout, DoRA and packed weights, by plain autograd."""
         scale = adapter.config.scale
         dropped = functional.dropout(x, dropout) if dropout else x
         y = self._frozen(adapter, x)
@@ -154,7 +225,11 @@ class LoRALinear(LowRankLayer):
 
     def _frozen(self, adapter: Adapter, x: Tensor) -> Tensor:
         """``x W``, less the subtracted start."""
-        y = functional.linear(x, self.weight_io().t())
+        if isinstance(self.base, QuantizedLinear):
+            y: Tensor = self.base(x)
+            y = y if self.base.bias is None else y - self.base.bias.to(y.dtype)
+        else:
+            y = functional.linear(x, self.weight_io().t())
         start_a, start_b = adapter.get("start_A"), adapter.get("start_B")
         if start_a is None or start_b is None:
             return y
@@ -169,7 +244,12 @@ class LoRAEmbedding(LowRankLayer):
     token ids and is not applied, as in PEFT.
     """
 
-    kinds = (nn.Embedding,)
+    kind = "Embedding"
+
+    @staticmethod
+    def takes(base: nn.Module) -> bool:
+        """Tell whether a module is a plain embedding."""
+        return type(base) is nn.Embedding
 
     @property
     def num_embeddings(self) -> int:

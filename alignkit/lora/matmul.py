@@ -76,7 +76,9 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.save_for_backward(weight_IO, a_IR, b_RO, *((x_TI, z_RT) if trains else ()))
         ctx.scale, ctx.dtype, ctx.shape = scale, dtype, x.shape
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
-        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        # No view, as models may edit it in place (Falcon adds to it, Llama 4 scales queries).
+        result: Tensor = torch.ops.aten._unsafe_view(y_TO, [*x.shape[:-1], y_TO.shape[-1]])
+        return result
 
     @staticmethod
     @once_differentiable

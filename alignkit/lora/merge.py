@@ -10,8 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import adapter_layers, replace_module
 from alignkit.lora.inject import require_adapter
+from alignkit.lora.kinds import QuantizedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,10 +26,18 @@ def merge_lora(model: Model) -> Model:
     A model that is merged already is left as it is.
 
     Raises:
-        AlignkitError: No adapter is active.
+        AlignkitError: No adapter is active, or the base is quantized.
     """
     require_adapter(model)
-    for layer in adapter_layers(model).values():
+    layers = adapter_layers(model)
+    packed = [path for path, layer in layers.items() if isinstance(layer.base, QuantizedLinear)]
+    if packed:
+        raise AlignkitError(
+            f"merge: {packed[0]} is quantized, and what an adapter adds cannot be packed with it; "
+            "alignkit export --to merged takes the base's plain weights (alignkit.models.quantize."
+            "unquantize)"
+        )
+    for layer in layers.values():
         layer.merge()
     return model
 

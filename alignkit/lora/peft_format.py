@@ -19,6 +19,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import FROZEN, adapter_layers, plain_modules
 from alignkit.lora.config import LoRAConfig, strings
 from alignkit.lora.init import SUBTRACTED
+from alignkit.lora.kinds import stores_rows_of_outputs, weight_shape
 from alignkit.lora.layer import LoRAEmbedding, LowRankLayer
 from alignkit.lora.peft_reader import is_read, ways_to_target
 from alignkit.lora.targets import ALL_LINEAR, is_regex
@@ -101,8 +102,8 @@ def peft_shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for path, own in targets.items():
         module = modules[path]
-        weight = module.get_parameter("weight")
-        inputs, outputs = weight.shape if type(module) is not nn.Linear else weight.shape[::-1]
+        shape = weight_shape(module)
+        inputs, outputs = shape[::-1] if stores_rows_of_outputs(module) else shape
         names = _EMBEDDING_NAMES if isinstance(module, nn.Embedding) else _LINEAR_NAMES
         own_shapes: dict[str, tuple[int, ...]] = {
             "lora_A": (own.r, inputs), "lora_B": (outputs, own.r)

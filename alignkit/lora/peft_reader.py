@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, conversion_mapping
 from transformers.conversion_mapping import (
@@ -22,8 +23,11 @@ from transformers.core_model_loading import WeightRenaming
 from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import plain_modules
 from alignkit.lora.config import LoRAConfig, first_match
+from alignkit.lora.inject import only_adapter
+from alignkit.lora.layer import weights_read_from_bases
+from alignkit.lora.parts import is_weight_read
 from alignkit.lora.regex import compiled
-from alignkit.lora.targets import ADAPTABLE, ALL_LINEAR, is_regex, matches
+from alignkit.lora.targets import ALL_LINEAR, adaptable_paths, is_regex, matches
 
 # transformers 5 keeps the experts of these families as parameters, and PEFT takes these names for
 # experts wherever they stand: a dense MLP's projections go into parameters that are not there.
@@ -67,6 +71,35 @@ def refuse_rewritten(model: nn.Module, paths: list[str]) -> None:
             f"export: PEFT reads {names} of {kind} ({len(wrong)} modules, such as {wrong[0]}) as "
             "other modules of the architecture and would leave the adapter's weights out; export "
             "--to merged, or train without these targets"
+        )
+
+
+@torch.no_grad()
+def refuse_read(model: nn.Module, paths: list[str], name: str) -> None:
+    """Refuse modules whose weights a model reads itself, where PEFT's adapters do not act.
+
+    Args:
+        model: The model with the adapter.
+        paths: Its low-rank modules.
+        name: The adapter.
+
+    Raises:
+        AlignkitError: The model would answer otherwise with PEFT; the line names the modules.
+    """
+    modules = plain_modules(model)
+    read = [path for path in paths if is_weight_read(path, modules, partly=True)]
+    if not read or not isinstance(model, PreTrainedModel):
+        return
+    ids = torch.arange(2, 10, device=model.device)[None]
+    with only_adapter(model, name):
+        ours = model(ids, use_cache=False).logits
+        with weights_read_from_bases():
+            theirs = model(ids, use_cache=False).logits
+    if not torch.equal(ours, theirs):
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in read}))
+        raise AlignkitError(
+            f"export: {type(model).__name__} reads the weights of {names} itself, where PEFT's "
+            "adapters do not act; export --to merged, or train without these targets"
         )
 
 
@@ -139,7 +172,6 @@ def _is_named(names: Iterable[str], path: str) -> bool:
 
 def _portable_targets(model: nn.Module, paths: list[str]) -> list[str]:
     """Name modules by their paths' last parts where that is exact, else by whole paths."""
-    adaptable = [path for path, m in plain_modules(model).items() if type(m) in ADAPTABLE]
     endings = sorted({path.rpartition(".")[2] for path in paths})
-    meant = {path for path in adaptable if any(matches(end, path) for end in endings)}
+    meant = {path for path in adaptable_paths(model) if any(matches(end, path) for end in endings)}
     return endings if meant == set(paths) else sorted(paths)

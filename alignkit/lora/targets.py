@@ -7,16 +7,15 @@ import difflib
 import re
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import plain_modules
 from alignkit.lora.config import LoRAConfig, first_match
+from alignkit.lora.kinds import QuantizedLinear, is_adaptable
+from alignkit.lora.parts import Parts, parts
 from alignkit.lora.regex import compiled
 
 ALL_LINEAR = "all-linear"
-LINEAR = (nn.Linear, Conv1D)
-ADAPTABLE = (*LINEAR, nn.Embedding)
 _REGEX_CHARACTERS = re.compile(r"[\\^$*+?|()\[\]{}]")
 
 
@@ -28,17 +27,17 @@ def resolve(model: nn.Module, config: LoRAConfig) -> dict[str, LoRAConfig]:
             leaves nothing, or one side of tied embeddings without ``untie``.
     """
     modules = plain_modules(model)
-    paths = [path for path, module in modules.items() if type(module) in ADAPTABLE]
-    head = head_path(model)
+    paths = adaptable_paths(model)
     chosen: set[str] = set()
     for target in config.targets:
         if target == ALL_LINEAR:
-            found = {p for p in paths if type(modules[p]) in LINEAR and p != head}
+            found = set(all_linear(model).adapted)
         else:
             found = {path for path in paths if matches(target, path, "LoRAConfig.targets")}
         if not found:
             raise AlignkitError(
-                f"LoRAConfig.targets: {target!r} matches no module; near: {near(target, paths)}"
+                f"LoRAConfig.targets: {target!r} matches no module{_or_what_else(target, model)}; "
+                f"near: {near(target, paths)}"
             )
         chosen |= _in_layers(found, target, config.layers, paths)
     for pattern in config.exclude:
@@ -70,7 +69,7 @@ def resolve(model: nn.Module, config: LoRAConfig) -> dict[str, LoRAConfig]:
 
 def pruned(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     """Drop entries that match nothing, which PEFT allows as long as one target matches."""
-    paths = [path for path, module in plain_modules(model).items() if type(module) in ADAPTABLE]
+    paths = adaptable_paths(model)
 
     def used(patterns: tuple[str, ...] | str) -> tuple[str, ...]:
         return tuple(t for t in patterns if t == ALL_LINEAR or any(matches(t, p) for p in paths))
@@ -92,6 +91,16 @@ def pruned(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
     )
 
 
+def adaptable_paths(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that can be adapted by low rank."""
+    return [path for path, module in plain_modules(model).items() if is_adaptable(module)]
+
+
+def all_linear(model: nn.Module) -> Parts:
+    """Return what the target ``all-linear`` adapts of a model and what it leaves out."""
+    return parts(model, head_path(model))
+
+
 def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Return the paths of ``modules_to_save``, those within them included, that own parameters.
 
@@ -108,6 +117,12 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
             raise AlignkitError(
                 f"LoRAConfig.modules_to_save: {name!r} matches no module with parameters; "
                 f"near: {near(name, owners)}"
+            )
+        packed = next((p for p in inside if isinstance(modules[p], QuantizedLinear)), None)
+        if packed is not None:
+            raise AlignkitError(
+                f"LoRAConfig.modules_to_save: {packed} is quantized and cannot train whole; leave "
+                "it out"
             )
         found |= inside
     return [path for path in owners if path in found]
@@ -161,6 +176,24 @@ def near(pattern: str, paths: list[str]) -> str:
     kinds = [_suffixes(path)[-1] for path in paths]
     listed = list(dict.fromkeys([*close, *kinds]))[:12]
     return ", ".join(listed) or "none, the model has nothing to adapt"
+
+
+def _or_what_else(target: str, model: nn.Module) -> str:
+    """Say what a target names that cannot be adapted: a parameter, or a module of another kind."""
+    if target == ALL_LINEAR:
+        return ""
+    modules = plain_modules(model)
+    for path, module in modules.items():
+        if (
+            path
+            and matches(target, path)
+            and next(module.parameters(recurse=False), None) is not None
+        ):
+            return f" that LoRA can adapt ({path} is a {type(module).__name__})"
+        for name, _ in module.named_parameters(recurse=False):
+            if matches(target, f"{path}.{name}"):
+                return f" ({path}.{name} is a parameter of {type(module).__name__}, no layer)"
+    return ""
 
 
 def _suffixes(path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Models as alignkit uses them: loaded, made lighter, named by content, kept and exported."""
+"""Load models, make them lighter, identify them by content, and save and export them."""
 
 from alignkit.models.load import load_model, load_tokenizer
 

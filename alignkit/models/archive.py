@@ -1,9 +1,9 @@
-"""Checkpoint archives: sealed when they are written, verified when they are read, never unpickled.
+"""Write checkpoint archives with a checksum, and verify it when they are read.
 
-torch writes a zip. Its records carry checksums that torch does not look at, its directory carries
-none, and two flipped bytes load without a word. Every archive therefore ends in a seal, a checksum
-of all bytes before it. It lies in the zip's own comment: one file, which any other reader of
-torch's archives opens as before.
+torch writes a zip file. Its records have checksums, which torch does not check, and its directory
+has none. torch therefore loads a file with flipped bytes without an error. Every archive of ours
+ends in a seal, which is a checksum of all bytes before it. The seal lies in the zip's own comment,
+so that any other reader of torch's archives opens the file as before. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fsspec.implementations.local import LocalFileSystem
 from alignkit.errors import AlignkitError
 from alignkit.utils.atomic import write_atomically
 
-_MARK = b"alignkit xxh3 "
+_SEAL_MARK = b"alignkit xxh3 "
 _DIGEST_BYTES = 32
-_BLOCK = 2**20
+_BLOCK_BYTES = 2**20
 
 
 def write_archive(path: Path, content: Mapping[str, Any]) -> None:
@@ -40,9 +40,9 @@ def write_archive(path: Path, content: Mapping[str, Any]) -> None:
 
     def fill(file: BinaryIO) -> None:
         torch.save(content, file)
-        # The zip ends in the length of its comment, two bytes that are zero until now.
+        # The zip's last two bytes are the length of its comment, which is zero so far.
         file.seek(-2, os.SEEK_END)
-        file.write(struct.pack("<H", len(_MARK) + _DIGEST_BYTES) + _MARK)
+        file.write(struct.pack("<H", len(_SEAL_MARK) + _DIGEST_BYTES) + _SEAL_MARK)
         size = file.tell()
         file.seek(0)
         digest = _digest(file, size)
@@ -52,7 +52,7 @@ def write_archive(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_archive(place: str | Path) -> dict[str, Any]:
-    """Verify and read an archive, onto the CPU.
+    """Read an archive onto the CPU, once it is verified.
 
     Args:
         place: A file, or a URL that fsspec reads.
@@ -60,8 +60,8 @@ def read_archive(place: str | Path) -> dict[str, Any]:
     Raises:
         AlignkitError: It is missing, damaged, or holds more than plain values and tensors.
     """
-    with _one_line(place), _open(place) as file:
-        _verify(file, place)
+    with _errors_in_one_line(place), _open(place) as file:
+        _verify_seal(file, place)
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
@@ -70,18 +70,18 @@ def read_archive(place: str | Path) -> dict[str, Any]:
 
 
 def verify_archive(path: Path) -> None:
-    """Read a whole archive and hold it against its seal.
+    """Read a whole archive and compare it with its seal.
 
     Raises:
         AlignkitError: It is missing or damaged.
     """
-    with _one_line(path), _open(path) as file:
-        _verify(file, path)
+    with _errors_in_one_line(path), _open(path) as file:
+        _verify_seal(file, path)
 
 
 @contextmanager
-def _one_line(place: str | Path) -> Iterator[None]:
-    """Turn what reading an archive may raise into one line about it."""
+def _errors_in_one_line(place: str | Path) -> Iterator[None]:
+    """Turn any error of reading an archive into one line about it."""
     try:
         yield
     except AlignkitError:
@@ -97,7 +97,7 @@ def _one_line(place: str | Path) -> Iterator[None]:
             f"{place}: holds objects beyond tensors and plain values; only checkpoints written by "
             "alignkit are loaded"
         ) from None
-    except Exception as error:  # whatever a file that is no archive makes zipfile and torch do
+    except Exception as error:  # zipfile and torch raise many kinds of errors over other files
         raise AlignkitError(f"{place}: not a readable checkpoint ({_first_line(error)})") from None
 
 
@@ -121,16 +121,16 @@ def _open(place: str | Path) -> BinaryIO:
         return io.BytesIO(file.read())
 
 
-def _verify(file: BinaryIO, place: str | Path) -> None:
+def _verify_seal(file: BinaryIO, place: str | Path) -> None:
     size = file.seek(0, os.SEEK_END)
     sealed = size - _DIGEST_BYTES
-    file.seek(max(sealed - len(_MARK), 0))
-    if file.read(len(_MARK)) == _MARK:
+    file.seek(max(sealed - len(_SEAL_MARK), 0))
+    if file.read(len(_SEAL_MARK)) == _SEAL_MARK:
         file.seek(0)
         if _digest(file, sealed) != file.read(_DIGEST_BYTES):
             raise AlignkitError(f"{place}: damaged: its content does not match its checksum")
         return
-    # Of an earlier alignkit, or of a file system where Lightning writes by itself.
+    # An earlier alignkit wrote it, or Lightning did, which writes to remote file systems itself.
     with zipfile.ZipFile(file) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -140,8 +140,8 @@ def _verify(file: BinaryIO, place: str | Path) -> None:
 def _digest(file: BinaryIO, size: int) -> bytes:
     """Return the XXH3 hash of the next bytes, as hex digits."""
     total = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_BLOCK))
-    while size > 0 and (count := file.readinto(buffer[: min(size, _BLOCK)])):  # type: ignore[attr-defined]
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    while size > 0 and (count := file.readinto(buffer[: min(size, _BLOCK_BYTES)])):  # type: ignore[attr-defined]
         total.update(buffer[:count])
         size -= count
     return total.hexdigest().encode()

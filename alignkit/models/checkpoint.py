@@ -1,7 +1,8 @@
-"""Small checkpoints: what training changed, stamped with what it belongs to.
+"""Read small checkpoints, which hold what training changed, and load the models they belong to.
 
-A checkpoint holds the policy's trainable parameters, optimizer and loop state, never frozen base
-weights; its stamp says what they belong to. Everything loads with ``weights_only=True``.
+A checkpoint holds the policy's trainable parameters and the state of optimizer and loop. It never
+holds frozen base weights. Its stamp names the base that they belong to. Everything loads with
+``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from alignkit.lora.peft_files import CONFIG_FILE, read_adapter
 from alignkit.lora.state import refuse_differences
 from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
-from alignkit.models.fingerprint import base_identity
+from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
 from alignkit.models.stamp import (
     STAMP,
@@ -35,20 +36,24 @@ from alignkit.models.stamp import (
 from alignkit.models.text_format import TextFormat, format_in, read_format
 from alignkit.models.tokenizer import vocabulary_size
 
-_PREFIX = "model."
+_MODEL_PREFIX = "model."
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that training changes, by name; a tied parameter appears once.
 
-    With them go the starts that PiSSA and OLoRA take away: computed again, from a base in another
-    dtype or by another library's decomposition, they would not be those that were trained against.
+    The start that PiSSA or OLoRA subtracts from the base is included. If it were computed again,
+    from a base in another dtype or by another library's decomposition, it would not be the same.
     """
     named = dict(model.named_parameters())
-    return {name: p.detach() for name, p in named.items() if p.requires_grad or _kept(name, named)}
+    return {
+        name: p.detach()
+        for name, p in named.items()
+        if p.requires_grad or _is_subtracted_start(name, named)
+    }
 
 
-def _kept(name: str, named: Mapping[str, Tensor]) -> bool:
+def _is_subtracted_start(name: str, named: Mapping[str, Tensor]) -> bool:
     adapter, _, parameter = name.rpartition(".")
     return parameter in FROZEN and named[f"{adapter}.lora_A"].requires_grad
 
@@ -56,15 +61,17 @@ def _kept(name: str, named: Mapping[str, Tensor]) -> bool:
 def model_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a checkpoint's policy parameters under the model's own names."""
     state: Mapping[str, Tensor] = checkpoint["state_dict"]
-    return {n.removeprefix(_PREFIX): v for n, v in state.items() if n.startswith(_PREFIX)}
+    return {
+        n.removeprefix(_MODEL_PREFIX): v for n, v in state.items() if n.startswith(_MODEL_PREFIX)
+    }
 
 
 def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Copy a state into the model's `trainable_state`, which it must match exactly.
+    """Load a state into the model's `trainable_state`, which it must match exactly.
 
     Raises:
-        AlignkitError: Names or shapes differ; one line that starts with ``what``. The model is
-            then unchanged.
+        AlignkitError: Names or shapes differ. The line starts with ``what``, and the model is
+            unchanged.
     """
     own = trainable_state(model)
     refuse_differences(state, {name: tuple(value.shape) for name, value in own.items()}, what)
@@ -76,8 +83,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
 
     Raises:
-        AlignkitError: The file is missing, damaged, holds more than plain values and tensors or
-            numbers that are not finite, or was not written by this alignkit.
+        AlignkitError: The file is missing or damaged, holds more than plain values and tensors,
+            holds numbers that are not finite, or was not written by this alignkit.
     """
     checkpoint = load_checkpoint(path)
     check_content(checkpoint, str(path))
@@ -87,7 +94,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_policy(
     path: str, base: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what a run made, or a plain model, for generation and export.
+    """Load a trained or a plain model for generation and export.
 
     Args:
         path: A ``.ckpt`` of ours, a run's folder, a PEFT adapter directory, or anything
@@ -104,15 +111,16 @@ def load_policy(
     path = find_checkpoint(path)
     base = base or policy_base(path)
     tokenizer = base
-    # What float16 rounds would no longer be the base that a checkpoint names.
+    # A base rounded to float16 would no longer be the one that a checkpoint names.
     first = torch.float32 if dtype == torch.float16 else dtype
     if path.endswith(".ckpt"):
         checkpoint = read_checkpoint(path)
         hparams = checkpoint["hyper_parameters"]
         tokenizer = hparams.get("tokenizer") or base
-        # A model trained in full from random weights lies in the checkpoint, whole.
+        # The whole model lies in the checkpoint if it was trained in full from random weights.
         from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
-        model = load_model(base, dtype=first, random_init=from_scratch)
+        packed = checkpoint[STAMP]["base_settings"].get(QUANTIZE)
+        model = load_model(base, dtype=first, random_init=from_scratch, quantize=packed)
         check_base(base_identity(model), checkpoint[STAMP], path, weights=not from_scratch)
         if hparams["lora"] is None:
             model.requires_grad_(True)
@@ -121,13 +129,14 @@ def load_policy(
         check_adapter(active_identity(model), checkpoint[STAMP], path)
         load_trainable(model, model_state(checkpoint), path)
     elif is_adapter(path):
-        model = load_model(base, dtype=first)
+        packed = read_adapter(Path(path)).header.get(QUANTIZE)
+        model = load_model(base, dtype=first, quantize=packed)  # type: ignore[arg-type]
         check_adapter_base(base_identity(model), Path(path), path)
-        # Whoever trained it chose to untie, where it touches tied embeddings.
+        # An adapter on tied embeddings was trained with them untied.
         load_adapter(model, path, untie=True)
     else:
         model = load_model(base, dtype=first)
-    nn.Module.to(model, dtype)  # transformers types its own override away
+    nn.Module.to(model, dtype)  # transformers' own override has no usable type
     loaded = load_tokenizer(tokenizer)
     refuse_small_embedding(model, vocabulary_size(loaded), tokenizer, base)
     return model.requires_grad_(False).train(False), loaded
@@ -137,7 +146,7 @@ def policy_base(path: str) -> str:
     """Return where the base of a checkpoint or adapter lies; any other path is a base itself.
 
     Raises:
-        AlignkitError: The file is unreadable, or an adapter that names no base.
+        AlignkitError: The file is unreadable, or is an adapter that names no base.
     """
     path = find_checkpoint(path)
     if path.endswith(".ckpt"):
@@ -151,10 +160,10 @@ def policy_base(path: str) -> str:
 
 
 def policy_format(path: str) -> TextFormat | None:
-    """Return how the text was put that a checkpoint, adapter or export was trained on.
+    """Return the text format that a checkpoint, adapter or export was trained with.
 
     Returns:
-        ``None`` where it says nothing: a plain model, or a run with data of its own.
+        ``None`` where none is recorded: for a plain model, or a run with its own data module.
 
     Raises:
         AlignkitError: The file is unreadable.
@@ -180,7 +189,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def of_all_ranks(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return every rank's `random_state`; a collective that all of them call."""
+    """Return every rank's `random_state`; all ranks must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return [state]
     states: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
@@ -193,9 +202,9 @@ def restore_random_state(
 ) -> None:
     """Restore this rank's state of `of_all_ranks`.
 
-    A rank that the saving run did not have draws a stream of its own.
+    A rank that the saving run did not have gets a new stream of random numbers.
     """
-    if isinstance(states, Mapping):  # of an earlier alignkit: rank 0's alone
+    if isinstance(states, Mapping):  # an earlier alignkit saved the state of rank 0 alone
         states = [states]
     state = states[min(rank, len(states) - 1)]
     torch.set_rng_state(state["cpu"].cpu())

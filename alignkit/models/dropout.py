@@ -1,4 +1,4 @@
-"""Every dropout and jitter probability of a base model, whatever holds it, set to zero."""
+"""Set every dropout and jitter probability of a base model to zero, wherever it is kept."""
 
 from __future__ import annotations
 
@@ -13,20 +13,29 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 # attention_dropout, resid_pdrop, layerdrop, drop_path_rate, router_jitter_noise, moe_jitter_eps …
-_NAMES = re.compile(r"drop|jitter")
-# What a module calls its one probability where its class already says what for.
-_PLAIN_NAMES = ("p", "prob", "rate", "probability")
-_ATTRIBUTE = "alignkit_dropout"
+_PROBABILITY_NAMES = re.compile(r"drop|jitter")
+# Names of the one probability of a module whose class has "drop" in its name.
+_NAMES_IN_DROPOUT_CLASSES = ("p", "prob", "rate", "probability")
+_ZEROED_ATTRIBUTE = "alignkit_dropout"
 
 
 @dataclass(frozen=True)
 class Probability:
-    """A probability as the model came with it.
+    """Hold one probability of a model, with its original value.
+
+    Example:
+        >>> layer = nn.Dropout(0.25)
+        >>> (probability,) = probabilities(layer)
+        >>> probability.name, probability.value
+        ('p', 0.25)
+        >>> probability.set(0.0)
+        >>> layer
+        Dropout(p=0.0, inplace=False)
 
     Attributes:
-        holder: The module, config, namespace or dictionary that has it.
+        holder: The module, config, namespace or dictionary that keeps it.
         name: Its attribute or key there.
-        value: What it was; positive.
+        value: Its original value; positive.
     """
 
     holder: Any
@@ -34,7 +43,7 @@ class Probability:
     value: float
 
     def set(self, value: float) -> None:
-        """Write a value in its place."""
+        """Set it to a value in its holder."""
         if isinstance(self.holder, dict):
             self.holder[self.name] = value
         else:
@@ -45,28 +54,28 @@ def zero_dropout(model: nn.Module) -> None:
     """Set every dropout, layer-drop and jitter probability of a model to zero.
 
     They are attributes of modules (``nn.Dropout.p``, OPT's ``layer.dropout``) or of the configs
-    that modules read in their forward pass (GPT-J's ``config.attn_pdrop``), found by name. Whether
-    that was all of them is for `alignkit.models.noise.refuse_noise` to show.
+    that modules read in their forward pass (GPT-J's ``config.attn_pdrop``). They are found by name.
+    `alignkit.models.noise.refuse_noise` checks that none was missed.
 
     Args:
-        model: A base without adapters, whose own dropout is another matter. Changed in place; it
-            remembers what the values were.
+        model: A base without adapters, so that the adapters' dropout is not touched. It is changed
+            in place, and keeps the original values.
     """
     found = list(probabilities(model))
     for probability in found:
         probability.set(0.0)
-    setattr(model, _ATTRIBUTE, [*zeroed(model), *found])
+    setattr(model, _ZEROED_ATTRIBUTE, [*zeroed(model), *found])
 
 
 def zeroed(model: nn.Module) -> list[Probability]:
-    """Return what `zero_dropout` found in a model."""
-    found: list[Probability] = getattr(model, _ATTRIBUTE, [])
+    """Return the probabilities that `zero_dropout` found in a model."""
+    found: list[Probability] = getattr(model, _ZEROED_ATTRIBUTE, [])
     return found
 
 
 @contextmanager
 def own_dropout(model: nn.Module) -> Iterator[None]:
-    """Put a model's own probabilities back while it is written: they belong to its config."""
+    """Restore a model's own probabilities while it is saved, since its config holds them."""
     for probability in zeroed(model):
         probability.set(probability.value)
     try:
@@ -82,17 +91,19 @@ def probabilities(model: nn.Module) -> Iterator[Probability]:
     for module in model.modules():
         plain = "drop" in type(module).__name__.lower()
         for name, value in vars(module).items():
-            if _is_probability(value) and (_NAMES.search(name) or (plain and name in _PLAIN_NAMES)):
+            if _is_probability(value) and (
+                _PROBABILITY_NAMES.search(name) or (plain and name in _NAMES_IN_DROPOUT_CLASSES)
+            ):
                 yield Probability(module, name, value)
             else:
-                yield from _inside(value, seen)
+                yield from _probabilities_in(value, seen)
 
 
-def _inside(value: Any, seen: set[int]) -> Iterator[Probability]:
-    """Yield those in a config, a plain record or a collection of them."""
+def _probabilities_in(value: Any, seen: set[int]) -> Iterator[Probability]:
+    """Yield the probabilities in a config, a plain record or a collection of them."""
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from _inside(item, seen)
+            yield from _probabilities_in(item, seen)
         return
     record = isinstance(value, (PreTrainedConfig, SimpleNamespace)) or (
         is_dataclass(value) and not isinstance(value, type)
@@ -101,10 +112,10 @@ def _inside(value: Any, seen: set[int]) -> Iterator[Probability]:
         return
     seen.add(id(value))
     for name, item in (value if isinstance(value, dict) else vars(value)).items():
-        if isinstance(name, str) and _NAMES.search(name) and _is_probability(item):
+        if isinstance(name, str) and _PROBABILITY_NAMES.search(name) and _is_probability(item):
             yield Probability(value, name, item)
         else:
-            yield from _inside(item, seen)
+            yield from _probabilities_in(item, seen)
 
 
 def _is_probability(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Token ids that a model has no embedding for, refused before they are looked up."""
+"""Refuse token ids that a model has no embedding for, before they are looked up."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def refuse_small_embedding(
 
     Args:
         model: With or without adapters.
-        vocabulary: One above the tokenizer's largest id; 0 where nobody knows.
+        vocabulary: One above the tokenizer's largest id; 0 where that is unknown.
         tokenizer: Its name, for the message.
-        base: The model's.
+        base: The model's name.
 
     Raises:
-        AlignkitError: There are such ids, used or not; the message names both sizes.
+        AlignkitError: There are such ids, used or not. The message names both sizes.
     """
     embeddings = embedding_size(model)
     if vocabulary > embeddings:
@@ -36,14 +36,16 @@ def refuse_small_embedding(
 def refuse_unknown_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Refuse a batch with ids that the model has no embedding for.
 
-    Data modules of ours are refused before they start; this is for data of one's own.
+    alignkit's own data modules are checked before a run starts. This check is for other data, which
+    would else end in an index error or a device that hangs.
 
     Args:
         model: With or without adapters.
-        input_ids: [T]; looked at on the CPU alone, as a look elsewhere would wait for the device.
+        input_ids: [T]. They are checked on the CPU alone, since reading them elsewhere would wait
+            for the device.
 
     Raises:
-        AlignkitError: There is one; a bare index error, or a stuck device, otherwise.
+        AlignkitError: The batch holds such an id.
     """
     if input_ids.is_cpu and input_ids.numel():
         least, most = (int(value) for value in torch.aminmax(input_ids))

@@ -1,4 +1,4 @@
-"""Write an adapted model for others to read."""
+"""Write an adapted model in formats that other programs read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ADAPTER_FILE = "adapter.safetensors"
 
 
 class Saveable(Protocol):
-    """Anything with transformers' ``save_pretrained``, a tokenizer."""
+    """Declare transformers' ``save_pretrained``, which a tokenizer has."""
 
     def save_pretrained(self, save_directory: str) -> object:
         """Write into a directory."""
@@ -48,7 +48,7 @@ def export(
     tokenizer: Saveable | None = None,
     header: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write a model in a form that needs no alignkit to be read.
+    """Write a model in a format that is read without alignkit.
 
     Args:
         model: A causal LM, with adapters or (``merged`` only) fully fine-tuned.
@@ -59,7 +59,7 @@ def export(
             ``adapter.safetensors``, PEFT's tensors with PEFT's config in the header; `load_adapter`
             reads it too.
         name: The adapter, for ``peft`` and ``safetensors``; the active one by default. ``merged``
-            writes the model as it answers now.
+            writes the model with the adapters that are active.
         base: Recorded as the adapter's base model.
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank, for readers such
             as vLLM that take every adapter for ordinary.
@@ -70,8 +70,8 @@ def export(
         The directory.
 
     Raises:
-        AlignkitError: An unknown format, a model without adapters, an option that the format
-            cannot express, numbers that are not finite, or a reader that would not find all.
+        AlignkitError: The format is unknown or cannot express an option, the model has no adapters
+            or numbers that are not finite, or transformers would not read back all parameters.
     """
     directory = Path(directory)
     if to not in get_args(Format):
@@ -91,7 +91,7 @@ def export(
             "model; choose another directory"
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place first: what does not read back is never there.
+    # Write beside the directory first. What cannot be read back never gets there.
     with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as written:
         with own_dropout(model), merged_plain(model) if adapter_configs(model) else nullcontext():
             _write_model(model, written)
@@ -104,18 +104,18 @@ def export(
 
 
 def _write_model(model: PreTrainedModel, directory: str) -> None:
-    """Write a plain model, and see that transformers finds every parameter again."""
+    """Write a plain model, and check that transformers finds every parameter again."""
     refuse_nonfinite_weights(
         model, "export, once merged", "use an earlier checkpoint, or another dtype"
     )
     with without_bars():
-        # The class's own: a model that had adapters refuses (see `inject_lora`).
+        # Call the class's method, since a model with adapters refuses its own (see `inject_lora`).
         type(model).save_pretrained(model, directory)
-        _refuse_losses(model, directory)
+        _refuse_lost_parameters(model, directory)
 
 
-def _refuse_losses(model: PreTrainedModel, directory: str) -> None:
-    # Reads names and shapes alone where accelerate is there to say so.
+def _refuse_lost_parameters(model: PreTrainedModel, directory: str) -> None:
+    # With accelerate installed this reads names and shapes alone.
     on = {"device_map": "meta"} if importlib.util.find_spec("accelerate") else {}
     kind: Any = type(model)
     try:

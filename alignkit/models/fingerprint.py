@@ -1,4 +1,4 @@
-"""A content-based name for a frozen base model."""
+"""Compute a name for a base model from its content."""
 
 from __future__ import annotations
 
@@ -13,20 +13,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.lora.adapter import plain_modules
+from alignkit.models.quantize import quantization
 from alignkit.models.settings import function_settings, setting_defaults
 
-_CHUNK = 2**20
-# With the fingerprint's version: what another version computes cannot be compared.
+_CHUNK_VALUES = 2**20
+QUANTIZE = "alignkit_quantize"
+"""Key of what a base's linear layers are packed as, in its settings and in files' headers."""
+# The key names the version of the fingerprint, since those of other versions cannot be compared.
 _HEADER_KEY = "alignkit_base_2"
 
 
 @dataclass(frozen=True)
 class BaseIdentity:
-    """What a base model is.
+    """Hold what tells a base model from others.
+
+    Example:
+        >>> base = BaseIdentity(fingerprint="2f3a", settings={"n_layer": 2}, defaults={})
+        >>> base.is_named_in({}), base.is_named_in({"alignkit_base_2": "9b01"})
+        (True, False)
 
     Attributes:
         fingerprint: See `base_fingerprint`.
-        settings: See `function_settings`; part of the fingerprint, and kept to say what differs.
+        settings: See `function_settings`. They are part of the fingerprint, and are kept so that
+            messages can name a difference.
         defaults: See `setting_defaults`.
     """
 
@@ -35,35 +44,39 @@ class BaseIdentity:
     defaults: Mapping[str, Any]
 
     def header(self) -> dict[str, str]:
-        """Return what an adapter file's header says of its base."""
-        return {_HEADER_KEY: self.fingerprint}
+        """Return the entries of an adapter file's header that name its base."""
+        packed = self.settings.get(QUANTIZE)
+        return {_HEADER_KEY: self.fingerprint, **({QUANTIZE: packed} if packed else {})}
 
     def is_named_in(self, header: Mapping[str, str]) -> bool:
-        """Return whether a header names this base, or none: PEFT's own files do not."""
+        """Return whether a header names this base, or none as in PEFT's own files."""
         return header.get(_HEADER_KEY, self.fingerprint) == self.fingerprint
 
 
 def base_identity(model: PreTrainedModel) -> BaseIdentity:
-    """Return the identity of a base, adapters injected or not."""
+    """Return the identity of a base, with or without adapters."""
     settings, defaults = function_settings(model.config), setting_defaults(model.config)
+    packed = quantization(model)
+    if packed is not None:
+        settings = {**settings, QUANTIZE: packed}
     return BaseIdentity(base_fingerprint(model), settings, defaults)
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:
     """Return 32 hex digits that name the function a base model computes.
 
-    Adapters, checkpoints and cached log-probs carry it, so that none is ever put on another base.
-    It is a hash of the config's `function_settings`, and of the name, shape and every value of each
-    parameter and persistent buffer. Numbers are rounded to bfloat16 first, so that a checkpoint
-    stored in bfloat16 or float32 has one fingerprint whether it is loaded in bfloat16 or float32;
-    loading in float16 rounds differently and gives another. Adapters are left out, so injecting
-    them changes nothing; merging them into the weights does.
+    Adapters, checkpoints and cached log-probs carry it, so that none is ever used with another
+    base. It is a hash of the config's `function_settings`, and of the name, shape and every value
+    of each parameter and persistent buffer. Numbers are rounded to bfloat16 first. A checkpoint
+    that is stored in bfloat16 or float32 therefore has one fingerprint, whichever of the two it is
+    loaded in. Loading in float16 rounds differently and gives another one. Adapters are left out,
+    so that injecting them changes nothing. Merging them into the weights changes the fingerprint.
 
-    What it does not see: a change below bfloat16's 8 bits. It guards against mistakes, not against
-    a forger.
+    A change below bfloat16's 8 bits is not seen. The fingerprint guards against mistakes, not
+    against forgery.
 
     Args:
-        model: The base, adapters injected or not.
+        model: The base, with or without adapters.
     """
     digest = xxhash.xxh3_128()
     digest.update(json.dumps(function_settings(model.config), sort_keys=True).encode())
@@ -71,7 +84,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
         values = tensor.detach()
         kind = "" if values.is_floating_point() else values.dtype
         digest.update(f"\n{name} {tuple(values.shape)} {kind}".encode())
-        for chunk in torch.split(values.reshape(-1), _CHUNK):
+        for chunk in torch.split(values.reshape(-1), _CHUNK_VALUES):
             if chunk.is_floating_point():
                 chunk = chunk.to(torch.bfloat16)
             digest.update(chunk.contiguous().cpu().view(torch.uint8).numpy().tobytes())
@@ -79,7 +92,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _base_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and persistent buffers by their names without adapters, shared ones once."""
+    """Yield parameters and persistent buffers by their names without adapters, each tensor once."""
     seen: set[int] = set()
     for path, module in plain_modules(model).items():
         kept = [

@@ -1,4 +1,4 @@
-"""Adapters on the Hugging Face Hub."""
+"""Find adapters on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from alignkit.models.text_format import FORMAT_FILE
 
 
 def adapter_on_hub(name: str, argument: str) -> Path:
-    """Return the local directory of a Hub adapter's two files, downloaded where need be.
+    """Return the local directory of a Hub adapter's files, which are downloaded where needed.
 
     Args:
         name: The repository's id, such as ``org/adapter``.
         argument: Names the setting, for messages.
 
     Raises:
-        AlignkitError: No such repository, no adapter in it, or no way to reach the Hub.
+        AlignkitError: There is no such repository or no adapter in it, or the Hub is unreachable.
     """
     reachable = hub_reachable()
     try:

@@ -1,20 +1,19 @@
-"""Elementwise modules of transformers made lighter on memory and time, with the same results.
+"""Make elementwise modules of transformers lighter on memory and time, with the same results.
 
-transformers writes RMSNorm, gated MLPs and GPT-2's GELU as chains of eager operations: RMSNorm
-keeps fp32 copies of its input for the backward pass and a gated MLP three tensors of its width.
-Here each is one autograd node that keeps its inputs alone. On CUDA autocast makes fp32 copies for
-norms that have kernels of their own, though these compute in fp32 whatever they are given: here it
-does not.
+transformers writes RMSNorm, gated MLPs and GPT-2's GELU as chains of eager operations. RMSNorm
+keeps fp32 copies of its input for the backward pass, and a gated MLP keeps three tensors of its
+width. Here each is one autograd node that keeps its inputs alone. On CUDA, autocast makes fp32
+copies for the kernels of norms, although these compute in fp32 in any case. The lean norms prevent
+that.
 
-Every family has classes of its own for the same formulas, so a module is recognised by its
-structure, and swapped once `lean_proof` has shown that it computes what the lean one computes.
+Every family has classes of its own for the same formulas. A module is therefore recognised by its
+structure, and replaced once `lean_proof` has shown that the lean one computes the same.
 
 Shape letters: T rows (all leading axes), D width.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -34,74 +33,75 @@ from alignkit.models.lean_proof import (
 )
 from alignkit.utils.autocast import no_autocast
 
-log = logging.getLogger(__name__)
-
 CACHED = 2**18
-"""Elements of a norm's input in fp32 at once on the CPU: they stay in a core's cache."""
+"""Elements of a norm's input that are in fp32 at once on the CPU, where they stay in the cache."""
 
 
 def lean_modules(model: nn.Module) -> int:
-    """Swap what can be lighter, in place: norms, gated MLPs and GPT-2's ``gelu_new``.
+    """Replace norms, gated MLPs and GPT-2's ``gelu_new`` by lighter ones, in place.
 
-    Parameters, their names and the config stay as they are, so saved models are unchanged, and a
-    swapped module stays an instance of its class. Results agree to rounding in fp32 (2.4e-7 for the
-    GELU); in half precision they round once less. What does not prove equal is left as it is.
+    Parameters, their names and the config do not change, so that saved models are unchanged. A
+    replaced module stays an instance of its class. Results agree up to rounding in fp32 (2.4e-7 for
+    the GELU), and in half precision they round once less. A module for which that cannot be shown
+    is left as it is.
 
-    ``gelu_new`` is ``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))`` spelled out in eager operations
-    that save 8 bytes an element for backward; `torch.nn.functional.gelu` with
-    ``approximate="tanh"`` is the same formula in one kernel that saves 2 (bf16).
+    ``gelu_new`` is ``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))`` in eager operations that keep 8
+    bytes an element for the backward pass. `torch.nn.functional.gelu` with ``approximate="tanh"``
+    computes the same formula in one kernel that keeps 2 (bf16).
+
+    ``model.lightened`` keeps the result as a line, which training logs.
 
     Returns:
         The number of norms and MLPs lightened by this call.
     """
     lightened = total = 0
-    proven: dict[object, type[nn.Module] | None] = {}
+    lean_classes: dict[object, type[nn.Module] | None] = {}
     for module in list(model.modules()):
         if isinstance(module, (_LeanModule, LeanLayerNorm)):
             continue
-        lean = _lean_class(module, proven)
+        lean = _lean_class(module, lean_classes)
         if lean is not None:
             module.__class__ = lean
-        lighter = _swap_gelu(module) or lean is not None
+        lighter = _replace_gelu(module) or lean is not None
         lightened += lighter
         total += lighter or _is_norm_or_mlp(module)
-    if total:
-        log.info("%d of %d norms and MLPs lightened", lightened, total)
+    if total and not hasattr(model, "lightened"):
+        model.__dict__["lightened"] = f"{lightened} of {total} norms and MLPs lightened"
     return lightened
 
 
 def _lean_class(
-    module: nn.Module, proven: dict[object, type[nn.Module] | None]
+    module: nn.Module, lean_classes: dict[object, type[nn.Module] | None]
 ) -> type[nn.Module] | None:
-    """Return the class that computes what ``module`` does, lighter; ``None`` without a proof."""
+    """Return a lighter class that computes the same as ``module``; ``None`` where none does."""
     if type(module) is nn.LayerNorm:
         return LeanLayerNorm if module.elementwise_affine else None
     if is_rms_norm(module):
-        prove: Callable[[nn.Module], type[nn.Module] | None] = _proven_norm
+        find_class: Callable[[nn.Module], type[nn.Module] | None] = _lean_norm
     elif is_gated_mlp(module):
-        prove = _proven_mlp
+        find_class = _lean_mlp
     else:
         return None
-    if (key := settings(module)) not in proven:
-        proven[key] = prove(module)
-    return proven[key]
+    if (key := settings(module)) not in lean_classes:
+        lean_classes[key] = find_class(module)
+    return lean_classes[key]
 
 
-def _proven_norm(module: nn.Module) -> type[nn.Module] | None:
+def _lean_norm(module: nn.Module) -> type[nn.Module] | None:
     for lean in (LeanRMSNorm, LeanNarrowRMSNorm, LeanOffsetRMSNorm):
-        if same_norm(module, candidate := _mixed(lean, type(module))):
+        if same_norm(module, candidate := _mixed_class(lean, type(module))):
             return candidate
     return None
 
 
-def _proven_mlp(module: nn.Module) -> type[nn.Module] | None:
+def _lean_mlp(module: nn.Module) -> type[nn.Module] | None:
     for lean in (LeanSwiGLU, LeanGeGLU):
-        if same_mlp(module, candidate := _mixed(lean, type(module))):
+        if same_mlp(module, candidate := _mixed_class(lean, type(module))):
             return candidate
     return None
 
 
-def _swap_gelu(module: nn.Module) -> bool:
+def _replace_gelu(module: nn.Module) -> bool:
     names = [
         name for name, child in module.named_children() if isinstance(child, NewGELUActivation)
     ]
@@ -111,41 +111,41 @@ def _swap_gelu(module: nn.Module) -> bool:
 
 
 def _is_norm_or_mlp(module: nn.Module) -> bool:
-    """Whether the module counts in the log's total though it was not lightened."""
+    """Tell whether the log's total counts a module that was not lightened."""
     name = type(module).__name__.lower()
     leaf = next(module.children(), None) is None
     return is_gated_mlp(module) or name.endswith("mlp") or (leaf and "norm" in name)
 
 
 class _LeanModule(nn.Module):
-    """What a lean class and the class it stands for are mixed from; see `_mixed`."""
+    """Define what a lean class is, before `_mixed_class` mixes it with the class it replaces."""
 
     original: ClassVar[type[nn.Module]]
     lean: ClassVar[type[_LeanModule]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Name the two classes, as the mixed one stands in no file: for ``pickle`` and ``copy``."""
-        return _blank, (self.lean, self.original), self.__dict__
+        """Return the two classes for ``pickle`` and ``copy``, since no file has the mixed one."""
+        return _new_instance, (self.lean, self.original), self.__dict__
 
 
-_mixes: dict[tuple[type[_LeanModule], type[nn.Module]], type[_LeanModule]] = {}
+_mixed_classes: dict[tuple[type[_LeanModule], type[nn.Module]], type[_LeanModule]] = {}
 
 
-def _mixed(lean: type[_LeanModule], original: type[nn.Module]) -> type[_LeanModule]:
+def _mixed_class(lean: type[_LeanModule], original: type[nn.Module]) -> type[_LeanModule]:
     """Return ``original`` with the forward pass of ``lean``; one class for each pair."""
-    if (pair := (lean, original)) not in _mixes:
+    if (pair := (lean, original)) not in _mixed_classes:
         body = {"original": original, "lean": lean, "__module__": original.__module__}
-        _mixes[pair] = type(f"Lean{original.__name__}", pair, body)
-    return _mixes[pair]
+        _mixed_classes[pair] = type(f"Lean{original.__name__}", pair, body)
+    return _mixed_classes[pair]
 
 
-def _blank(lean: type[_LeanModule], original: type[nn.Module]) -> nn.Module:
-    mixed = _mixed(lean, original)
+def _new_instance(lean: type[_LeanModule], original: type[nn.Module]) -> nn.Module:
+    mixed = _mixed_class(lean, original)
     return mixed.__new__(mixed)
 
 
 class LeanRMSNorm(_LeanModule):
-    """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4): ``w x / √(mean x² + ε)``."""
+    """Compute RMSNorm, ``w x / √(mean x² + ε)`` (Zhang & Sennrich, arXiv:1910.07467, eq. 4)."""
 
     offset: ClassVar[float] = 0.0
     promotes: ClassVar[bool] = True
@@ -154,7 +154,7 @@ class LeanRMSNorm(_LeanModule):
     weight: nn.Parameter
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise [..., D] over its last axis, in fp32; returns it in its dtype."""
+        """Normalise [..., D] over its last axis in fp32, and return it in its dtype."""
         if torch.compiler.is_compiling():  # the compiler fuses the chain itself
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         weight_D, epsilon = self.weight, epsilon_of(self)
@@ -171,22 +171,22 @@ class LeanRMSNorm(_LeanModule):
 
 
 class LeanNarrowRMSNorm(LeanRMSNorm):
-    """RMSNorm as OLMo 2 has it: the output has the input's dtype, whatever the weight's."""
+    """Compute RMSNorm as OLMo 2 does: the output has the input's dtype, whatever the weight's."""
 
     promotes = False
 
 
 class LeanOffsetRMSNorm(LeanNarrowRMSNorm):
-    """RMSNorm as Gemma has it: ``(1 + w) x / √(mean x² + ε)``, in the input's dtype."""
+    """Compute RMSNorm as Gemma does: ``(1 + w) x / √(mean x² + ε)``, in the input's dtype."""
 
     offset = 1.0
 
 
 class LeanLayerNorm(nn.LayerNorm):
-    """LayerNorm (Ba et al. 2016, arXiv:1607.06450) that autocast gives no fp32 copy to keep."""
+    """Compute LayerNorm (Ba et al. 2016, arXiv:1607.06450) without an fp32 copy from autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise [..., D] over its last axis, in fp32; returns it in its dtype."""
+        """Normalise [..., D] over its last axis in fp32, and return it in its dtype."""
         if torch.compiler.is_compiling() or input.dtype != self.weight.dtype:
             return super().forward(input)
         with no_autocast(input.device.type):
@@ -194,9 +194,9 @@ class LeanLayerNorm(nn.LayerNorm):
 
 
 class LeanSwiGLU(_LeanModule):
-    """A gated MLP (SwiGLU, Shazeer 2020, arXiv:2002.05202): ``(silu(x G) ∘ x U) D``.
+    """Compute a gated MLP (SwiGLU, Shazeer 2020, arXiv:2002.05202): ``(silu(x G) ∘ x U) D``.
 
-    G and U are two layers, or one that gives both, G first.
+    G and U are two layers, or one layer that computes both, G first.
     """
 
     tanh: ClassVar[bool] = False
@@ -208,20 +208,20 @@ class LeanSwiGLU(_LeanModule):
     down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., D] to [..., D]."""
+        """Compute [..., D] from [..., D]."""
         if torch.compiler.is_compiling():
             return super().forward(x)  # type: ignore[no-any-return]
         if "gate_up_proj" in self._modules:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        product = _Gated.apply(gate, up, self.tanh)  # type: ignore[no-untyped-call]
+        product = _GatedProduct.apply(gate, up, self.tanh)  # type: ignore[no-untyped-call]
         projected: Tensor = self.down_proj(product)
         return projected
 
 
 class LeanGeGLU(LeanSwiGLU):
-    """A gated MLP with the GELU's tanh form (GEGLU, same paper): ``(gelu(x G) ∘ x U) D``."""
+    """Compute a gated MLP with the GELU's tanh form (GEGLU): ``(gelu(x G) ∘ x U) D``."""
 
     tanh = True
 
@@ -235,7 +235,7 @@ class _RMSNorm(torch.autograd.Function):
         output_TD = x.new_empty(x_TD.shape, dtype=dtype)
         factor_D = weight_D.float() + offset if offset else weight_D
         scale_T1 = x.new_empty(len(x_TD), 1, dtype=torch.float32)
-        for rows in _parts(x_TD):
+        for rows in _row_slices(x_TD):
             part_TD = x_TD[rows].float()
             mean_T1 = part_TD.square().mean(-1, keepdim=True)
             torch.rsqrt(mean_T1.add_(epsilon), out=scale_T1[rows])
@@ -247,13 +247,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """With n = x s: ∂w = Σ g n and ∂x = s (g w − n mean(g w n)), w offset."""
+        """Compute ∂w = Σ g n and ∂x = s (g w − n mean(g w n)) for n = x s, with the offset in w."""
         x, weight_D, scale_T1 = ctx.saved_tensors
         x_TD, grad_TD = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, grad))
         factor_D = weight_D.float() + ctx.offset if ctx.offset else weight_D
         grad_x_TD = torch.empty_like(x_TD)
         grad_weight_D = torch.zeros_like(weight_D, dtype=torch.float32)
-        for rows in _parts(x_TD):
+        for rows in _row_slices(x_TD):
             normed_TD = x_TD[rows] * scale_T1[rows]
             part_TD = grad_TD[rows].float()
             if ctx.needs_input_grad[1]:
@@ -265,12 +265,12 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x_TD.view(x.shape), grad_weight, None, None, None
 
 
-def _parts(x_TD: Tensor) -> Iterator[slice]:
+def _row_slices(x_TD: Tensor) -> Iterator[slice]:
     size = max(1, CACHED // x_TD.shape[1]) if x_TD.device.type == "cpu" else len(x_TD)
     return (slice(start, start + size) for start in range(0, len(x_TD), size))
 
 
-class _Gated(torch.autograd.Function):
+class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, tanh: bool) -> Tensor:
         ctx.save_for_backward(gate, up)

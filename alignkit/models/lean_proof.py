@@ -1,9 +1,10 @@
-"""Which modules could be RMSNorms and gated MLPs, and the proof that a lean one equals them.
+"""Find modules that could be RMSNorms or gated MLPs, and check that a lean one computes the same.
 
-Structure alone tells too little: Gemma scales by ``1 + w`` where Llama scales by ``w``, and a
-module may clamp, or add ε outside the root. So both forward passes run on the same random input
-and parameters, and values and gradients must agree. Norms are tried with a weight of their own
-width, MLPs with small random layers in place of theirs: nothing large is copied or multiplied.
+Structure alone does not say what a module computes. Gemma scales by ``1 + w`` where Llama scales by
+``w``, and a module may clamp, or add ε outside the root. Both forward passes therefore run on the
+same random input and parameters, and values and gradients must agree. A norm is tried with a weight
+of its own width, an MLP with small random layers in place of its own. Nothing large is copied or
+multiplied.
 
 Shape letters: T rows, D width.
 """
@@ -22,12 +23,12 @@ APART = {"gate_proj", "up_proj", "down_proj"}
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest difference, as a share of the largest entry of its row."""
 
-_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-"""What a forward pass may raise that was written for other inputs: then nothing is proven."""
+_FORWARD_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""Errors that a forward pass may raise over these inputs; the module then counts as different."""
 
 
 def is_rms_norm(module: nn.Module) -> bool:
-    """Whether the module holds what an RMSNorm holds: one vector and an epsilon, nothing else."""
+    """Tell whether the module holds one vector and an epsilon and nothing else, as RMSNorm does."""
     weight = module._parameters.get("weight")
     plain = not module._modules and not module._buffers and "forward" not in module.__dict__
     return (
@@ -40,7 +41,7 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 def is_gated_mlp(module: nn.Module) -> bool:
-    """Whether the module holds gate, up and down layers and at most an activation beside them."""
+    """Tell whether the module holds gate, up and down layers, and at most an activation beside."""
     names = set(module._modules)
     layers = FUSED if names >= FUSED else APART
     if not names >= layers or "forward" in module.__dict__:
@@ -57,9 +58,10 @@ def epsilon_of(norm: nn.Module) -> float:
 
 
 def settings(module: nn.Module) -> Hashable:
-    """Return what a proof depends on: class, attributes, width, dtype and activation.
+    """Return what the comparison depends on: class, attributes, width, dtype and activation.
 
-    Attributes that are no plain values count by identity: compare while the modules live.
+    Attributes that are no plain values count by identity. Compare settings only while their modules
+    exist.
     """
     own = tuple(
         (name, value if isinstance(value, (bool, int, float, str, type(None))) else id(value))
@@ -74,13 +76,13 @@ def settings(module: nn.Module) -> Hashable:
 
 
 def same_norm(module: nn.Module, lean: type[nn.Module]) -> bool:
-    """Whether ``lean`` computes this norm: in fp32, in half precision and in a mix of both."""
-    weight, half = module._parameters["weight"], _half(module)
+    """Check that ``lean`` computes this norm, in fp32, in half precision and in a mix of both."""
+    weight, half = module._parameters["weight"], _half_dtype(module)
     assert weight is not None  # for the type checker: `is_rms_norm` has seen it
     draw = torch.Generator().manual_seed(0)
-    small = math.sqrt(abs(epsilon_of(module))) or 1e-3  # where ε matters, and its place
+    small = math.sqrt(abs(epsilon_of(module))) or 1e-3  # at which ε and its place matter
     x_TD = _randn(draw, 6, len(weight))
-    # An outlier too, as models have: it would meet a clamp.
+    # Models have outliers. One of them shows whether the module clamps.
     rough_TD = x_TD * torch.tensor([1, 1, small, small, 30, 1], device="cpu")[:, None]
     rough_TD[-1, 0] = 1e4
     weight_D = _randn(draw, len(weight))
@@ -94,7 +96,7 @@ def same_norm(module: nn.Module, lean: type[nn.Module]) -> bool:
 
 
 def same_mlp(module: nn.Module, lean: type[nn.Module]) -> bool:
-    """Whether ``lean`` computes this MLP, in fp32 and in half precision, with small layers."""
+    """Check that ``lean`` computes this MLP with small layers, in fp32 and in half precision."""
     draw = torch.Generator().manual_seed(0)
     x_TD = _randn(draw, 6, 8)
     shapes = {"gate_proj": (16, 8), "up_proj": (16, 8), "gate_up_proj": (32, 8)}
@@ -103,7 +105,7 @@ def same_mlp(module: nn.Module, lean: type[nn.Module]) -> bool:
     rough_TD = x_TD * torch.tensor([1, 1, 0.1, 10, 100, 1000], device="cpu")[:, None]
     return all(
         _agree(module, lean, x.to(dtype), {}, {n: w.to(dtype) for n, w in weights.items()})
-        for x, dtype in ((rough_TD, torch.float32), (x_TD, _half(module)))
+        for x, dtype in ((rough_TD, torch.float32), (x_TD, _half_dtype(module)))
     )
 
 
@@ -114,15 +116,15 @@ def _agree(
     parameters: dict[str, Tensor],
     layers: dict[str, Tensor],
 ) -> bool:
-    """Whether values and gradients agree with these parameters and layers put in."""
+    """Check that values and gradients agree, with these parameters and layers in the module."""
     try:
-        theirs = _values(module, type(module), x, parameters, layers)
-        ours = _values(module, lean, x, parameters, layers)
-    except _FAULTS:
+        theirs = _outputs_and_gradients(module, type(module), x, parameters, layers)
+        ours = _outputs_and_gradients(module, lean, x, parameters, layers)
+    except _FORWARD_ERRORS:
         return False
     if any(a.dtype != b.dtype or a.shape != b.shape for a, b in zip(theirs, ours, strict=True)):
         return False
-    # By the coarsest dtype, as each tensor went through the others.
+    # The input's dtype is the coarsest of those that the tensors went through.
     tolerance = TOLERANCE[x.dtype]
     return all(
         bool(((a - b).abs() <= tolerance * b.abs().amax(-1, keepdim=True)).all())
@@ -130,14 +132,14 @@ def _agree(
     )
 
 
-def _values(
+def _outputs_and_gradients(
     module: nn.Module,
     cls: type[nn.Module],
     x: Tensor,
     parameters: dict[str, Tensor],
     layers: dict[str, Tensor],
 ) -> list[Tensor]:
-    """Return output, input gradient and parameter gradients of a twin of ``module``."""
+    """Return output, input gradient and parameter gradients of a copy of ``module``."""
     twin = copy.copy(module)
     twin.__class__ = cls
     twin._parameters = {name: nn.Parameter(value.clone()) for name, value in parameters.items()}
@@ -152,7 +154,7 @@ def _values(
         torch.autocast("cpu", enabled=False),
     ):
         x = x.clone().requires_grad_()
-        output = twin.forward(x)  # not the call: hooks are none of the formula
+        output = twin.forward(x)  # not a call, which would run hooks
         grad = _randn(torch.Generator().manual_seed(1), *output.shape).to(output.dtype)
         trained = [x, *(p for p in twin.parameters() if p.requires_grad)]
         return [output.detach(), *torch.autograd.grad(output, trained, grad)]
@@ -163,7 +165,7 @@ def _epsilons(module: nn.Module) -> list[float]:
     return [value for name, value in own if "eps" in name and isinstance(value, float)]
 
 
-def _half(module: nn.Module) -> torch.dtype:
+def _half_dtype(module: nn.Module) -> torch.dtype:
     """Return the module's half-precision dtype; bf16 where it has none."""
     dtypes = {p.dtype for p in module.parameters()} & {torch.float16, torch.bfloat16}
     return dtypes.pop() if dtypes else torch.bfloat16

@@ -34,6 +34,8 @@ from transformers import (
 from alignkit.errors import AlignkitError
 from alignkit.models.fingerprint import base_fingerprint
 from alignkit.models.lean import lean_modules
+from alignkit.models.quantize import Quantization, need_bitsandbytes
+from alignkit.models.quantize import quantize as pack
 from alignkit.utils.bars import without_bars
 from alignkit.utils.finite import refuse_nonfinite_weights
 
@@ -67,7 +69,11 @@ _LOAD_ERRORS = (
 
 
 def load_model(
-    base: str, *, dtype: torch.dtype = torch.float32, random_init: bool = False
+    base: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    random_init: bool = False,
+    quantize: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model in eval mode on the CPU.
 
@@ -78,6 +84,7 @@ def load_model(
             checkpoint, which would quietly train bf16 checkpoints without fp32 weights.
         random_init: Draw fresh weights from torch's global generator (seed it first) instead
             of reading any.
+        quantize: Pack the linear layers, see `alignkit.models.quantize`.
 
     Returns:
         The model, its modules lightened by `lean_modules`.
@@ -86,6 +93,8 @@ def load_model(
         AlignkitError: ``base`` cannot be found or read, lacks weights or some of them, or holds
             NaN or infinity.
     """
+    if quantize is not None:
+        need_bitsandbytes()
     location, options = _locate(base, "base")
     # Reading a local file takes seconds; a download keeps its bars.
     local = Path(base).expanduser().exists()
@@ -110,6 +119,8 @@ def load_model(
                 model, f"base '{base}'", "download or save the model again, or load it in float32"
             )
     lean_modules(model)
+    if quantize is not None:
+        pack(model, quantize)
     model.eval()
     return model  # type: ignore[no-any-return]
 
@@ -171,7 +182,7 @@ def _locate(name: str, argument: str) -> tuple[str, dict[str, Any]]:
 
 
 def embedding_size(model: PreTrainedModel) -> int:
-    """How many token ids a model has embeddings for, adapted or not."""
+    """Return how many token ids a model has embeddings for, with or without adapters."""
     embedding: Any = model.get_input_embeddings()
     return int(getattr(embedding, "num_embeddings", None) or len(embedding.weight))
 

@@ -1,7 +1,7 @@
-"""Proof that a base without dropout is without noise: training mode scores as evaluation does.
+"""Check that a base without dropout draws nothing, and scores in training as in evaluation mode.
 
-Noise is looked for by what it does, not by its name: `alignkit.models.dropout` sets to zero what
-it knows, and here one row is scored again and again.
+`alignkit.models.dropout` finds probabilities by their names and sets them to zero. This check finds
+any other noise by its effect, and scores one row several times.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import adapter_layers
 from alignkit.models.dropout import zeroed
 
-# Nats a token between training and evaluation mode, which may take other kernels.
+# Largest difference in nats a token between training and evaluation mode, whose kernels may differ.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 _HALF_TOLERANCE = 2e-2
 _BELOW_ONE = 1 - 2**-24
-_UNIFORM = ("rand", "rand_like", "uniform", "uniform_")
-_COIN = ("bernoulli", "bernoulli_")
+_UNIFORM_DRAWS = ("rand", "rand_like", "uniform", "uniform_")
+_BERNOULLI_DRAWS = ("bernoulli", "bernoulli_")
 
 
 @contextmanager
 def adapters_quiet(model: nn.Module) -> Iterator[None]:
-    """Switch the dropout of adapters off, and of nothing else, whatever mode the model is in."""
+    """Set the adapters' dropout off for a while, and nothing else, in any mode of the model."""
     layers = [layer for layer in adapter_layers(model).values() if layer.training]
     for layer in layers:
         layer.training = False
@@ -45,43 +45,45 @@ def adapters_quiet(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def refuse_noise(model: PreTrainedModel) -> None:
-    """Show that the base draws nothing in training mode that changes a score.
+    """Refuse a base that draws random numbers in training mode which change a score.
 
     One row is scored in evaluation and twice in training mode, with the dropout of adapters off.
-    A single number that is drawn decides something by a threshold (layer drop): it is 0 the one
-    time and nearly 1 the other, so that no probability is too small to be seen. Many numbers that
-    are drawn at once (jitter, a router that samples) are refused as they are: on another row they
-    may matter.
+    A single number is usually drawn for a comparison with a probability (layer drop). It is
+    replaced by 0 in one run and by nearly 1 in the other, so that any probability shows. Many
+    numbers at once (jitter, a router that samples) are always refused, since they may matter on
+    another row.
 
-    A probability that evaluation reads too is no noise but part of the function (PhiMoE's
-    ``router_jitter_noise``); it gets back what `zero_dropout` took away.
+    A probability that evaluation reads too is part of the function and no noise (PhiMoE's
+    ``router_jitter_noise``). The value that `zero_dropout` replaced is then restored.
 
     Args:
-        model: A base that `zero_dropout` and `alignkit.engine.check_engine` have seen, with or
-            without adapters. It keeps its mode.
+        model: A base after `zero_dropout` and `alignkit.engine.check_engine`, with or without
+            adapters. It keeps its mode.
 
     Raises:
-        AlignkitError: Scores differ; the line names the module that makes the difference.
+        AlignkitError: Scores differ. The line names the module that makes the difference.
     """
     was_training = model.training
     devices = [model.device] if model.device.type == "cuda" else []
     tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
     try:
         with torch.random.fork_rng(devices):
-            _give_back_what_evaluation_reads(model)
-            evaluated = _Run(model, training=False)
-            low, high = (_Run(model, end=end) for end in (0.0, _BELOW_ONE))
+            _restore_read_in_evaluation(model)
+            evaluated = _WatchedScoring(model, training=False)
+            low, high = (_WatchedScoring(model, end=end) for end in (0.0, _BELOW_ONE))
             if low.noisy or not low.near(high, 0.0 if low.drew else tolerance):
-                _refuse(model, "draws random numbers in training mode", end=_BELOW_ONE)
+                _refuse_noisy_module(model, "draws random numbers in training mode", end=_BELOW_ONE)
             if not low.near(evaluated, tolerance):
-                _refuse(model, "computes something else in training mode", training=False)
+                _refuse_noisy_module(
+                    model, "computes something else in training mode", training=False
+                )
     finally:
         model.train(was_training)
 
 
-def _refuse(model: PreTrainedModel, what: str, **other: Any) -> None:
+def _refuse_noisy_module(model: PreTrainedModel, what: str, **other: Any) -> None:
     """Refuse the model, naming the first module that draws, or that differs in another run."""
-    run, other_run = _Run(model, watch=True), _Run(model, watch=True, **other)
+    run, other_run = _WatchedScoring(model, watch=True), _WatchedScoring(model, watch=True, **other)
     parting = (
         mine[0]
         for mine, theirs in zip(run.events, other_run.events, strict=False)
@@ -95,19 +97,22 @@ def _refuse(model: PreTrainedModel, what: str, **other: Any) -> None:
     )
 
 
-def _give_back_what_evaluation_reads(model: PreTrainedModel) -> None:
-    """Restore what changes a score outside of training; a module's own class vouches for its p."""
+def _restore_read_in_evaluation(model: PreTrainedModel) -> None:
+    """Restore the probabilities that change a score in evaluation mode too.
+
+    The ``p`` of torch's own dropout classes is not tried, since evaluation never reads it.
+    """
     suspects = [each for each in zeroed(model) if not isinstance(each.holder, _DropoutNd)]
     if not suspects:
         return
-    quiet = _Run(model, training=False)
+    quiet = _WatchedScoring(model, training=False)
 
     def changes(names: Sequence[str]) -> bool:
-        # Half, not its own value: what is read shows by more than rounding.
+        # A value of 0.5 changes scores by more than rounding where it is read.
         chosen = [each for each in suspects if each.name in names]
         for each in chosen:
             each.set(0.5)
-        loud = _Run(model, training=False)
+        loud = _WatchedScoring(model, training=False)
         for each in chosen:
             each.set(0.0)
         return not quiet.near(loud, 0.0)
@@ -122,21 +127,21 @@ def _give_back_what_evaluation_reads(model: PreTrainedModel) -> None:
     zeroed(model)[:] = [e for e in zeroed(model) if e not in suspects or e.name not in read]
 
 
-class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """One scoring of one row of two examples, watched.
+class _WatchedScoring(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Score one row of two examples once, and record the random numbers that are drawn.
 
     Args:
-        model: What scores.
-        training: Its mode; adapters are always in evaluation.
-        end: What every single uniform number that is drawn becomes.
+        model: The model that scores.
+        training: Its mode; adapters are always in evaluation mode.
+        end: Replaces every uniform number that is drawn alone.
         watch: Whether to keep ``events``.
 
     Attributes:
         logps_N: The scores.
         drew: Whether any random number was drawn.
-        noisy: The module that drew many different ones at once, or nothing.
-        events: In order, what every module received and returned: the module whose code made the
-            tensors, and a digest of them.
+        noisy: The module that drew many different ones at once, or an empty string.
+        events: What every module received and returned, in order: the name of the module whose
+            code made the tensors, and a digest of them.
     """
 
     def __init__(
@@ -160,8 +165,8 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with self._watching(model if watch else None), adapters_quiet(model), self:
             self.logps_N = score(model, batch.to(model.device))
 
-    def near(self, other: _Run, tolerance: float) -> bool:
-        """Tell whether no score differs by more; NaN differs from everything."""
+    def near(self, other: _WatchedScoring, tolerance: float) -> bool:
+        """Tell whether no score differs by more than the tolerance; NaN always does."""
         return bool((self.logps_N - other.logps_N).abs().max() <= tolerance)
 
     def __torch_dispatch__(
@@ -171,7 +176,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run an operator; where it drew random numbers, say so, and replace a single one."""
+        """Run an operator, record whether it drew random numbers, and replace one drawn alone."""
         if torch.Tag.nondeterministic_seeded not in function.tags:
             return function(*args, **(kwargs or {}))
         before = _random_state(args)
@@ -182,9 +187,9 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = function.overloadpacket.__name__
         if not isinstance(result, Tensor) or not (result == result.flatten()[0]).all():
             self.noisy = self.noisy or self._inside[-1]
-        elif result.numel() == 1 and name in _UNIFORM:
+        elif result.numel() == 1 and name in _UNIFORM_DRAWS:
             result.fill_(self._end)
-        elif result.numel() == 1 and name in _COIN:
+        elif result.numel() == 1 and name in _BERNOULLI_DRAWS:
             result.fill_(round(self._end))
         return result
 
@@ -194,7 +199,7 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def watch(module: nn.Module, name: str) -> None:
             def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-                # What comes in was made by the module around it.
+                # The module around this one made the input.
                 self.events.append((self._inside[-1], _digest((args, kwargs))))
                 self._inside.append(f"{type(module).__name__} ({name})")
 

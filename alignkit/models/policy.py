@@ -1,4 +1,4 @@
-"""The model that a stage trains: a base with adapters, or the whole base."""
+"""Build the model that a stage trains: a base with adapters, or the whole base."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from alignkit.lora import LoRAConfig, inject_lora
 from alignkit.models.dropout import zero_dropout
 from alignkit.models.fingerprint import BaseIdentity, base_identity
 from alignkit.models.load import load_model
+from alignkit.models.quantize import Quantization
 from alignkit.models.start import Choice, Start
 
 
@@ -23,25 +24,29 @@ def build_policy(
     dtype: Literal["float32", "bfloat16"],
     random_init: bool,
     dropout: bool,
+    quantize: Quantization | None = None,
 ) -> tuple[PreTrainedModel, BaseIdentity, LoRAConfig | None]:
-    """Load a base, make what is to be trained of it trainable, and start from given weights.
+    """Load a base, make the parameters to be trained trainable, and copy given weights.
 
     Args:
-        base: As in `AlignmentModule`, and so the others that are not described here.
-        choice: What adapter to train.
+        base: Where the base lies, as in `AlignmentModule`.
+        choice: The adapter to train.
         start: The weights to start from.
         dtype: Of the base.
-        random_init: Draw its weights.
-        dropout: Keep its dropout.
+        random_init: Draw the base's weights at random.
+        dropout: Keep the base's own dropout.
+        quantize: Pack the base's linear layers.
 
     Returns:
-        The model, the identity of its base as loaded, and the adapter it got.
+        The model, the identity of its base as loaded, and the adapter that was injected.
 
     Raises:
         AlignkitError: The base cannot be loaded, adapters or start do not fit it, or the whole
             model is to be trained in bfloat16.
     """
-    model = load_model(base, dtype=getattr(torch, dtype), random_init=random_init)
+    model = load_model(
+        base, dtype=getattr(torch, dtype), random_init=random_init, quantize=quantize
+    )
     identity = base_identity(model)
     if not dropout:
         zero_dropout(model)
@@ -51,6 +56,11 @@ def build_policy(
         lora = LoRAConfig() if choice == "auto" else choice
     if lora is not None:
         inject_lora(model, lora)
+    elif quantize is not None:
+        raise AlignkitError(
+            "model.quantize: packed weights do not train (model.lora: null); train an adapter, or "
+            "leave model.quantize out"
+        )
     elif dtype != "float32":
         raise AlignkitError(
             "model.dtype: full fine-tuning (model.lora: null) keeps master weights, which "

@@ -1,7 +1,7 @@
-"""What a checkpoint's weights belong to, and the refusal to put them anywhere else.
+"""Record in checkpoints what their weights belong to, and refuse to load them for others.
 
 The stamp names the module's class, the base by its weights and its config, what the adapter's
-tensors mean and, for DPO, the reference. Names and shapes alone say none of it.
+tensors mean and, for DPO, the reference. Names and shapes of tensors do not say any of this.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from alignkit.errors import AlignkitError
 from alignkit.lora.identity import Identity, active_identity, difference
 from alignkit.lora.peft_files import read_adapter
-from alignkit.models.fingerprint import BaseIdentity
+from alignkit.models.fingerprint import QUANTIZE, BaseIdentity
 from alignkit.models.settings import settings_difference
 from alignkit.utils.finite import first_nonfinite, nested_tensors
 
 STAMP = "alignkit"
 VERSION = 2
-"""1 named the base without its config, and the adapter not at all."""
-_KEYS = {"module", "base", "base_fingerprint", "base_settings", "adapter"}
-# What callbacks watch may well be infinite: the best loss before there was one.
+"""Version 1 named the base without its config, and did not name the adapter."""
+_STAMP_KEYS = {"module", "base", "base_fingerprint", "base_settings", "adapter"}
+# Values of callbacks may be infinite, such as the best loss before there was one.
 _MAY_BE_INFINITE = ("callbacks", "loops", "lr_schedulers")
 
 
@@ -35,8 +35,8 @@ def make_stamp(
     Args:
         module: The module's class.
         base: Where the base lies.
-        identity: The base's, as loaded.
-        model: The policy; what its adapter's tensors mean goes into the stamp.
+        identity: The identity of the base, as loaded.
+        model: The policy. The stamp says what its adapter's tensors mean.
     """
     return {
         "version": VERSION,
@@ -56,12 +56,12 @@ def check_content(checkpoint: Mapping[str, Any], where: str) -> None:
         where: Names it in messages.
 
     Raises:
-        AlignkitError: See above; a tensor is named.
+        AlignkitError: It is one of these. The message names the tensor that is not finite.
     """
     if STAMP not in checkpoint:
         raise AlignkitError(f"{where}: was not written by alignkit; give one of its checkpoints")
     version = checkpoint[STAMP].get("version")
-    if version != VERSION or not checkpoint[STAMP].keys() >= _KEYS:
+    if version != VERSION or not checkpoint[STAMP].keys() >= _STAMP_KEYS:
         age = "a later" if isinstance(version, int) and version > VERSION else "an earlier"
         raise AlignkitError(
             f"{where}: was written by {age} alignkit, whose checkpoints say otherwise what their "
@@ -83,7 +83,7 @@ def check_stamp(own: Mapping[str, Any], base: BaseIdentity, given: Mapping[str, 
         given: The checkpoint's stamp.
 
     Raises:
-        AlignkitError: They differ; the message says what to pass instead.
+        AlignkitError: They differ. The message says what to pass instead.
     """
     if given["module"] != own["module"]:
         theirs, ours = (stamp["module"].rpartition(".")[2] for stamp in (given, own))
@@ -103,13 +103,13 @@ def check_stamp(own: Mapping[str, Any], base: BaseIdentity, given: Mapping[str, 
 def check_base(
     own: BaseIdentity, stamp: Mapping[str, Any], where: str, *, weights: bool = True
 ) -> None:
-    """Refuse another base than a stamp names, be it by its weights or by its config.
+    """Refuse a base whose weights or config are not those that a stamp names.
 
     Args:
         own: The base at hand.
-        stamp: Of the checkpoint.
+        stamp: The checkpoint's stamp.
         where: Names the checkpoint in messages.
-        weights: Whether the base's weights count, or lie in the checkpoint.
+        weights: Whether to compare weights; ``False`` where the checkpoint holds them itself.
 
     Raises:
         AlignkitError: They differ.
@@ -117,6 +117,12 @@ def check_base(
     differs = settings_difference(stamp["base_settings"], own.settings, own.defaults)
     if differs is None and weights and stamp["base_fingerprint"] != own.fingerprint:
         differs = "weights differ, which random_init draws by seed_everything"
+    packed = stamp["base_settings"].get(QUANTIZE)
+    if packed != own.settings.get(QUANTIZE):
+        raise AlignkitError(
+            f"{where}: was trained with model.quantize {packed or 'null'}, this base has "
+            f"{own.settings.get(QUANTIZE, 'null')}; pass --model.quantize {packed or 'null'}"
+        )
     if differs is not None:
         raise AlignkitError(
             f"{where}: belongs to another base model (trained on {stamp['base']!r}; {differs}); "
@@ -140,10 +146,10 @@ def check_adapter_base(own: BaseIdentity, path: Path, where: str) -> None:
 
 
 def check_adapter(own: Identity | None, stamp: Mapping[str, Any], where: str) -> None:
-    """Refuse another adapter than a stamp describes, be it by its scale or its start alone.
+    """Refuse another adapter than a stamp describes, also where only its scale or start differs.
 
     Raises:
-        AlignkitError: They differ; both values are named.
+        AlignkitError: They differ. The message names both values.
     """
     differs = difference(stamp["adapter"], own)
     if differs is not None:

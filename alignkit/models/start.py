@@ -1,7 +1,7 @@
-"""The weights a stage starts from: a checkpoint of any stage, or an adapter in PEFT's format.
+"""Start a stage from given weights: a checkpoint of any stage, or an adapter in PEFT's format.
 
-Either says by itself what adapter it holds, so ``model.lora`` need not repeat it. Where it does
-say something, that is compared: equal names and shapes under another scale are another model.
+Both say what adapter they hold, so that ``model.lora`` need not repeat it. Where ``model.lora`` is
+given, it must agree: tensors of equal names and shapes under another scale are another model.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from alignkit.models.stamp import STAMP, check_adapter_base, check_base
 from alignkit.models.text_format import TextFormat, format_in, read_format
 
 Choice = LoRAConfig | Literal["auto"] | None
-"""What ``model.lora`` may be: ``auto`` takes what the start has, or `LoRAConfig`'s defaults."""
+"""A value of ``model.lora``; ``auto`` takes the start's adapter, or `LoRAConfig`'s defaults."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Start(ABC):
-    """Weights to start from.
+    """Provide the weights to start from.
 
     Attributes:
-        where: Names them in messages.
+        where: Names the weights in messages.
     """
 
     def __init__(self, place: str) -> None:
         self.where = f"init_from {place}"
 
     def lora(self, model: PreTrainedModel, base: BaseIdentity, choice: Choice) -> LoRAConfig | None:
-        """Return the adapter to put into a base, so that `fill` finds what it holds.
+        """Return the adapter to inject into a base, which `fill` then fills.
 
         Args:
-            model: The base, nothing injected yet.
+            model: The base, without adapters yet.
             base: The base's identity.
-            choice: What was asked for.
+            choice: The adapter that was asked for.
 
         Raises:
-            AlignkitError: It belongs to another base, or another adapter was asked for.
+            AlignkitError: The weights belong to another base, or another adapter was asked for.
         """
         self.check_base(base)
         own = self.own(model)
@@ -69,57 +69,57 @@ class Start(ABC):
 
     @abstractmethod
     def own(self, model: PreTrainedModel) -> LoRAConfig | None:
-        """Return the config of the adapter it holds, ``None`` for a whole model."""
+        """Return the config of the adapter that the weights are; ``None`` for a whole model."""
 
     @abstractmethod
     def identity(self, model: PreTrainedModel) -> Identity | None:
-        """Return what its tensors mean, see `alignkit.lora.identity`."""
+        """Return what the weights mean, see `alignkit.lora.identity`."""
 
     @abstractmethod
     def check_base(self, base: BaseIdentity) -> None:
-        """Refuse another base than it was trained on, where it says which."""
+        """Refuse another base than the weights were trained on, where that is recorded."""
 
     @abstractmethod
     def text_format(self) -> TextFormat | None:
-        """Return how the text was put that it was trained on, where it says so."""
+        """Return the text format that the weights were trained with, where that is recorded."""
 
     @abstractmethod
     def fill(self, model: PreTrainedModel) -> None:
-        """Copy its tensors into a model built as `lora` says."""
+        """Load the weights into a model that has the adapter that `lora` returns."""
 
 
 class CheckpointStart(Start):
-    """A ``.ckpt`` of any stage."""
+    """Provide the weights of a ``.ckpt`` file of any stage."""
 
     def __init__(self, place: str) -> None:
         super().__init__(place)
         self.checkpoint: Mapping[str, Any] = ckpt.read_checkpoint(place)
 
     def own(self, model: PreTrainedModel) -> LoRAConfig | None:
-        """Return what its hyper-parameters say."""
+        """Return the config that the checkpoint's hyper-parameters hold."""
         settings = self.checkpoint["hyper_parameters"]["lora"]
         return None if settings is None else LoRAConfig.from_dict(settings)
 
     def identity(self, model: PreTrainedModel) -> Identity | None:
-        """Return what its stamp says."""
+        """Return the adapter's identity from the checkpoint's stamp."""
         meant: Identity | None = self.checkpoint[STAMP]["adapter"]
         return meant
 
     def check_base(self, base: BaseIdentity) -> None:
-        """Hold the base against the stamp."""
+        """Compare the base with the checkpoint's stamp."""
         check_base(base, self.checkpoint[STAMP], self.where)
 
     def text_format(self) -> TextFormat | None:
-        """Return what the checkpoint keeps."""
+        """Return the text format that the checkpoint keeps."""
         return format_in(self.checkpoint, self.where)
 
     def fill(self, model: PreTrainedModel) -> None:
-        """Copy the policy's tensors."""
+        """Load the policy's tensors."""
         ckpt.load_trainable(model, ckpt.model_state(self.checkpoint), self.where)
 
 
 class AdapterStart(Start):
-    """An adapter in PEFT's directory format, or the one file that ``export`` writes."""
+    """Provide an adapter in PEFT's directory format, or in the one file that ``export`` writes."""
 
     def __init__(self, place: str, path: Path) -> None:
         super().__init__(place)
@@ -127,23 +127,23 @@ class AdapterStart(Start):
 
     def own(self, model: PreTrainedModel) -> LoRAConfig:
         """Return PEFT's settings as ours."""
-        # Whoever trained it chose to untie, where it touches tied embeddings.
+        # An adapter on tied embeddings was trained with them untied.
         return adapter_config(model, self.path, untie=True)
 
     def identity(self, model: PreTrainedModel) -> Identity:
-        """Return what PEFT's settings mean on the model."""
+        """Return the adapter's identity, as PEFT's settings give it on the model."""
         return identity(model, self.own(model))
 
     def check_base(self, base: BaseIdentity) -> None:
-        """Hold the base against the file's header, where alignkit wrote it."""
+        """Compare the base with the file's header, where alignkit wrote it."""
         check_adapter_base(base, self.path, self.where)
 
     def text_format(self) -> TextFormat | None:
-        """Return what lies beside the adapter, if anything."""
+        """Return the text format that lies beside the adapter, if any."""
         return read_format(self.path if self.path.is_dir() else self.path.parent)
 
     def fill(self, model: PreTrainedModel) -> None:
-        """Copy the adapter's tensors."""
+        """Load the adapter's tensors."""
         load_adapter(model, self.path, untie=True)
 
 

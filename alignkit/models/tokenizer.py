@@ -1,4 +1,4 @@
-"""Facts about a tokenizer: its special tokens, its size, what it adds to a text."""
+"""Read off a tokenizer its special tokens, its size and the tokens that it adds to a text."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.errors import AlignkitError
 
-_PROBES = ("a", "1", ".", "\u4e00", " ")
+_SAMPLE_TEXTS = ("a", "1", ".", "\u4e00", " ")
 
 
 def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids that a fast tokenizer puts before and after a text of its own accord.
 
     Raises:
-        AlignkitError: It has no token for a text to be put between them.
+        AlignkitError: It has no token for any of the sample texts.
     """
     backend: Any = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    for probe in _PROBES:
+    for probe in _SAMPLE_TEXTS:
         encoding = backend.encode(probe, add_special_tokens=True)
         text = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
         if text:
             return tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :])
     name = tokenizer.name_or_path or type(tokenizer).__name__
-    raise AlignkitError(f"tokenizer {name}: it has no token for any of {', '.join(_PROBES)}")
+    raise AlignkitError(f"tokenizer {name}: it has no token for any of {', '.join(_SAMPLE_TEXTS)}")
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokenizer's special tokens and their ids."""
+    """Return the tokenizer's special tokens and their ids."""
     added = {
         str(token): index
         for index, token in tokenizer.added_tokens_decoder.items()
@@ -41,12 +41,12 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The special tokens that may end an answer: EOS, and all without another role."""
+    """Return the special tokens that may end an answer: EOS, and all without another role."""
     others = ("bos_token", "unk_token", "pad_token", "mask_token", "cls_token")
     roles = {str(getattr(tokenizer, name, None)) for name in others} - {str(tokenizer.eos_token)}
     return tuple(token for token in special_tokens(tokenizer) if token not in roles)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One above the largest id that a tokenizer may give."""
+    """Return one above the largest id that a tokenizer may give."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -1,4 +1,4 @@
-"""The stages as LightningModules: engine, adapters and objectives joined."""
+"""Provide the three training stages as LightningModules."""
 
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.dpo import DPOModule

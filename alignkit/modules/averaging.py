@@ -1,8 +1,8 @@
-"""Averages of the weights (SWA, EMA) over what trains, and over nothing else.
+"""Restrict Lightning's weight averages (SWA, EMA) to the parameters that train.
 
-Lightning's callbacks average every parameter and buffer of a deep copy. Of frozen ones the average
-is the parameter itself, up to rounding: ``decay · w + (1 - decay) · w`` drifts, and the drifted
-base would be validated, put in the place of the real one, and held in memory twice.
+Lightning's callbacks average every parameter and buffer of a deep copy. The average of a frozen
+parameter differs from it by rounding, as ``decay · w + (1 - decay) · w`` drifts. The drifted base
+would be validated, written over the real one, and held in memory twice.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 AVERAGED = "averaged"
-"""Attribute of a module, and key of a checkpoint, whose weights an average has replaced."""
+"""Attribute of a module and key of a checkpoint whose weights were replaced by an average."""
 
 _Average = Callable[[Tensor, Tensor, Any], Tensor]
 _AverageAll = Callable[[list[Tensor], list[Tensor], Any], None]
 
 
-def average_what_trains(callback: Callback, module: LightningModule) -> None:
-    """Confine an averaging callback, once it has made its copy of a module; others are left alone.
+def average_trained_only(callback: Callback, module: LightningModule) -> None:
+    """Restrict an averaging callback to the parameters that train; ignore any other callback.
 
     Args:
-        callback: Whose ``setup`` has run.
-        module: The module that trains, still where it was when it was copied.
+        callback: A callback whose ``setup`` has run, so that it has made its copy of the module.
+        module: The module that trains, on the device on which it was copied.
     """
     if isinstance(callback, WeightAveraging):
         average = callback._average_model
@@ -38,19 +38,19 @@ def average_what_trains(callback: Callback, module: LightningModule) -> None:
     elif isinstance(callback, StochasticWeightAveraging):
         copied = callback._average_model
         if copied is not None:
-            # Storage alone: the callback may move its copy to another device than the module's.
+            # Share only the storage: the callback may move its copy to another device.
             for mine, theirs in zip(copied.parameters(), module.parameters(), strict=True):
                 if not theirs.requires_grad:
                     mine.data = theirs.data
         kind = type(callback)
-        callback.update_parameters = partial(_update, kind)  # type: ignore[method-assign]
-        callback.transfer_weights = partial(_transfer, kind)  # type: ignore[method-assign]
+        callback.update_parameters = partial(_update_trained, kind)  # type: ignore[method-assign]
+        callback.transfer_weights = partial(_transfer_trained, kind)  # type: ignore[method-assign]
 
 
 def resume_average(callback: Callback, trainer: Trainer, module: LightningModule) -> None:
-    """Let SWA go on where a checkpoint was written, at the rates that were restored.
+    """Start SWA in a resumed run, at the learning rates that were restored.
 
-    Its schedule sets rates of its own when it is made, before it is restored.
+    SWA's schedule sets learning rates of its own when it is made, before it is restored.
     """
     if isinstance(callback, StochasticWeightAveraging):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -61,10 +61,10 @@ def resume_average(callback: Callback, trainer: Trainer, module: LightningModule
                 group["lr"] = rate
 
 
-def follow_device(callback: Callback, module: LightningModule) -> None:
-    """Move an average to the module's device, where the callback was given none of its own.
+def move_average_to_device(callback: Callback, module: LightningModule) -> None:
+    """Move an average to the module's device, unless the callback was given a device.
 
-    It makes its copy before the module is moved, and would average on the CPU.
+    The callback makes its copy before the module is moved, and would average on the CPU.
     """
     if isinstance(callback, WeightAveraging) and callback._device is None:
         average = callback._average_model
@@ -73,7 +73,7 @@ def follow_device(callback: Callback, module: LightningModule) -> None:
 
 
 def _share_frozen(copied: nn.Module, original: nn.Module) -> None:
-    """Put the very parameters that are frozen in a module into its copy, wherever it moves."""
+    """Register the frozen parameters of a module in its copy, so that both hold one tensor."""
     for path, owner in original.named_modules():
         twin = copied.get_submodule(path)
         for name, parameter in owner.named_parameters(recurse=False):
@@ -90,23 +90,23 @@ def _skip_shared(average: AveragedModel) -> None:
 
 
 def _average_unshared(average: _Average, mine: Tensor, theirs: Tensor, count: Any) -> Tensor:
-    return mine if _shared(mine, theirs) else average(mine, theirs, count)
+    return mine if _share_storage(mine, theirs) else average(mine, theirs, count)
 
 
 def _average_all_unshared(
     average: _AverageAll, mine: list[Tensor], theirs: list[Tensor], count: Any
 ) -> None:
-    pairs = [pair for pair in zip(mine, theirs, strict=True) if not _shared(*pair)]
+    pairs = [pair for pair in zip(mine, theirs, strict=True) if not _share_storage(*pair)]
     if pairs:
         average([pair[0] for pair in pairs], [pair[1] for pair in pairs], count)
 
 
-def _shared(mine: Tensor, theirs: Tensor) -> bool:
+def _share_storage(mine: Tensor, theirs: Tensor) -> bool:
     return mine.data_ptr() == theirs.data_ptr() and mine.device == theirs.device
 
 
-class _Trained:
-    """A module of which only the parameters that train are seen."""
+class _TrainedParameters:
+    """Stand for a module, with only the parameters that train."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -115,12 +115,12 @@ class _Trained:
         return (p for p in self._module.parameters() if p.requires_grad)
 
 
-def _update(
+def _update_trained(
     kind: type[Any], average: nn.Module, module: nn.Module, count: Tensor, avg_fn: _Average
 ) -> None:
-    kind.update_parameters(_Trained(average), _Trained(module), count, avg_fn)
+    kind.update_parameters(_TrainedParameters(average), _TrainedParameters(module), count, avg_fn)
 
 
-def _transfer(kind: type[Any], average: nn.Module, module: nn.Module) -> None:
-    kind.transfer_weights(_Trained(average), _Trained(module))
+def _transfer_trained(kind: type[Any], average: nn.Module, module: nn.Module) -> None:
+    kind.transfer_weights(_TrainedParameters(average), _TrainedParameters(module))
     module.__dict__[AVERAGED] = True

@@ -1,4 +1,4 @@
-"""What the three stages share: model, adapter, optimizer, exact steps, small checkpoints."""
+"""Build the model, the optimizer and the checkpoints that all three stages share."""
 
 from __future__ import annotations
 
@@ -21,58 +21,61 @@ from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.noise import refuse_noise
 from alignkit.models.policy import build_policy
+from alignkit.models.quantize import Quantization
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
 from alignkit.models.text_format import KEY as TEXT
 from alignkit.models.text_format import TextFormat
 from alignkit.modules.checkpoint_io import seal_checkpoints
-from alignkit.modules.hosted import Hosted
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
 from alignkit.modules.optimize import check_rates, make_optimizer, make_schedule, total_steps
 from alignkit.modules.resume import KEY as SETTINGS
-from alignkit.modules.resume import merge, settings
+from alignkit.modules.resume import apply_settings, run_settings
 from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
 from alignkit.modules.text import format_of_checkpoint, format_of_run
+from alignkit.modules.trainer_support import TrainerSupport
 
 log = logging.getLogger(__name__)
 
 
-class AlignmentModule(Hosted):
-    """A causal language model under training; a subclass says what its loss is.
+class AlignmentModule(TrainerSupport):
+    """Train a causal language model with the loss that a subclass defines.
 
-    Overriding `compute_loss` makes a new objective. It returns sums, and the optimised loss is
-    exactly ``Σ loss_sum / Σ weight`` over every micro-batch of the accumulation window and every
-    rank, whatever their token counts.
+    A subclass overrides `compute_loss`, which returns sums. The optimised loss is exactly
+    ``Σ loss_sum / Σ weight`` over every micro-batch of the accumulation window and every rank,
+    whatever their token counts.
 
     Args:
         base: Pretrained model: a Hub id, a local directory or a ``.gguf`` file.
-        tokenizer: Where its tokenizer lies, if not with the base; data modules follow it.
+        tokenizer: Where its tokenizer lies, if not with the base; data modules use it too.
         lora: Low-rank adapters to train over the frozen base; ``null`` trains the whole model,
             ``auto`` what ``init_from`` holds, or `LoRAConfig`'s defaults without one.
         init_from: Start from these weights: a checkpoint of any stage, the folder of a run (for
-            its newest one), or an adapter in PEFT's format, its directory or its Hub id. Whatever
-            ``lora`` then says must agree with it. To resume a run of this stage use ``ckpt_path``
-            instead.
-        dtype: Of the base's weights. With LoRA ``bfloat16`` halves their memory; adapters and,
-            without LoRA, the whole model want ``float32``.
+            its newest one), or an adapter in PEFT's format, its directory or its Hub id. A
+            ``lora`` that is given must agree with it. To resume a run of this stage use
+            ``ckpt_path`` instead.
+        dtype: Dtype of the base's weights. With LoRA ``bfloat16`` halves their memory. Adapters
+            are always fp32; without LoRA the whole model trains, which needs ``float32``.
+        quantize: Keep the frozen linear layers of the base in 4 bits (``nf4``, with double
+            quantization) or 8 (``int8``), for adapters over them; needs ``alignkit[quant]``.
         random_init: Draw the base's weights at random from its config, reading none.
-        optimizer: From parameters to an optimizer; only trainable parameters are handed over.
+        optimizer: A function from the trainable parameters to an optimizer.
         schedule: Shape of the learning rate after warm-up, a name of transformers'
-            ``get_scheduler``; it moves every optimizer step.
+            ``get_scheduler``; it advances every optimizer step.
         lora_plus_ratio: Learning rate of every B over that of A (LoRA+, arXiv:2402.12354).
         warmup_steps: Optimizer steps of linear warm-up; below 1, a fraction of all steps.
-        dropout: Keep the base model's own dropout (GPT-2's 0.1). Off by default: a preference
-            loss compares two models, and noise in one of them is no preference.
-        activation_checkpointing: Recompute each block's activations in the backward pass: less
-            memory, about a third more time.
+        dropout: Keep the base model's own dropout (GPT-2's 0.1). Off by default, because a
+            preference loss compares two models and dropout adds noise to one of them.
+        activation_checkpointing: Recompute each block's activations in the backward pass, which
+            takes less memory and about a third more time.
         compile: `torch.compile` every block, which makes the first steps slow. Rows are padded to
             multiples of 64 tokens.
-        packing: Many sequences share a forward, as one packed row. A model that cannot be scored
-            so (recurrent layers, some alibi) goes one sequence a forward with ``auto``, which one
-            line of the log announces; with ``require`` it is refused.
+        packing: Many sequences share a forward pass, as one packed row. A model that cannot be
+            scored so (recurrent layers, some alibi) runs one sequence at a time with ``auto``,
+            after a line in the log, and is refused with ``require``.
         on_nonfinite: What to do before a step whose loss or gradient is NaN or infinite: ``stop``
-            the run, or ``skip`` the step and count it. The schedule moves on over a skipped step.
+            the run, or ``skip`` the step and count it. The schedule advances over a skipped step.
 
     Raises:
         AlignkitError: The base cannot be loaded or scored, or ``init_from`` does not fit it.
@@ -87,7 +90,7 @@ class AlignmentModule(Hosted):
     lora_plus_ratio: float
     model: PreTrainedModel
     text_format: TextFormat | None = None
-    """How the model's text became tokens, as far as its data or its checkpoint tells."""
+    """How text became tokens in training, if the data module or a checkpoint says so."""
     _settings: dict[str, Any] | None = None
     _resumed: dict[str, Any] | None = None
 
@@ -98,6 +101,7 @@ class AlignmentModule(Hosted):
         lora: LoRAConfig | Literal["auto"] | None = "auto",
         init_from: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
+        quantize: Quantization | None = None,
         random_init: bool = False,
         optimizer: OptimizerCallable = lambda params: AdamW(
             params, lr=2e-4, weight_decay=0.0, fused=True
@@ -127,7 +131,13 @@ class AlignmentModule(Hosted):
         # A checkpoint's hyper-parameters hold the config as plain values.
         choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
         self.model, self.base_identity, self.lora = build_policy(
-            base, choice, start, dtype=dtype, random_init=random_init, dropout=dropout
+            base,
+            choice,
+            start,
+            dtype=dtype,
+            random_init=random_init,
+            dropout=dropout,
+            quantize=quantize,
         )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
         if activation_checkpointing:
@@ -145,9 +155,9 @@ class AlignmentModule(Hosted):
     # Start ----------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Begin a run: have checkpoints written whole, read none that is damaged.
+        """Set up a run: how its checkpoints are written and read, and its text format.
 
-        Its optimizer is still to be made.
+        Lightning makes the optimizer later.
         """
         super().setup(stage)
         seal_checkpoints(self.trainer)
@@ -155,26 +165,28 @@ class AlignmentModule(Hosted):
         self._settings = None
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
-        """Refuse ids that the model does not know, while they are still on the CPU."""
+        """Refuse token ids beyond the model's embedding, while they are still on the CPU."""
         refuse_unknown_ids(self.model, batch.input_ids)
         return batch
 
     def on_fit_start(self) -> None:
-        """Put the policy in training mode: transformers models load in eval, fit leaves them so.
+        """Put the policy into training mode, since transformers loads models in eval mode.
 
         Lightning restores optimizer and schedule next.
         """
         super().on_fit_start()
         self.model.train()
         if self._resumed is not None and self._settings is not None:
-            merge(self._resumed, self.trainer, self._settings, self.hparams)
+            apply_settings(self._resumed, self.trainer, self._settings, self.hparams)
         self._resumed = None
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.model.parameters())
+        lightened = getattr(self.model, "lightened", "no norms or MLPs lightened")
         if self.trainer.is_global_zero:
             log.info(
-                "%s: training %s of %s parameters (%.2f%%)",
+                "%s: training %s of %s parameters (%.2f%%); %s",
                 type(self).__name__, f"{trainable:,}", f"{total:,}", 100 * trainable / total,
+                lightened,
             )  # fmt: skip
 
     # Optimizer ------------------------------------------------------------------------------
@@ -184,13 +196,13 @@ class AlignmentModule(Hosted):
         optimizer = make_optimizer(self.model, self.optimizer, self.lora_plus_ratio)
         total = total_steps(self.trainer)
         schedule = make_schedule(optimizer, self.schedule, self.warmup_steps, total)
-        self._settings = settings(self, optimizer)
+        self._settings = run_settings(self, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Checkpoints ----------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Bring along what saves and stops when a signal asks for it; take a folder for the run."""
+        """Return the callback that handles signals, and reserve the run's folder."""
         super().configure_callbacks()
         claim_run_folder(self.trainer)
         there = any(isinstance(c, Signals) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -198,14 +210,14 @@ class AlignmentModule(Hosted):
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Rebuild a module from an intact checkpoint, or from the newest in a run's folder."""
+        """Rebuild a module from a checkpoint, or from the newest intact one in a run's folder."""
         return super().load_from_checkpoint(verified(checkpoint_path), *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stamp the checkpoint with what it belongs to, and make it one of the last step.
+        """Add the stamp, the text format and the settings, and the last step's position.
 
         Raises:
-            AlignkitError: Something in it is not finite.
+            AlignkitError: A parameter or an optimizer state is not finite.
         """
         refuse_nonfinite(checkpoint, self.global_step)
         checkpoint[STAMP] = self.checkpoint_stamp()
@@ -221,25 +233,25 @@ class AlignmentModule(Hosted):
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         super().on_load_checkpoint(checkpoint)
-        # Tuners restore what they began with; only a run without an optimizer yet resumes.
+        # Tuners restore their initial state when the optimizer exists; a resumed run has none yet.
         self._resumed = checkpoint if self._settings is None else None
 
     def on_train_start(self) -> None:
-        """Log what the data lost."""
+        """Log the share of rows that the data module truncated."""
         super().on_train_start()
         truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
-        if truncated is not None:  # a fact about the run: no mean over ranks or steps
+        if truncated is not None:  # constant over the run, so no mean over ranks or steps
             for logger in self.loggers:
                 logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
 
     def checkpoint_stamp(self) -> dict[str, Any]:
-        """Return what a checkpoint must share with the module that resumes from it."""
+        """Return the identity that a checkpoint and the module that resumes it must share."""
         return make_stamp(type(self), self.base, self.base_identity, self.model)
 
     # Inside ---------------------------------------------------------------------------------
 
     def _save_plain_hyperparameters(self) -> None:
-        """Keep hyper-parameters that load without unpickling: plain values, no callables."""
+        """Save the hyper-parameters as plain values, which load without unpickling."""
         self.save_hyperparameters(ignore=["optimizer"])
         for name, value in dict(self.hparams).items():
             self._keep_hyperparameter(name, value)
@@ -247,5 +259,5 @@ class AlignmentModule(Hosted):
     def _keep_hyperparameter(self, name: str, value: Any) -> None:
         kept: MutableMapping[str, Any]
         for kept in (self.hparams, self._hparams_initial):  # type: ignore[assignment]
-            # Adapters and losses as plain values.
+            # Adapter configurations and losses are kept as plain values.
             kept[name] = value.to_dict() if hasattr(value, "to_dict") else value

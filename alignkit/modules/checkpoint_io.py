@@ -1,4 +1,4 @@
-"""How Lightning's trainer writes and reads checkpoint files, for any trainer our modules meet."""
+"""Write and read checkpoint files for Lightning's trainer, whole and verified."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from alignkit.models.find import load_checkpoint
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """Writes sealed archives in one step, and reads none that is damaged.
+    """Write checkpoints as sealed archives in one step, and refuse damaged ones on reading.
 
-    Lightning's own fills a file in the temporary folder and moves it, which copies where that is
-    another file system: a kill or a full disk then leaves half a file under the final name. To
-    URLs it still writes by itself.
+    Lightning's own plugin fills a file in the temporary folder and moves it. On another file system
+    that is a copy, and a killed process or a full disk leaves half a file under the final name.
+    Lightning still writes to URLs.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a checkpoint; as `CheckpointIO.save_checkpoint`.
+        """Write a checkpoint; see `CheckpointIO.save_checkpoint`.
 
         Raises:
             AlignkitError: The file cannot be written.
@@ -47,9 +47,9 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
 
 def seal_checkpoints(trainer: Trainer) -> None:
-    """Have a trainer read and write through `SealedCheckpointIO`, unless it has a way of its own.
+    """Let a trainer read and write through `SealedCheckpointIO`, unless it was given a plugin.
 
-    A plugin that wraps another one, as ``AsyncCheckpointIO`` does, keeps its place around it.
+    A plugin that wraps another one, such as ``AsyncCheckpointIO``, then wraps ours.
     """
     strategy = trainer.strategy
     io: CheckpointIO | None = strategy.checkpoint_io

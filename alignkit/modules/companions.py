@@ -1,4 +1,4 @@
-"""Lightning's callbacks beside our modules: what some need to be right, and which are refused."""
+"""Adapt Lightning's callbacks to our modules, and refuse those that cannot work with them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from lightning.pytorch.callbacks import (
 )
 
 from alignkit.errors import AlignkitError
-from alignkit.modules.averaging import AVERAGED, average_what_trains, follow_device, resume_average
+from alignkit.modules.averaging import (
+    AVERAGED,
+    average_trained_only,
+    move_average_to_device,
+    resume_average,
+)
 
 _TUNERS = (LearningRateFinder, BatchSizeFinder)
 _REFUSED: dict[type[Callback], str] = {
@@ -43,20 +48,20 @@ _REFUSED: dict[type[Callback], str] = {
     ),
 }
 _NEED_A_LOGGER = (LearningRateMonitor, DeviceStatsMonitor, ThroughputMonitor)
-# What `torch.load` builds without unpickling objects.
+# Types that `torch.load` reads without unpickling objects.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.Size)
 _PLAIN_TORCH = (torch.dtype, torch.device)
 
 
 def check_callbacks(trainer: Trainer, lora_plus: bool) -> None:
-    """Refuse a fit with callbacks that could not do what they are for.
+    """Refuse callbacks that cannot do their work in a fit of our modules.
 
     Args:
-        trainer: About to fit; its callbacks are not set up yet.
-        lora_plus: Whether A and B of an adapter have learning rates of their own.
+        trainer: A trainer about to fit, whose callbacks are not set up yet.
+        lora_plus: Whether A and B of an adapter have different learning rates.
 
     Raises:
-        AlignkitError: One line that names the callback and what to do instead.
+        AlignkitError: A callback cannot work; the message says what to do instead.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
@@ -75,7 +80,7 @@ def check_callbacks(trainer: Trainer, lora_plus: bool) -> None:
                 f"{name}: tries one rate for every parameter; set model.lora_plus_ratio to 1"
             )
         if isinstance(callback, SpikeDetection):
-            # Lightning restores it under a name that it does not have.
+            # Its `load_state_dict` reads the attribute `running`, which it never sets.
             callback.running = callback.running_mean  # type: ignore[attr-defined]
     if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
         for keeper in trainer.checkpoint_callbacks:
@@ -87,15 +92,15 @@ def check_callbacks(trainer: Trainer, lora_plus: bool) -> None:
 
 
 def searches_batch_size(trainer: Trainer) -> bool:
-    """Whether a trainer looks for a batch size first, and with it for a number of steps."""
+    """Tell whether a trainer first searches a batch size, which decides the number of steps."""
     return any(isinstance(c, BatchSizeFinder) for c in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def attend(trainer: Trainer, module: LightningModule) -> None:
-    """Set callbacks right, once they are set up, and put a `Companion` before them."""
+def set_up_callbacks(trainer: Trainer, module: LightningModule) -> None:
+    """Adapt the callbacks, whose ``setup`` has run, and insert a `Companion` before them."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
-        average_what_trains(callback, module)
+        average_trained_only(callback, module)
     data = trainer.datamodule  # type: ignore[attr-defined]
     if hasattr(data, "sized"):
         data.sized = not searches_batch_size(trainer)
@@ -104,24 +109,25 @@ def attend(trainer: Trainer, module: LightningModule) -> None:
 
 
 class Companion(Callback):
-    """Runs before every other callback, for what must happen before theirs."""
+    """Prepare Lightning's other callbacks: the companion runs before each of their hooks."""
 
     def __init__(self) -> None:
         self._begun: int | None = None
         self._logged: dict[str, float] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what other callbacks may monitor: a file is written before they have looked."""
+        """Return the logged metrics, for callbacks that read them after the file is written."""
         return {"logged": self._logged}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was logged before a checkpoint was written."""
+        """Restore the metrics that were logged before the checkpoint was written."""
         self._logged = state_dict["logged"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show callbacks what a resumed run had logged.
+        """Give a resumed run's callbacks the metrics that were logged before.
 
-        Resumed between a validation and the end of its epoch, early stopping looks for it there.
+        Early stopping reads them at the end of an epoch, also in a run that was resumed between a
+        validation and that end.
         """
         device = pl_module.device
         trainer.callback_metrics.update(
@@ -129,16 +135,16 @@ class Companion(Callback):
         )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the epoch."""
+        """Record the epoch that Lightning has begun."""
         self._begun = trainer.current_epoch
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin an epoch for SWA where Lightning has not, as it leaves out in a resumed run.
+        """Start an epoch for SWA in a resumed run, where Lightning skips `on_train_epoch_start`.
 
-        Between two epochs the second one's weights would not be added to the average; within one
-        SWA's schedule would not go on.
+        In a run resumed between two epochs, the second one's weights would not be added to the
+        average. In one resumed within an epoch, SWA's schedule would not continue.
         """
         if self._begun != trainer.current_epoch:
             self._begun = trainer.current_epoch
@@ -146,13 +152,13 @@ class Companion(Callback):
                 resume_average(callback, trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let averages follow the module, and refuse to tune a run that is resumed.
+        """Move averages to the module's device, and refuse to tune a resumed run.
 
         Raises:
-            AlignkitError: A tuner would restore its own start over the resumed state.
+            AlignkitError: A tuner would overwrite the resumed state with its own initial state.
         """
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            follow_device(callback, pl_module)
+            move_average_to_device(callback, pl_module)
             if isinstance(callback, _TUNERS) and getattr(pl_module, "resumes", False):
                 raise AlignkitError(
                     f"{type(callback).__name__}: a resumed run keeps what it began with; drop it, "
@@ -160,10 +166,10 @@ class Companion(Callback):
                 )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep what was logged, and refuse a monitor of a metric that validation does not have.
+        """Keep the logged metrics, and refuse a callback that monitors an unknown one.
 
         Raises:
-            AlignkitError: One line with the metrics there are.
+            AlignkitError: The metric is unknown; the message lists those of this validation.
         """
         logged = trainer.callback_metrics
         if trainer.state.fn != "fit" or not logged:
@@ -180,9 +186,9 @@ class Companion(Callback):
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last files before averages take the place of the weights that train.
+        """Write the last checkpoints before an average replaces the trained weights.
 
-        A run that goes on from them goes on from its own weights.
+        A run that resumes from them continues with its own weights.
         """
         if any(isinstance(c, WeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
             for keeper in trainer.checkpoint_callbacks:
@@ -191,10 +197,10 @@ class Companion(Callback):
 
 
 def refuse_averaged(checkpoint: Mapping[str, Any]) -> None:
-    """Refuse to go on from weights that an average has replaced when its run ended.
+    """Refuse to resume from a checkpoint whose weights were replaced by an average.
 
     Raises:
-        AlignkitError: They are such; the optimizer's state belongs to others.
+        AlignkitError: They were; the optimizer's state belongs to the weights before.
     """
     if checkpoint.get(AVERAGED):
         raise AlignkitError(
@@ -203,14 +209,14 @@ def refuse_averaged(checkpoint: Mapping[str, Any]) -> None:
         )
 
 
-def keep_plain(states: dict[str, Any]) -> None:
-    """Make callbacks' states loadable without unpickling: paths become strings.
+def make_states_plain(states: dict[str, Any]) -> None:
+    """Convert callbacks' states to values that load without unpickling: paths become strings.
 
     Args:
         states: A checkpoint's ``callbacks``; changed in place.
 
     Raises:
-        AlignkitError: A callback keeps an object, which no checkpoint of ours may hold.
+        AlignkitError: A callback keeps an object that loads only by unpickling.
     """
     for name, state in states.items():
         states[name] = _plain(state, name)

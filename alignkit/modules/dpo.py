@@ -1,4 +1,4 @@
-"""Stage 3: direct preference optimization against a frozen reference (arXiv:2305.18290).
+"""Train stage 3: direct preference optimization against a frozen reference (arXiv:2305.18290).
 
 Shape letters: B pairs.
 """
@@ -20,18 +20,18 @@ from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
 
 
 class DPOModule(ReferencedModule):
-    """Preference optimization: raise chosen over rejected answers, tied to a reference by β.
+    """Train a policy to prefer chosen over rejected answers, relative to a frozen reference.
 
     The reference is a frozen deep copy of the policy, taken after ``init_from`` is loaded. The
-    copy shares the storage of whatever is frozen in the policy, so under LoRA it costs the
-    adapters alone.
+    copy shares the storage of the policy's frozen parameters, so under LoRA it adds only the memory
+    of the adapters.
 
-    A new objective overrides `preference_loss`, and `metrics` for what else it logs.
+    A subclass with a new objective overrides `preference_loss`, and `metrics` to log more.
 
     Args:
         *args: As in `AlignmentModule`.
-        loss: What is minimised: one of `alignkit.objectives.preference` by its name, or your own by
-            its class path, each with its own parameters; ``DPO(beta=0.1)`` by default.
+        loss: The loss to minimise: one of `alignkit.objectives.preference` by its name, or your own
+            by its class path, each with its own parameters; ``DPO(beta=0.1)`` by default.
         reference_cache: A directory that keeps the reference's log-probs between runs; ``null``
             scores them live. They depend on base, adapter, tokens and dtype alone, so a sweep
             over learning rates or β scores each example once.
@@ -65,13 +65,14 @@ class DPOModule(ReferencedModule):
             )
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
-        """Score both answers under policy and reference; a batch weighs its pairs."""
+        """Return the summed loss of the batch's pairs; its weight is the number of pairs."""
         if batch.num_responses != 2 * batch.num_examples:
             raise AlignkitError(
                 "data: DPO needs exactly two responses a prompt, chosen before rejected; use "
                 "HHPreferenceDataModule"
             )
-        # The reference first: its working memory does not come on top of the policy's activations.
+        # The reference comes first, so that its working memory is free again before the policy's
+        # activations are allocated.
         # log π_ref(y_w|x), log π_ref(y_l|x)
         reference = self.reference_scores(batch) if self.reference is not None else None
         # log π_θ(y_w|x), log π_θ(y_l|x)
@@ -98,7 +99,7 @@ class DPOModule(ReferencedModule):
         return self.reference.scores(batch)
 
     def preference_loss(self, policy: PairScores, reference: PairScores) -> Tensor:
-        """Return one loss a pair, [B] fp32: what a new objective overrides.
+        """Return one loss for each pair, [B] fp32; a new objective overrides it.
 
         Args:
             policy: Log-probabilities of both answers under the model in training; carries
@@ -108,11 +109,11 @@ class DPOModule(ReferencedModule):
         return self.loss(policy, reference)
 
     def metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
-        """Return what is logged beside the loss: name to scalar, each *summed* over the B pairs.
+        """Return the metrics to log beside the loss: name to scalar, *summed* over the B pairs.
 
         They are logged as ``train/…`` and ``val/…``, divided by the number of pairs of a whole
-        optimizer step or validation. A subclass adds its own to ``super().metrics(…)``. Nothing
-        here has a gradient.
+        optimizer step or validation. A subclass adds its own to ``super().metrics(…)``. The method
+        is called without gradients.
 
         Args:
             policy: As in `preference_loss`.

@@ -1,4 +1,4 @@
-"""The one method that makes a training objective."""
+"""Declare `compute_loss`, the method that a training objective overrides."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from alignkit.modules.window import LossOutput
 
 
 class HasLoss(LightningModule):
-    """A module that says what its loss over a batch is."""
+    """Declare a LightningModule with a loss over a packed batch."""
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
-        """Return the batch's summed loss, its weight and its summed metrics: for a subclass to say.
+        """Return the batch's summed loss, its weight and its summed metrics.
 
         Args:
-            batch: On the module's device; ``self.training`` tells training from validation.
+            batch: The batch, on the module's device; ``self.training`` is false in validation.
         """
         raise TypeError(f"{type(self).__name__} must override compute_loss(batch) -> LossOutput")

@@ -1,4 +1,4 @@
-"""Cross-entropy over scored tokens: the objective that language modelling and SFT share."""
+"""Train with cross-entropy over scored tokens, the loss of language modelling and SFT."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from alignkit.objectives.language import cross_entropy_sum
 
 
 class LanguageModule(AlignmentModule):
-    """Mean negative log-likelihood of the scored tokens, in nats; a batch weighs its tokens."""
+    """Minimise the mean negative log-likelihood of the scored tokens, in nats."""
 
     perplexity = True
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
-        """Return the summed cross-entropy; in validation, token accuracy and entropy as well."""
+        """Return the summed cross-entropy, and in validation token accuracy and entropy."""
         scores = score_with_stats(self.model, batch, stats=not self.training)
         metrics = {}
         if scores.correct is not None and scores.entropy is not None:

@@ -1,4 +1,4 @@
-"""Epoch means, weighted exactly, over all ranks."""
+"""Compute exactly weighted means of losses and metrics over an epoch and over all ranks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from alignkit.modules.window import LossOutput
 
 
 class WeightedMean(Metric):
-    """``Σ totals / Σ weights`` over batches and ranks, in float64.
+    """Compute ``Σ totals / Σ weights`` over batches and ranks, in float64.
 
-    torchmetrics' ``MeanMetric`` would need each batch's quotient first and looks for NaNs on the
-    device at every update, which waits for it.
+    torchmetrics' ``MeanMetric`` takes each batch's quotient instead of its sum, and checks for NaN
+    at every update, which waits for the device.
+
+    Example:
+        >>> mean = WeightedMean()
+        >>> mean.update(torch.tensor(6.0), weight=3)
+        >>> mean.update(torch.tensor(2.0), weight=1)
+        >>> mean.compute()
+        tensor(2.)
     """
 
     full_state_update = False
@@ -30,23 +37,23 @@ class WeightedMean(Metric):
         self.add_state("weight", zero.clone(), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, weight: float | Tensor) -> None:
-        """Add a batch's sum and what it weighs."""
-        # Not in place: a state made under inference mode could not be changed outside of it.
+        """Add a batch's sum and its weight."""
+        # Not in place: a tensor made under inference mode cannot be changed outside of it.
         self.total = self.total + total.detach()
         self.weight = self.weight + weight
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> WeightedMean:
-        """Move as the module moves; its casts are none of a sum's business."""
+        """Apply a module's move to another device, and ignore its casts: sums stay float64."""
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
         return self
 
     def compute(self) -> Tensor:
-        """Return the mean, fp32; NaN when nothing was added."""
+        """Return the mean, fp32; NaN if nothing was added."""
         return (self.total / self.weight).float()
 
 
 class Perplexity(WeightedMean):
-    """``exp`` of the mean cross-entropy in nats."""
+    """Compute the perplexity, ``exp`` of the mean cross-entropy in nats."""
 
     def compute(self) -> Tensor:
         """Return the perplexity, fp32."""
@@ -54,34 +61,34 @@ class Perplexity(WeightedMean):
 
 
 class EpochSums:
-    """This rank's sums over the optimizer steps of an epoch so far.
+    """Sum losses and metrics over the epoch's optimizer steps on this rank.
 
-    A step counts when it was taken, so that a resumed run, which goes through an open window
-    again, counts every micro-batch once.
+    Only steps that were taken count. A resumed run repeats the micro-batches of an open window, and
+    thus still counts each of them once.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def clear(self) -> None:
-        """Begin an epoch."""
+        """Forget the sums, at the start of an epoch."""
         self._sums = {}
 
     def add(self, output: LossOutput) -> None:
-        """Add a step: sums in float64, its weight a tensor."""
+        """Add one optimizer step, whose sums are float64 and whose weight is a tensor."""
         sums: dict[str, Any] = {"loss": output.loss_sum, "weight": output.weight, **output.metrics}
         for name, value in sums.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def total(self) -> LossOutput | None:
-        """Return the sums, ``None`` where no step was taken."""
+        """Return the sums, ``None`` if no step was taken."""
         if not self._sums:
             return None
         metrics = dict(self._sums)
         return LossOutput(metrics.pop("loss"), metrics.pop("weight"), metrics)
 
     def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Return the sums over all ranks, on the host; a collective.
+        """Return the sums over all ranks, on the CPU; every rank must call it.
 
         Args:
             reduce: Sums a [K] float64 tensor over all ranks.
@@ -93,12 +100,12 @@ class EpochSums:
         return dict(zip(names, sums_K.unbind(), strict=True))
 
     def load(self, state: Mapping[str, Tensor], device: torch.device, rank: int) -> None:
-        """Continue from a `state`, which one rank takes over for all."""
+        """Continue from a `state`: rank 0 takes the sums, the others start from 0."""
         self._sums = {name: value.to(device) * (rank == 0) for name, value in state.items()}
 
 
 class EpochMetrics(nn.Module):
-    """The loss and every metric that a stage's `LossOutput`s name, aggregated over an epoch."""
+    """Aggregate the loss and every metric of a stage's `LossOutput`s over an epoch."""
 
     anchor: Tensor
 
@@ -106,11 +113,11 @@ class EpochMetrics(nn.Module):
         super().__init__()
         self.means = nn.ModuleDict()
         self.perplexity = perplexity
-        # Follows the module to its device, where metrics first met on the way are made.
+        # A buffer moves with the module, so it tells the device on which to make a new metric.
         self.register_buffer("anchor", torch.empty(0), persistent=False)
 
     def update(self, output: LossOutput) -> None:
-        """Add one batch."""
+        """Add one batch to the means."""
         totals = {"loss": output.loss_sum, **output.metrics}
         if self.perplexity:
             totals["perplexity"] = output.loss_sum
@@ -118,14 +125,14 @@ class EpochMetrics(nn.Module):
             self._mean(name).update(total, output.weight)
 
     def reset(self) -> None:
-        """Forget what an epoch that was cut off has left."""
+        """Forget the sums, which an interrupted epoch may have left."""
         for mean in self.means.values():
             mean.reset()  # type: ignore[operator]
 
     def named(self) -> dict[str, WeightedMean]:
         """Return the metrics by name, the same names on every rank.
 
-        A rank that saw no batch has met no names, yet must take part in every reduction.
+        A rank that saw no batch knows no names, and still must take part in every reduction.
         """
         names = list(self.means)
         if torch.distributed.is_available() and torch.distributed.is_initialized():

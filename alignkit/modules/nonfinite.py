@@ -1,6 +1,6 @@
-"""A step whose loss or gradient is not finite is never taken: it stops the run, or is left out.
+"""Stop or skip an optimizer step whose loss or gradient is not finite.
 
-A batch that did it is named by its rows and kept for replay:
+The message names the rows of the batch at fault, and the batch is kept in a file for replay:
 
     module = DPOModule.load_from_checkpoint("last.ckpt").train()
     module.compute_loss(load_batch("nonfinite-step12-rank0.pt")).loss_sum
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 
 
 class StepGuard:
-    """Decides before every optimizer step whether it may be taken, on all ranks alike.
+    """Decide before every optimizer step whether to take it, the same on all ranks.
 
     Args:
         policy: ``stop`` or ``skip``.
 
     Attributes:
-        skipped: Steps left out so far.
+        skipped: Number of steps skipped so far.
 
     Raises:
         AlignkitError: An unknown policy.
@@ -53,29 +53,31 @@ class StepGuard:
         self._in_a_row = 0
 
     def admits(self, module: HasLoss, totals: WindowTotals, norm: Tensor | None) -> bool:
-        """Tell whether a step may be taken. Waits for the device, once.
+        """Tell whether the step may be taken; waits for the device once.
 
         Args:
-            module: In training, its gradients complete.
-            totals: The step's, the same on every rank.
-            norm: Of the gradients, the same on every rank; ``None`` where a gradient scaler deals
-                with those that overflowed.
+            module: The module in training, whose gradients are complete.
+            totals: The step's totals, the same on every rank.
+            norm: The gradient's norm, the same on every rank; ``None`` where a gradient scaler
+                handles gradients that overflowed.
 
         Raises:
-            AlignkitError: The policy is to stop, or nothing but skipped steps came for long.
+            AlignkitError: The step is not finite and the policy is to stop, or it is the last of
+                `MOST_SKIPPED_IN_A_ROW` skipped steps.
         """
         loss = totals.means["loss"]
         seen = [loss, totals.weight, *([norm.to(loss)] if norm is not None else [])]
         values = torch.stack(seen).tolist()
-        if all(map(_finite, values)):
+        if all(map(_is_finite, values)):
             self._in_a_row = 0
             return True
         named = zip(("loss", "weight", "gradient's norm"), values, strict=False)
-        what = next(f"the {name} is {value}" for name, value in named if not _finite(value))
-        if norm is not None:  # a scaler still has to see them
+        what = next(f"the {name} is {value}" for name, value in named if not _is_finite(value))
+        if norm is not None:  # a gradient scaler still has to see the gradients
             for parameter in module.parameters():
-                parameter.grad = None  # an optimizer leaves a parameter without gradient alone
-        told = f"global step {module.global_step}: {what}; {_blame(module, totals.micro_batches)}"
+                parameter.grad = None  # an optimizer skips a parameter without gradient
+        where = _locate_nonfinite(module, totals.micro_batches)
+        told = f"global step {module.global_step}: {what}; {where}"
         if self.policy == "stop":
             raise AlignkitError(
                 f"{told}; no update was made and the last checkpoint is good: mend or drop the "
@@ -97,7 +99,7 @@ def refuse_nonfinite(checkpoint: Mapping[str, Any], step: int) -> None:
     """Refuse to write a checkpoint with a parameter or an optimizer state that is not finite.
 
     Raises:
-        AlignkitError: There is one; the line names it.
+        AlignkitError: There is one; the message names it.
     """
     tensors = dict(_tensors(checkpoint.get("state_dict", {}), ""))
     tensors |= dict(_tensors(checkpoint.get("optimizer_states", []), "optimizer"))
@@ -115,7 +117,13 @@ def refuse_nonfinite(checkpoint: Mapping[str, Any], step: int) -> None:
 
 
 def save_batch(path: Path, batch: PackedBatch, **about: Any) -> None:
-    """Write a batch so that `load_batch` reads it; it holds tensors and plain values alone."""
+    """Write a batch to a file that `load_batch` reads.
+
+    Args:
+        path: The file.
+        batch: The batch, on any device.
+        **about: Plain values to keep beside it, such as the step.
+    """
     tensors = {
         field.name: getattr(batch, field.name).cpu()
         for field in fields(PackedBatch)
@@ -126,13 +134,17 @@ def save_batch(path: Path, batch: PackedBatch, **about: Any) -> None:
 
 
 def load_batch(path: str | os.PathLike[str]) -> PackedBatch:
-    """Read a batch that was kept because its loss or gradient was not finite."""
+    """Read a batch that was kept because its loss or gradient was not finite.
+
+    Raises:
+        AlignkitError: The file is missing or damaged.
+    """
     saved = read_archive(Path(path))
     spans = tuple(Span(start, prompt, tuple(rest)) for start, prompt, rest in saved["spans"])
     return PackedBatch(**saved["tensors"], spans=spans)
 
 
-def _finite(value: float) -> bool:
+def _is_finite(value: float) -> bool:
     return abs(value) < float("inf")  # false for NaN too
 
 
@@ -145,11 +157,14 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(item, f"{name} {key}".strip())
 
 
-def _blame(module: HasLoss, micro_batches: list[MicroBatch]) -> str:
-    """Say which rows of all ranks' micro-batches did it, and where they are kept; a collective."""
-    found = [m for m in micro_batches if not _is_finite(module, m.batch)]
-    place = Path(module.trainer.log_dir or module.trainer.default_root_dir)  # a collective
-    told = [_report(module, micro, place) for micro in found[:1]]
+def _locate_nonfinite(module: HasLoss, micro_batches: list[MicroBatch]) -> str:
+    """Return a text that names the rows at fault on all ranks, and the files that keep them.
+
+    Every rank must call it.
+    """
+    found = [m for m in micro_batches if not _has_finite_loss(module, m.batch)]
+    place = Path(module.trainer.log_dir or module.trainer.default_root_dir)  # broadcasts
+    told = [_describe_batch(module, micro, place) for micro in found[:1]]
     everybody: list[list[str]] = [told]
     if dist.is_available() and dist.is_initialized():
         everybody = [[] for _ in range(dist.get_world_size())]
@@ -158,11 +173,12 @@ def _blame(module: HasLoss, micro_batches: list[MicroBatch]) -> str:
     return "; ".join(reports) or "no micro-batch of it is at fault alone"
 
 
-def _report(module: HasLoss, micro: MicroBatch, place: Path) -> str:
+def _describe_batch(module: HasLoss, micro: MicroBatch, place: Path) -> str:
     count = micro.batch.num_examples
-    guilty = [i for i in range(count) if count > 1 and not _is_finite(module, _one(micro.batch, i))]
-    rows = _rows(module, micro.number, count)
-    shown = [rows[i] for i in guilty or range(count)]
+    examples = range(count) if count > 1 else ()
+    wrong = [i for i in examples if not _has_finite_loss(module, _take_one(micro.batch, i))]
+    rows = _row_names(module, micro.number, count)
+    shown = [rows[i] for i in wrong or range(count)]
     more = f" and {len(shown) - _ROWS_SHOWN} more" if len(shown) > _ROWS_SHOWN else ""
     step, rank = module.global_step, module.global_rank
     path = place / f"nonfinite-step{step}-rank{rank}.pt"
@@ -174,12 +190,12 @@ def _report(module: HasLoss, micro: MicroBatch, place: Path) -> str:
     return f"{', '.join(shown[:_ROWS_SHOWN])}{more}; {kept}"
 
 
-def _one(batch: PackedBatch, index: int) -> PackedBatch:
+def _take_one(batch: PackedBatch, index: int) -> PackedBatch:
     return batch.to("cpu").take([index]).to(batch.input_ids.device)
 
 
-def _rows(module: HasLoss, number: int, count: int) -> list[str]:
-    """Return ``file:line`` of each example of a micro-batch, where the data module knows."""
+def _row_names(module: HasLoss, number: int, count: int) -> list[str]:
+    """Return ``file:line`` of each example of a micro-batch, or its number if that is unknown."""
     data = module.trainer.datamodule  # type: ignore[attr-defined]
     rows = getattr(data, "rows_of_batch", None)
     if rows is None:
@@ -187,14 +203,14 @@ def _rows(module: HasLoss, number: int, count: int) -> list[str]:
     return [f"{name}:{line}" for name, line in rows(number)]
 
 
-def _is_finite(module: HasLoss, batch: PackedBatch) -> bool:
-    """Compute loss and gradient of a batch again and tell whether they are finite."""
+def _has_finite_loss(module: HasLoss, batch: PackedBatch) -> bool:
+    """Tell whether loss and gradient of a batch are finite, by computing them again."""
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices), module.trainer.precision_plugin.train_step_context():
         loss = module.compute_loss(batch).loss_sum
-    if not _finite(loss.item()) or not loss.requires_grad:
-        return _finite(loss.item())
-    # Not `backward`, whose hooks would synchronise ranks.
+    if not _is_finite(loss.item()) or not loss.requires_grad:
+        return _is_finite(loss.item())
+    # `backward` would run DDP's hooks, which synchronise ranks.
     parameters = [p for p in module.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return _finite(nn.utils.get_total_norm([g for g in gradients if g is not None]).item())
+    return _is_finite(nn.utils.get_total_norm([g for g in gradients if g is not None]).item())

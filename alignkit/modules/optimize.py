@@ -1,4 +1,4 @@
-"""The optimizer over what trains, and the learning rate's course over the run's steps."""
+"""Make the optimizer of the trainable parameters, and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
     """Return the optimizer over a model's trainable parameters.
 
     Args:
-        model: In which what does not train is frozen.
-        make: From parameters or groups of them to an optimizer.
-        lora_plus_ratio: Learning rate of every B over that of A; 1 for one group.
+        model: The model, with all other parameters frozen.
+        make: A function from parameters, or from groups of them, to an optimizer.
+        lora_plus_ratio: Learning rate of every B over that of A; with 1 there is one group.
 
     Raises:
         AlignkitError: The optimizer refuses its options, whoever's it is.
@@ -54,7 +54,7 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Return how many optimizer steps a run takes, ``None`` where nothing but time ends it."""
+    """Return the number of optimizer steps of a run, ``None`` if it ends by time alone."""
     total = trainer.estimated_stepping_batches
     return int(total) if 0 <= total < math.inf else None
 
@@ -62,16 +62,16 @@ def total_steps(trainer: Trainer) -> int | None:
 def make_schedule(
     optimizer: Optimizer, name: str, warmup_steps: float, total: int | None
 ) -> LRScheduler:
-    """Return the course of the learning rate, one value a step.
+    """Return the schedule of the learning rate, with one value for each optimizer step.
 
     Args:
-        optimizer: Its learning rates are where warm-up ends.
-        name: Of transformers' ``get_scheduler``.
+        optimizer: The optimizer, with the learning rates that warm-up ends at.
+        name: A name of transformers' ``get_scheduler``.
         warmup_steps: Steps of linear warm-up; below 1, a fraction of ``total``.
-        total: See `total_steps`.
+        total: The run's number of steps; see `total_steps`.
 
     Raises:
-        AlignkitError: The course depends on a number of steps that the run does not have.
+        AlignkitError: The schedule needs the number of steps, and the run has none.
     """
     fraction = 0 < warmup_steps < 1
     if total is None and (fraction or name != CONSTANT):

@@ -1,10 +1,10 @@
-"""Where a run resumes: always between two optimizer steps, wherever it was when it was saved.
+"""Let a run resume between two optimizer steps, wherever its checkpoint was written.
 
 A checkpoint holds no gradients, so one written inside an accumulation window (by a validation, a
 timer, a signal, an exception) would lose those of the micro-batches before it. Such a checkpoint
-is put back to the window's start: the loops, the data and the random stream are those of the last
-optimizer step, and a resumed run goes through the whole window again. The same holds for a run
-that stops within an epoch, which Lightning counts as finished when it stops.
+is rewound to the window's start: the loops, the data and the random state are those of the last
+optimizer step, and a resumed run computes the whole window again. A run that stops within an epoch
+is treated the same, as Lightning counts such an epoch as finished.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ _KEY = "position"
 
 @dataclass(frozen=True)
 class WindowStart:
-    """What a resumed run needs of the moment before a window's first micro-batch.
+    """Hold the state before a window's first micro-batch, which a resumed run needs.
+
+    Example:
+        >>> WindowStart(batches=8, random_state={}).batches
+        8
 
     Attributes:
-        batches: Micro-batches of the epoch before it.
-        random_state: Of this rank, see `alignkit.models.checkpoint.random_state`.
+        batches: Number of micro-batches of the epoch before the window.
+        random_state: This rank's random state; see `alignkit.models.checkpoint.random_state`.
     """
 
     batches: int
@@ -36,27 +40,31 @@ class WindowStart:
 
 
 class Position:
-    """Follows a run from window to window, and writes where it stands into its checkpoints."""
+    """Track the accumulation window that a run is in, and write it into its checkpoints."""
 
     def __init__(self) -> None:
         self._open: WindowStart | None = None
-        # Micro-batches of the epoch after which a validation of the open window has ended, and
-        # the same of the window that a resumed run goes through again.
+        # The number of micro-batches after which a validation of the open window has ended, and
+        # the same for the window that a resumed run computes again.
         self._validated = 0
         self._validated_before = 0
         self._random_states: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None
 
     def before_batch(self, number: int, trainer: Trainer, device: torch.device) -> bool:
-        """Follow a micro-batch, the ``number``-th of its epoch from 0.
+        """Record that a micro-batch begins.
+
+        Args:
+            number: The micro-batch's number in its epoch, from 0.
+            trainer: The run's trainer.
+            device: The device whose random state counts beside the CPU's.
 
         Returns:
             Whether it is the first of a window.
         """
         if number < self._validated_before:
-            # Callbacks have counted the validation that follows; early stopping would count it
-            # twice.
+            # Callbacks have seen the validation that follows; early stopping would count it twice.
             trainer.fit_loop.epoch_loop._skip_next_val = True
-        # As Lightning decides when to zero gradients.
+        # Lightning zeroes gradients by the same rule.
         first = self._open is None or number % trainer.accumulate_grad_batches == 0
         if first:
             self._open = WindowStart(number, ckpt.random_state(device))
@@ -64,26 +72,26 @@ class Position:
         return first
 
     def after_step(self) -> None:
-        """Close the window: the optimizer has stepped."""
+        """Close the window, as the optimizer has stepped."""
         self._open = None
         self._validated_before = 0
 
     def after_validation(self, trainer: Trainer) -> None:
-        """Remember that a validation has ended."""
+        """Record that a validation has ended."""
         if not trainer.sanity_checking:
             self._validated = trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
     def save(
         self, checkpoint: MutableMapping[str, Any], trainer: Trainer, device: torch.device
     ) -> None:
-        """Make a checkpoint one of the last optimizer step; a collective over all ranks."""
+        """Rewind a checkpoint to the last optimizer step; every rank must call it."""
         loop = trainer.fit_loop
         saved = checkpoint["loops"]["fit_loop"]
         now = loop.epoch_loop.batch_progress.current.ready
         start = self._open or WindowStart(now, ckpt.random_state(device))
         begun: int = loop.epoch_progress.current.started  # type: ignore[attr-defined]
         whole = self._open is None and loop.epoch_loop._num_ready_batches_reached()
-        # A validation that was cut off by an error begins again where it was due.
+        # A validation that an error interrupted begins again in the resumed run.
         outside = self._open is None and begun > 0
         cut = outside and trainer.validating and self._validated != now
         if begun and not whole:
@@ -93,17 +101,17 @@ class Position:
         checkpoint[_KEY] = {"validated": self._validated if self._open else 0}
         data = checkpoint.get(type(trainer.datamodule).__qualname__)  # type: ignore[attr-defined]
         if isinstance(data, dict) and {"epoch", "batches"} <= data.keys():
-            # A whole epoch is the next one's beginning.
+            # The end of an epoch is stored as the beginning of the next one.
             where = (begun, 0) if whole else (max(begun - 1, 0), start.batches)
             data.update(zip(("epoch", "batches"), where, strict=True))
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take a checkpoint's position over; the random stream follows with `start_run`."""
+        """Restore the position from a checkpoint; `start_run` restores the random state."""
         self._validated_before = checkpoint.get(_KEY, {}).get("validated", 0)
         self._random_states = checkpoint.get("rng")
 
     def start_run(self, device: torch.device, rank: int) -> None:
-        """Begin outside of any window, with the random stream of a checkpoint if there is one."""
+        """Begin outside of any window, with the checkpoint's random state if there is one."""
         self._open = None
         if self._random_states is not None:
             ckpt.restore_random_state(self._random_states, device, rank)
@@ -111,11 +119,17 @@ class Position:
 
 
 def _rewind(fit_loop: dict[str, Any], batches: int, step: int, validate: bool) -> None:
-    """Put the saved loops of Lightning into the current epoch, after so many micro-batches.
+    """Set the saved state of Lightning's loops to the current epoch, after some micro-batches.
 
-    They end as in a checkpoint that ``on_train_batch_end`` writes: the last micro-batch is done
-    but for this hook. From there a resumed run goes straight on to the next one, and counts the
-    step once more; or, as after that hook, to the validation that is due.
+    The state is that of a checkpoint written in ``on_train_batch_end``: the last micro-batch is
+    done except for this hook. A resumed run then continues with the next micro-batch and counts the
+    step once more. With ``validate`` the hook is done too, and the validation that is due follows.
+
+    Args:
+        fit_loop: The checkpoint's ``loops.fit_loop``; changed in place.
+        batches: Number of micro-batches of the epoch that are done.
+        step: The global step.
+        validate: Whether the resumed run begins with a validation.
     """
     progress = fit_loop["epoch_loop.batch_progress"]
     back = progress["current"]["ready"] - batches
@@ -129,11 +143,14 @@ def _rewind(fit_loop: dict[str, Any], batches: int, step: int, validate: bool) -
         tracker.update(ready=begun, processed=begun - 1, completed=begun - 1)
     steps = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     for tracker in steps.values():
-        tracker["ready"] = tracker["completed"]  # one that had begun was not taken
+        tracker["ready"] = tracker["completed"]  # a step that had begun was not taken
 
 
 def _restart_validation(progress: dict[str, Any], begin: bool) -> None:
-    """Let a validation begin anew or not at all: its means began with its first batch."""
+    """Set the saved state of a validation to its beginning, or to none.
+
+    A validation cannot continue in the middle, as its means begin with its first batch.
+    """
     total, current = progress["total"], progress["current"]
     total.update(dict.fromkeys(total, total["completed"]))
     current.update(dict.fromkeys(current, 0))

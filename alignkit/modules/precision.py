@@ -1,4 +1,4 @@
-"""What Lightning's precisions do to a module and its batches, and what they must leave alone."""
+"""Adapt Lightning's precision plugins to our modules and batches."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
 
 _HALF = (torch.bfloat16, torch.float16)
-# By class: a subclass of Lightning's own may do anything to a module.
+# Compared by exact class, because a subclass may do anything to a module.
 _KNOWN = (Precision, MixedPrecision, HalfPrecision, DoublePrecision, FSDPPrecision)
 
 
-def refuse_by_name(precision: str | int | None) -> None:
-    """Refuse what `convert_early` would, before Lightning asks for packages that it needs.
+def refuse_precision_name(precision: str | int | None) -> None:
+    """Refuse Transformer Engine's fp8, before Lightning asks for the packages that it needs.
 
     Raises:
-        AlignkitError: A precision whose layers take the place of those that adapters wrap.
+        AlignkitError: The precision replaces the layers that adapters wrap.
     """
     if str(precision).startswith("transformer-engine"):
         raise AlignkitError(
@@ -39,15 +39,15 @@ def refuse_by_name(precision: str | int | None) -> None:
         )
 
 
-def leave_batches(trainer: Trainer) -> None:
-    """Let packed batches through a precision's conversion of inputs as they are.
+def keep_batches_uncast(trainer: Trainer) -> None:
+    """Keep a precision plugin from casting the tensors of a `PackedBatch`.
 
-    Lightning maps a cast over the fields of every dataclass, which a frozen one does not allow, and
-    nothing in a batch may be cast: token ids and positions are integers, and log-probabilities of a
-    reference are fp32 whatever the model computes in.
+    Lightning maps a cast over the fields of every dataclass, which fails for a frozen one. Nothing
+    in a batch may be cast anyway: token ids and positions are integers, and the reference's
+    log-probabilities are fp32 in every precision.
     """
     plugin = trainer.precision_plugin
-    if not isinstance(plugin.convert_input, partial):  # once a plugin
+    if not isinstance(plugin.convert_input, partial):  # not replaced before
         plugin.convert_input = partial(_convert, plugin.convert_input)  # type: ignore[method-assign]
 
 
@@ -55,14 +55,17 @@ def _convert(convert: Callable[[Any], Any], data: Any) -> Any:
     return data if isinstance(data, PackedBatch) else convert(data)
 
 
-def convert_early(module: LightningModule, trained_in_full: bool) -> None:
-    """Cast a module as its trainer's precision will, before a checkpoint is restored into it.
+def cast_before_restore(module: LightningModule, trained_in_full: bool) -> None:
+    """Cast a module to its trainer's precision before a checkpoint is restored into it.
 
-    Lightning casts after it has restored, which would round float64 weights to fp32 on the way.
+    Lightning casts after it has restored, which would round float64 weights to fp32 in between.
+
+    Args:
+        module: The module, with its trainer.
+        trained_in_full: Whether all of the model trains, and not only adapters.
 
     Raises:
-        AlignkitError: The precision is not one that alignkit trains in, or it would round the
-            weights that are trained.
+        AlignkitError: The precision is not supported, or it would round the trained weights.
     """
     plugin = module.trainer.precision_plugin
     if type(plugin) not in _KNOWN:
@@ -80,12 +83,12 @@ def convert_early(module: LightningModule, trained_in_full: bool) -> None:
         plugin.convert_module(module)
 
 
-def computed_in(trainer: Trainer | None, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype that a model's products have in a trainer's steps.
+def step_dtype(trainer: Trainer | None, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype of a model's matrix products in a trainer's steps.
 
     Args:
-        trainer: Whose precision may put autocast around a step; ``None`` where there is none.
-        stored: Of the model's weights.
+        trainer: The trainer, whose precision may use autocast; ``None`` without one.
+        stored: Dtype of the model's weights.
     """
     plugin = trainer.precision_plugin if trainer is not None else None
     if isinstance(plugin, MixedPrecision):
@@ -93,11 +96,11 @@ def computed_in(trainer: Trainer | None, stored: torch.dtype) -> torch.dtype:
     return stored
 
 
-def unscale(trainer: Trainer, optimizer: Optimizer) -> None:
-    """Divide gradients by the loss scale of ``16-mixed``, unless Lightning has done so.
+def unscale_gradients(trainer: Trainer, optimizer: Optimizer) -> None:
+    """Divide gradients by the loss scale of ``16-mixed``, if Lightning leaves that to the step.
 
-    It leaves that to the step of a fused optimizer, so that the gradient's norm would be logged
-    times the scale and could not be clipped.
+    It does so for a fused optimizer. The gradient's norm would then be logged times the scale, and
+    the gradient could not be clipped.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -107,10 +110,15 @@ def unscale(trainer: Trainer, optimizer: Optimizer) -> None:
 def apply_but_keep_buffers(
     module: nn.Module, apply: Callable[[Callable[[Tensor], Tensor]], Any], fn: Callable[..., Any]
 ) -> None:
-    """Run ``nn.Module._apply`` so that casts to half precision leave fp32 buffers fp32.
+    """Run ``nn.Module._apply``, and keep fp32 buffers fp32 when it casts to half precision.
 
-    A rotary embedding's frequencies are buffers: in bf16 they put token 300 at position 301.
+    A rotary embedding's frequencies are buffers. In bf16 their rounding shifts position 300 by one.
     transformers keeps them fp32 when it loads a model in half precision.
+
+    Args:
+        module: The module.
+        apply: Its ``_apply``, without the argument ``fn``.
+        fn: What to apply to each tensor.
     """
     before = [
         (owner, name, buffer)

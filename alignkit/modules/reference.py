@@ -1,4 +1,4 @@
-"""The frozen reference that a preference objective compares its policy with.
+"""Score batches under the frozen reference that a preference loss compares the policy with.
 
 Shape letters: B pairs, R responses (2B of pairs).
 """
@@ -17,13 +17,13 @@ from alignkit.engine import compile_blocks, response_lengths, response_sums, sco
 from alignkit.errors import AlignkitError
 from alignkit.lora.identity import trained_fingerprint
 from alignkit.models.noise import adapters_quiet
-from alignkit.modules.reference_cache import ReferenceCache, ReferencedBatch, refuse_error
+from alignkit.modules.reference_cache import ReferenceCache, ReferencedBatch, refuse_wrong_rows
 from alignkit.objectives.pairs import PairScores
 
-# A policy that is its reference's copy scores the same row through the same kernels: what is
-# left is the kernels' own nondeterminism.
+# Before the first step policy and reference score the same row through the same kernels, so only
+# the kernels' nondeterminism separates them.
 STEP_0_TOLERANCE = 1e-4
-# Nats, for a response of some hundred tokens: other rows beside it change a sum's rounding.
+# In nats, for a response of some hundred tokens: the other examples of a row change the rounding.
 CACHE_TOLERANCE = {
     torch.float64: 1e-2,  # log-probs are fp32 there too
     torch.float32: 1e-2,
@@ -33,20 +33,20 @@ CACHE_TOLERANCE = {
 
 
 class Reference(nn.Module):
-    """A policy as it was when the reference was made, never trained and always in eval mode.
+    """Score responses under a frozen copy of the policy, which stays in eval mode.
 
     ``Reference(model).sums(batch)`` is the log-probability of each response of the batch. The copy
-    shares the storage of whatever is frozen in the policy, so under LoRA it costs the adapters
-    alone.
+    shares the storage of the policy's frozen parameters, so under LoRA it adds only the memory of
+    the adapters.
 
     Args:
-        policy: Copied as it is now.
-        compiled: Whether to compile the copy's blocks, which a copy of compiled ones are not.
+        policy: The model to copy, with the weights that it has now.
+        compiled: Whether to compile the copy's blocks; copying compiled blocks does not.
 
     Attributes:
         model: The frozen copy.
-        fingerprint: Identifies the weights that were trained in it.
-        cache: What `open_cache` has opened; without one, every batch is scored live.
+        fingerprint: A hash that identifies its trained weights.
+        cache: The cache that `open_cache` opened; without one, every batch is scored live.
         cache_error: Scalar, the largest error, in nats, of cached rows scored again since the last
             `check_cache`.
     """
@@ -60,17 +60,17 @@ class Reference(nn.Module):
         self.cache: ReferenceCache | None = None
         self.cache_error = torch.zeros(())
         self._base = ""
-        self._agreed = False  # once seen to start as the reference, the policy may leave it
+        self._agreed = False  # whether `check_start` has passed; later the policy may differ
         self.train(False)
 
     def train(self, mode: bool = True) -> Reference:
-        """Stay in eval mode, whatever is asked for."""
+        """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
     def tensor_names(self) -> list[str]:
-        """Return the names of all parameters and buffers, each under every name that it has.
+        """Return the names of all parameters and buffers; a shared one has several.
 
-        They never change, so there is nothing in them for ranks to synchronise.
+        DDP need not synchronise them, because they never change.
         """
         named = [
             *self.named_parameters(remove_duplicate=False),
@@ -83,8 +83,8 @@ class Reference(nn.Module):
     def sums(self, batch: PackedBatch) -> Tensor:
         """Return the summed log-probability of each response, [R] fp32 without gradients.
 
-        Rows come from the cache where a batch went through `look_up`, apart from those that the
-        cache lacks and the few that are scored again to check it.
+        If the batch went through `look_up`, values come from the cache, except for those that it
+        lacks and the few that are scored again to check it.
         """
         if self.cache is None or not isinstance(batch, ReferencedBatch):
             return self._live_sums(batch)
@@ -101,52 +101,52 @@ class Reference(nn.Module):
     def _live_sums(self, batch: PackedBatch) -> Tensor:
         with torch.inference_mode():
             sums_R = response_sums(score(self.model, batch), batch)
-        return sums_R.clone()  # out here an ordinary tensor, which a loss may keep for its gradient
+        return sums_R.clone()  # a clone is no inference tensor, so autograd may save it
 
     # Cache ----------------------------------------------------------------------------------
 
     def open_cache(self, directory: Path, base: str, checks: int = 1) -> None:
-        """Keep summed log-probs between runs.
+        """Open a cache that keeps summed log-probs between runs.
 
         Args:
-            directory: Where the caches of all references lie.
+            directory: The folder with the caches of all references.
             base: Fingerprint of the base model.
-            checks: Known examples of each batch that are scored again; at least 1.
+            checks: Number of cached examples of each batch that are scored again; at least 1.
         """
         self._base = base
         self.cache = ReferenceCache(directory, self._name(self.model.dtype), checks)
 
-    def compute_in(self, dtype: torch.dtype) -> None:
-        """Go on with the cache of what products in this dtype give: each has its own."""
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Open the cache for matrix products in this dtype; each dtype has its own."""
         cache, name = self.cache, self._name(dtype)
         if cache is not None and cache.home.name != name:
             self.cache = ReferenceCache(cache.home.parent, name, cache.checks)
 
     def look_up(self, batch: PackedBatch) -> PackedBatch:
-        """Return a batch on the CPU with what the cache knows of it, if there is a cache."""
+        """Return a batch on the CPU with its cached log-probs, or unchanged without a cache."""
         return batch if self.cache is None else self.cache.look_up(batch)
 
     def check_cache(self, dtype: torch.dtype) -> None:
-        """Stop at cached rows that are not what the reference gives, and measure anew.
+        """Refuse cached values that differ from the reference's, and reset `cache_error`.
 
         Args:
-            dtype: That the products have; it sets how far rounding may go.
+            dtype: Dtype of the matrix products, which sets the tolerance for rounding.
 
         Raises:
-            AlignkitError: A row that was scored again is off by more.
+            AlignkitError: A value that was scored again differs by more than the tolerance.
         """
         if self.cache is not None:
-            refuse_error(self.cache_error.item(), CACHE_TOLERANCE[dtype], self.cache.home)
+            refuse_wrong_rows(self.cache_error.item(), CACHE_TOLERANCE[dtype], self.cache.home)
         self.cache_error = torch.zeros(())
 
     def write_cache(self) -> None:
-        """Write what the cache learned, if there is one."""
+        """Write the new rows of the cache, if there is one."""
         if self.cache is not None:
             self.cache.write()
 
     def _name(self, computed: torch.dtype) -> str:
         stored = self.model.dtype
-        # Weights that autocast rounds on the way are not those of a base stored so.
+        # fp32 weights under bf16 autocast give other values than weights stored in bf16.
         dtypes = [stored] if computed == stored else [stored, computed]
         dtype = "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"{self._base}-{self.fingerprint}-{dtype}"
@@ -155,15 +155,15 @@ class Reference(nn.Module):
 
     @torch.no_grad()
     def check_start(self, policy: PreTrainedModel, batch: PackedBatch, dropout: bool) -> None:
-        """Stop a run whose policy does not start as its reference; look once.
+        """Refuse a policy that scores a batch unlike its reference before the first step.
 
-        Measured in training mode, where noise in the base would show, but without the dropout of
-        adapters, which is meant.
+        The policy is scored in training mode, in which noise in the base would show, but without
+        the dropout of adapters. After a first success the check does nothing.
 
         Args:
             policy: The model in training mode, before its first step.
             batch: Pairs to score under both.
-            dropout: Whether the base's own dropout is meant too.
+            dropout: Whether the base keeps its own dropout, which is then turned off here too.
 
         Raises:
             AlignkitError: The two differ by more than rounding.
@@ -174,12 +174,12 @@ class Reference(nn.Module):
         with adapters_quiet(policy):
             ours = pair_scores(policy, batch)
         policy.train()
-        # Cached rows were rounded in other rows.
+        # Scored live, because cached values were rounded in rows with other examples.
         theirs = PairScores.from_responses(self._live_sums(batch), response_lengths(batch))
         gap = torch.stack([ours.chosen - theirs.chosen, ours.rejected - theirs.rejected])
         worst = gap.abs().max().item()
         scale = ours.rejected.abs().max().item() + 1.0
-        # A policy that is not finite itself is stopped for that, with its rows.
+        # A NaN passes here: the check of the step reports it, with the rows at fault.
         if worst > STEP_0_TOLERANCE * scale:
             raise AlignkitError(
                 f"model: policy and reference differ by {worst:.3g} nats before the first step, so "
@@ -190,13 +190,13 @@ class Reference(nn.Module):
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Deep-copy a model, sharing the parameters that are frozen in it and all its buffers.
+    """Return a deep copy of a model that shares its frozen parameters and all its buffers.
 
     Args:
         model: The policy.
 
     Returns:
-        The copy in eval mode with nothing trainable.
+        The copy, in eval mode, with all parameters frozen.
     """
     shared = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
     copied: PreTrainedModel = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
@@ -206,6 +206,6 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def pair_scores(model: PreTrainedModel, batch: PackedBatch) -> PairScores:
-    """Score B pairs under one model: `PairScores` of [B] sums, fp32."""
+    """Return the scores of B pairs under one model, sums of log-probabilities in fp32."""
     sums_R = response_sums(score(model, batch), batch)
     return PairScores.from_responses(sums_R, response_lengths(batch))

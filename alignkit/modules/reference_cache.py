@@ -1,9 +1,10 @@
-"""Reference log-probs kept between runs, so that a sweep scores its reference once.
+"""Keep the reference's log-probs between runs, so that a sweep scores its reference once.
 
-A row is one example: its key is a hash of its token ids and of where its responses lie, its value
-the summed log-probs of its k responses. The directory is named after the base, the reference's
-adapter and the dtype; nothing else decides a value, so runs over learning rates, β or losses share
-it. Each rank writes shards of its own, each at once; any run reads all of them.
+A row is one example. Its key is a hash of its token ids and of the lengths of its prompt and its
+responses; its value is the summed log-probs of its k responses. The directory is named after the
+base, the reference's adapter and the dtype. Nothing else decides a value, so runs with different
+learning rates, β or losses share it. Each rank writes shards of its own in one step, and every run
+reads all of them.
 """
 
 from __future__ import annotations
@@ -36,13 +37,24 @@ _ROWS_PER_SHARD = 1024
 
 @dataclass(frozen=True)
 class ReferencedBatch(PackedBatch):
-    """A batch with what the cache knows of its responses.
+    """Hold a batch together with the cached log-probs of its responses.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from alignkit.batch import Example, collate
+        >>> with TemporaryDirectory() as folder:
+        ...     cache = ReferenceCache(Path(folder), "base-adapter-float32")
+        ...     batch = cache.look_up(collate([Example([1], [[2, 0], [3, 0]])]))
+        >>> batch.known_R  # nothing is known yet, so all of it is to be scored live
+        tensor([nan, nan])
+        >>> batch.probe.num_examples, batch.probe_R.tolist()
+        (1, [0, 1])
 
     Attributes:
         known_R: [R] fp32 summed reference log-probs, NaN where the cache has none.
         probe: The examples to score live: those unknown, and a few known ones as a check.
-        probe_R: [R'] int64, the batch's responses that the probe's are.
-        keys: One cache key an example of the probe.
+        probe_R: [R'] int64, the index in the batch of each response of the probe.
+        keys: The cache key of each example of the probe.
     """
 
     known_R: Tensor
@@ -52,15 +64,15 @@ class ReferencedBatch(PackedBatch):
 
 
 class ReferenceCache:
-    """Summed reference log-probs by example.
+    """Store the summed reference log-probs of examples on the disk.
 
-    Where nothing can be written, a read-only or full disk, rows already there are still used and
-    new ones live as long as the process: said once, since training goes on as well without.
+    On a read-only or full disk, stored rows are still used and new ones are kept in memory. One
+    line warns of it, because training works without a cache as well.
 
     Args:
-        directory: Where caches of all references lie.
-        reference: Names the reference: base fingerprint, adapter fingerprint and dtype.
-        checks: Known examples of each batch to score again, drawn at random; at least 1.
+        directory: The folder with the caches of all references.
+        reference: Name of the reference: base fingerprint, adapter fingerprint and dtype.
+        checks: Number of known examples of each batch to score again, drawn at random; at least 1.
     """
 
     def __init__(self, directory: Path, reference: str, checks: int = 1) -> None:
@@ -70,13 +82,13 @@ class ReferenceCache:
         self._fresh: list[tuple[bytes, Tensor]] = []
         self._draw = random.Random(0)
         self._writable = True
-        with self._optional():
+        with self._warn_if_unwritable():
             make_writable_folder(self.home)
         for shard in sorted(self.home.glob("*.safetensors")):
             self._read(shard)
 
     def look_up(self, batch: PackedBatch) -> ReferencedBatch:
-        """Return a batch on the CPU with what is known of it and what to score live."""
+        """Return a batch on the CPU with its known log-probs and the examples to score live."""
         keys = example_keys(batch)
         parts = [
             self._rows.get(key, torch.full((len(span.responses),), torch.nan))
@@ -96,7 +108,12 @@ class ReferenceCache:
         )
 
     def add(self, batch: ReferencedBatch, live_R: Tensor) -> None:
-        """Keep the probe's freshly scored rows; they reach the disk with `write`."""
+        """Keep the log-probs of a batch's probe, which `write` puts on the disk.
+
+        Args:
+            batch: A batch that `look_up` returned.
+            live_R: [R'] fp32, the summed log-probs of the probe's responses.
+        """
         counts = [len(span.responses) for span in batch.probe.spans]
         parts = torch.split(live_R.detach(), counts)
         self._fresh.extend(zip(batch.keys, parts, strict=True))
@@ -104,7 +121,7 @@ class ReferenceCache:
             self.write()
 
     def write(self) -> None:
-        """Write what was added since the last time, as one new shard."""
+        """Write the rows added since the last call, as one new shard."""
         rows = {key: part.cpu() for key, part in self._fresh if key not in self._rows}
         self._fresh.clear()
         if not rows:
@@ -118,12 +135,12 @@ class ReferenceCache:
             "sums": torch.cat(list(rows.values())),
             "checks": torch.tensor([_checksum(key, part) for key, part in rows.items()]),
         }
-        with self._optional():
+        with self._warn_if_unwritable():
             write_atomically(self.home / f"{uuid.uuid4().hex}.safetensors", save(tensors))
 
     @contextmanager
-    def _optional(self) -> Iterator[None]:
-        """Let a write fail, once and with a line; later ones are not tried."""
+    def _warn_if_unwritable(self) -> Iterator[None]:
+        """Warn if the block cannot write, and write no more."""
         try:
             yield
         except AlignkitError as error:
@@ -146,8 +163,13 @@ class ReferenceCache:
                 log.warning("%s: row %d is corrupted; it will be scored again", shard, row)
 
 
-def refuse_error(error: float, tolerance: float, home: Path) -> None:
-    """Stop where cached rows are not what the reference gives.
+def refuse_wrong_rows(error: float, tolerance: float, home: Path) -> None:
+    """Refuse cached values that differ from the reference's.
+
+    Args:
+        error: The largest difference, in nats.
+        tolerance: The largest difference that rounding explains, in nats.
+        home: The cache's folder.
 
     Raises:
         AlignkitError: The error exceeds the tolerance.
@@ -160,7 +182,7 @@ def refuse_error(error: float, tolerance: float, home: Path) -> None:
 
 
 def example_keys(batch: PackedBatch) -> list[bytes]:
-    """Return a key for each example of a batch on the CPU: token ids, layout and scored tokens."""
+    """Return a hash of the token ids, lengths and scored tokens of each example of a CPU batch."""
     ids = batch.input_ids.numpy()
     scored = np.zeros(batch.num_tokens, dtype=np.int8)
     np.add.at(scored, batch.score_from.numpy(), 1)

@@ -1,4 +1,4 @@
-"""A module beside its reference in Lightning: when the reference is named, checked and written."""
+"""Connect a frozen reference to Lightning's hooks: when it is set up, checked and written."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 from alignkit.batch import PackedBatch
 from alignkit.modules.base import AlignmentModule
-from alignkit.modules.precision import computed_in
+from alignkit.modules.precision import step_dtype
 from alignkit.modules.reference import Reference
 
 
 class ReferencedModule(AlignmentModule):
-    """An alignment module that may keep a frozen reference; a subclass says what its loss is.
+    """Keep a frozen reference beside the policy, for a subclass whose loss needs one.
 
     Attributes:
-        reference: What `keep_reference` has made, or ``None``.
+        reference: The reference that `keep_reference` made, or ``None``.
     """
 
     reference: Reference | None
 
     def keep_reference(self, cache: str | None, checks: int) -> None:
-        """Copy the policy as it is now, and open the cache of what the copy scores.
+        """Make the reference, a frozen copy of the policy as it is now, and open its cache.
 
         Args:
             cache: The cache's directory; ``None`` scores every batch live.
-            checks: Cached examples of each batch that are scored again.
+            checks: Number of cached examples of each batch that are scored again.
         """
         self.reference = Reference(self.model, self.compiles)
         if cache is not None:
@@ -37,7 +37,7 @@ class ReferencedModule(AlignmentModule):
         ]
 
     def check_start(self, batch: PackedBatch) -> None:
-        """Stop a run at its first batch if the policy does not start as its reference."""
+        """Stop a run at its first batch if the policy does not score it as the reference does."""
         trainer = self._trainer
         if (
             self.reference is not None
@@ -49,43 +49,43 @@ class ReferencedModule(AlignmentModule):
             self.reference.check_start(self.model, batch, self.dropout)
 
     def setup(self, stage: str) -> None:
-        """Keep cached log-probs apart by the dtype that the trainer's precision computes in."""
+        """Choose the cache of the dtype that the trainer's precision computes in."""
         super().setup(stage)
         if self.reference is not None:
-            self.reference.compute_in(computed_in(self._trainer, self.model.dtype))
+            self.reference.set_compute_dtype(step_dtype(self._trainer, self.model.dtype))
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
-        """Look the batch up in the cache while it is still on the CPU."""
+        """Look up the batch in the cache while it is still on the CPU."""
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
         return batch if self.reference is None else self.reference.look_up(batch)
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Log the largest error of the cached rows that were scored again; stop at a wrong one."""
+        """Log the largest error of the cached rows scored again, and refuse wrong ones."""
         if self.reference is None or self.reference.cache is None:
             return
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.global_step % max(every, 1) == 0:
             self._log("ref/cache_abs_err", self.reference.cache_error)
-            self.reference.check_cache(computed_in(self._trainer, self.model.dtype))
+            self.reference.check_cache(step_dtype(self._trainer, self.model.dtype))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means, and keep what the cache learned."""
+        """Log the means, and write new rows of the cache."""
         super().on_validation_epoch_end()
         if self.reference is not None:
             self.reference.write_cache()
 
     def on_train_end(self) -> None:
-        """Keep what the cache learned."""
+        """Write new rows of the cache."""
         if self.reference is not None:
             self.reference.write_cache()
 
     def on_fit_start(self) -> None:
-        """Put the policy, and it alone, in training mode."""
+        """Put the policy into training mode, and leave the reference in eval mode."""
         super().on_fit_start()
-        # Lightning counts modules in eval mode and warns; the reference is meant to be.
+        # Lightning warns about modules in eval mode, in which the reference belongs.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
 
     def checkpoint_stamp(self) -> dict[str, Any]:
-        """Return the base's stamp with the reference's fingerprint, empty where there is none."""
+        """Return the stamp with the reference's fingerprint, which is empty without one."""
         fingerprint = "" if self.reference is None else self.reference.fingerprint
         return {**super().checkpoint_stamp(), "reference_fingerprint": fingerprint}

@@ -1,8 +1,9 @@
-"""Settings that changed since a checkpoint: what is asked for now holds, from the first step on.
+"""Apply the settings of a resumed run to its checkpoint, where the two differ.
 
 PyTorch restores an optimizer with the learning rate, weight decay and betas it was saved with, and
-a schedule one step late. Here what is restored are moments and counters; every setting comes from
-the run that resumes. One line says which are new, and what no longer fits is refused.
+a schedule one step late. Here only moments and counters are restored, and every setting comes from
+the run that resumes, from its first step on. One line lists the settings that changed, and a state
+that does not fit them is refused.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from alignkit.errors import AlignkitError
 from alignkit.modules.optimize import total_steps
 
 KEY = "settings"
-# Where weights lie, and how they are computed: neither changes what is trained.
-_ELSEWHERE = frozenset(
+# Paths, and ways to compute: neither changes what is trained.
+_WITHOUT_EFFECT = frozenset(
     {"base", "tokenizer", "init_from", "random_init", "reference_cache", "reference_checks",
      "activation_checkpointing", "compile", "packing"}
 )  # fmt: skip
-# Kept by schedules and averagers in an optimizer's groups; no setting of the optimizer.
+# Entries of an optimizer's groups that are no settings of the optimizer.
 _NOT_SETTINGS = frozenset({"params", "param_names", "initial_lr", "swa_lr"})
 log = logging.getLogger(__name__)
 
 
-def settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
-    """Return what a checkpoint must know of its run to compare it with one that resumes it.
+def run_settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+    """Return the settings of a run that its checkpoints keep, to compare a resumed run with.
 
     Returns:
         Plain values: the optimizer's class, its options, the names of its parameters group by
@@ -42,7 +43,7 @@ def settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
     trainer = module.trainer
     return {
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-        "options": _options(optimizer.param_groups[0]),
+        "options": _group_options(optimizer.param_groups[0]),
         "parameters": [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups],
         "run": {"total steps": total_steps(trainer)},
         "trainer": {
@@ -57,15 +58,15 @@ def settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def merge(
+def apply_settings(
     checkpoint: MutableMapping[str, Any], trainer: Trainer, now: Mapping[str, Any], hparams: Any
 ) -> None:
     """Put this run's settings into a loaded checkpoint, before Lightning restores from it.
 
     Args:
-        checkpoint: As loaded; changed in place.
-        trainer: With its optimizer and schedule made, neither restored yet.
-        now: `settings` of this run.
+        checkpoint: The checkpoint, as loaded; changed in place.
+        trainer: The trainer, with its optimizer and schedule made and not yet restored.
+        now: `run_settings` of this run.
         hparams: This run's hyper-parameters.
 
     Raises:
@@ -86,24 +87,26 @@ def merge(
     optimizer = trainer.optimizers[0]
     saved = checkpoint["optimizer_states"][0]
     before = checkpoint.get(KEY) or {}
-    _refuse_another(optimizer, saved, before, now)
+    _refuse_other_optimizer(optimizer, saved, before, now)
     changes = [
         *_changes("model.optimizer.", _saved_options(saved, before), now["options"]),
-        *_changes("model.", checkpoint.get("hyper_parameters", {}), hparams, _ELSEWHERE),
+        *_changes("model.", checkpoint.get("hyper_parameters", {}), hparams, _WITHOUT_EFFECT),
         *_changes("trainer.", before.get("trainer", {}), now["trainer"]),
         *_changes("", before.get("run", {}), now["run"]),
     ]
-    checkpoint["optimizer_states"] = [_fitted(optimizer, saved, before, now)]
+    checkpoint["optimizer_states"] = [_matching_state(optimizer, saved, before, now)]
     if trainer.lr_scheduler_configs:
-        _move_schedule(checkpoint, trainer)
+        _replace_schedule(checkpoint, trainer)
     else:
-        _keep_rates(checkpoint["optimizer_states"][0]["param_groups"], saved["param_groups"])
+        _keep_averager_rates(
+            checkpoint["optimizer_states"][0]["param_groups"], saved["param_groups"]
+        )
     if changes and trainer.is_global_zero:
         log.info("resuming with changed settings: %s", "; ".join(changes))
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an optimizer group's settings as plain values, its learning rate the unscheduled."""
+def _group_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer group's settings as plain values, with the rate before the schedule."""
     options = {name: _plain(v) for name, v in group.items() if name not in _NOT_SETTINGS}
     return {**options, "lr": _plain(group.get("initial_lr", group["lr"]))}
 
@@ -117,36 +120,37 @@ def _plain(value: Any) -> Any:
 
 
 def _saved_options(saved: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options a checkpoint was written with, one of an earlier alignkit too."""
+    """Return the optimizer options of a checkpoint, also of one that an older alignkit wrote."""
     options: dict[str, Any] | None = before.get("options")
-    return options or _options(saved["param_groups"][0])
+    return options or _group_options(saved["param_groups"][0])
 
 
 def _changes(
     prefix: str, old: Mapping[str, Any], new: Mapping[str, Any], but: frozenset[str] = frozenset()
 ) -> list[str]:
-    """Say which settings that both know differ, those in records by their own names."""
+    """Return a text for each setting that both mappings hold with different values."""
     told = []
     for name in (name for name in new if name in old and name not in but):
         was, value = old[name], new[name]
         if isinstance(was, Mapping) and isinstance(value, Mapping):
-            # As on the command line, which needs no `init_args`.
+            # Named as on the command line, without `init_args`.
             told += _changes(prefix if name == "init_args" else f"{prefix}{name}.", was, value)
         elif _plain(was) != _plain(value):
             told.append(f"{prefix}{name} {_plain(was)} -> {_plain(value)}")
     return told
 
 
-def _refuse_another(
+def _refuse_other_optimizer(
     optimizer: Optimizer,
     saved: Mapping[str, Any],
     before: Mapping[str, Any],
     now: Mapping[str, Any],
 ) -> None:
-    """Refuse an optimizer of another class, or one whose moments were never kept."""
+    """Refuse an optimizer of another class, or one whose state the checkpoint lacks."""
     own = now["optimizer"]
     theirs = before.get("optimizer")
-    if theirs is None and not set(_options(saved["param_groups"][0])) & set(now["options"]) - {
+    saved_names = set(_group_options(saved["param_groups"][0]))
+    if theirs is None and not saved_names & set(now["options"]) - {
         "lr", "weight_decay", "maximize", "foreach", "differentiable", "fused",
     }:  # fmt: skip
         theirs = "another optimizer"
@@ -168,25 +172,25 @@ def _refuse_another(
 
 
 def _state_names(optimizer: Optimizer) -> set[str]:
-    """Return what an optimizer keeps for a parameter under its settings, by taking a tiny step."""
+    """Return the names of an optimizer's state under its settings, by taking a tiny step."""
     options = {k: v for k, v in optimizer.param_groups[0].items() if k not in _NOT_SETTINGS}
     parameter = nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.ones(2, 2)
     try:
         twin = type(optimizer)([{**options, "params": [parameter]}])  # type: ignore[call-arg]
         twin.step()
-    except Exception:  # an optimizer that wants more than parameters speaks for itself later
+    except Exception:  # an optimizer that needs more than parameters fails later by itself
         return set()
     return {name for name, value in twin.state[parameter].items() if value is not None}
 
 
-def _fitted(
+def _matching_state(
     optimizer: Optimizer,
     saved: Mapping[str, Any],
     before: Mapping[str, Any],
     now: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the saved moments under this run's groups and settings."""
+    """Return an optimizer state with the saved moments and this run's groups and settings."""
     fresh = optimizer.state_dict()
     old_names: Sequence[Sequence[str]] | None = before.get("parameters")
     old = [number for group in saved["param_groups"] for number in group["params"]]
@@ -213,19 +217,19 @@ def _fitted(
     }
 
 
-def _keep_rates(
+def _keep_averager_rates(
     groups: Sequence[MutableMapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Take over the rates of an averager that has put its own schedule in the place of the run's.
+    """Keep the saved learning rates, which an averager's own schedule has set.
 
-    Lightning's SWA does, and takes the run's away before it is resumed.
+    Lightning's SWA removes the run's schedule before the run is resumed.
     """
     for group, before in zip(groups, saved, strict=False):
         group.update({k: before[k] for k in ("lr", "initial_lr", "swa_lr") if k in before})
 
 
-def _move_schedule(checkpoint: MutableMapping[str, Any], trainer: Trainer) -> None:
-    """Put this run's schedule where the saved one was, and its value into the optimizer."""
+def _replace_schedule(checkpoint: MutableMapping[str, Any], trainer: Trainer) -> None:
+    """Replace the saved schedule by this run's, at the saved step, and set its learning rates."""
     configs, states = trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]
     if len(configs) != 1 or len(states) != 1:
         return

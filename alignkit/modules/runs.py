@@ -1,4 +1,4 @@
-"""Where a run keeps its files, and what ``last``, ``best`` and ``hpc`` stand for in its folders."""
+"""Choose the folder of a run, and find the checkpoints ``last``, ``best`` and ``hpc`` in it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from alignkit.utils.ranks import is_first_rank
 
 log = logging.getLogger(__name__)
 
-NAMES = ("last", "best", "hpc")
-"""What Lightning takes in a checkpoint path's place."""
+CHECKPOINT_NAMES = ("last", "best", "hpc")
+"""Names that Lightning takes in the place of a checkpoint's path."""
 
 
 def claim_run_folder(trainer: Trainer) -> None:
-    """Make the folder that a logger has numbered for this run, so that no other run takes it.
+    """Make the numbered folder that a logger has chosen, so that no other run takes it.
 
-    A logger looks for a free number long before it writes: while data is being encoded a second
-    run would find the same one.
+    A logger looks for a free number long before it writes. While data is being encoded, a second
+    run would find the same number.
     """
     logger = trainer.logger
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
@@ -39,16 +39,19 @@ def claim_run_folder(trainer: Trainer) -> None:
             folder.mkdir(parents=True)
         except FileExistsError:  # another run was quicker
             taken, logger._version = folder, None
-        except OSError:  # whoever writes there says why it cannot
+        except OSError:  # the first write reports why it fails
             return
         else:
             return
 
 
 def run_folder(trainer: Trainer) -> str:
-    """Return the folder of this run alone: its logger's, or else a numbered one that is new.
+    """Return the folder of this run: its logger's, or a new numbered one without a logger.
 
-    Where there is no logger the folder is made at once, so that no other run takes the number.
+    The latter is made at once, so that no other run takes the number.
+
+    Raises:
+        AlignkitError: The folder cannot be made.
     """
     logger = trainer.logger
     if isinstance(logger, TensorBoardLogger | CSVLogger):
@@ -62,7 +65,7 @@ def run_folder(trainer: Trainer) -> str:
 
 
 def runs_folder(trainer: Trainer) -> str:
-    """Return the folder that holds those of this run and of its predecessors."""
+    """Return the folder that holds the folders of this run and of earlier ones."""
     logger = trainer.logger
     if isinstance(logger, TensorBoardLogger | CSVLogger):
         return logger.root_dir
@@ -88,33 +91,38 @@ def _new_folder(root: Path) -> Path:
 
 
 def asked_checkpoint(trainer: Trainer, asked: str | None) -> str | None:
-    """Return the file that a command's ``ckpt_path`` stands for; a path is returned as it is.
+    """Return the file that a command's ``ckpt_path`` stands for.
+
+    Args:
+        trainer: The command's trainer.
+        asked: One of `CHECKPOINT_NAMES`; or a path or ``None``, which are returned as they are,
+            except that a requeued SLURM job without a path resumes from ``hpc``.
 
     Raises:
-        AlignkitError: It is a name, and stands for no file or for none that is intact.
+        AlignkitError: The name stands for no file, or for none that is intact.
     """
-    requeued = SLURMEnvironment.detect() and _requeued(Path(trainer.default_root_dir))
-    if asked is None and requeued:  # Lightning goes on from there unasked
+    requeued = SLURMEnvironment.detect() and _requeue_checkpoints(Path(trainer.default_root_dir))
+    if asked is None and requeued:  # Lightning resumes from there by itself
         asked = "hpc"
-    return named_checkpoint(trainer, asked) if asked in NAMES else asked
+    return named_checkpoint(trainer, asked) if asked in CHECKPOINT_NAMES else asked
 
 
 def named_checkpoint(trainer: Trainer, name: str) -> str:
     """Return the file that ``last``, ``best`` or ``hpc`` stands for in a run's folders.
 
     Args:
-        trainer: Its logger and checkpoint callbacks say where earlier runs lie.
-        name: One of `NAMES`.
+        trainer: The trainer, whose logger and checkpoint callbacks name the folders of runs.
+        name: One of `CHECKPOINT_NAMES`.
 
     Raises:
-        AlignkitError: There is none, or none that is intact.
+        AlignkitError: There is no such file, or none that is intact.
     """
     asked = f"ckpt_path {name}"
     if name == "hpc":
-        found = first_intact(_requeued(Path(trainer.default_root_dir)), asked)
+        found = first_intact(_requeue_checkpoints(Path(trainer.default_root_dir)), asked)
         where = f"{trainer.default_root_dir}/hpc_ckpt_*.ckpt"
     else:
-        folders = _folders(trainer)
+        folders = _checkpoint_folders(trainer)
         where = ", ".join(map(str, folders))
         candidates = (file for folder in folders for file in newest_first(folder))
         found = first_intact(candidates, asked)
@@ -122,25 +130,25 @@ def named_checkpoint(trainer: Trainer, name: str) -> str:
         raise AlignkitError(
             f"{asked}: there is no checkpoint in {where}; give a file, or start without --ckpt_path"
         )
-    return _best(found) if name == "best" else found
+    return _best_checkpoint(found) if name == "best" else found
 
 
-def _folders(trainer: Trainer) -> list[Path]:
-    """Return where to look: folders that callbacks were given, else where all runs lie."""
+def _checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Return the folders with checkpoints: those of the callbacks, or that of all runs."""
     given = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     places = [folder or runs_folder(trainer) for folder in given or [None]]
     return [path for place in dict.fromkeys(places) if (path := local_path(place)) is not None]
 
 
-def _requeued(folder: Path) -> list[Path]:
-    """Return what SLURM's signals made Lightning write, the newest first."""
+def _requeue_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints that Lightning wrote on SLURM's signals, the newest first."""
     numbered = {path: re.fullmatch(r"hpc_ckpt_(\d+)", path.stem) for path in folder.glob("*.ckpt")}
     found = {path: int(match[1]) for path, match in numbered.items() if match}
     return sorted(found, key=lambda path: found[path], reverse=True)
 
 
-def _best(newest: str) -> str:
-    """Return the best checkpoint that a run's newest one knows of, wherever the run lies now."""
+def _best_checkpoint(newest: str) -> str:
+    """Return the best checkpoint that a run's newest one names, also if the run was moved."""
     states = read_archive(newest).get("callbacks", {}).values()
     best = next((s["best_model_path"] for s in states if s.get("best_model_path")), None)
     if best is None:

@@ -1,10 +1,10 @@
-"""Stage 2: supervised fine-tuning."""
+"""Train stage 2: supervised fine-tuning."""
 
 from alignkit.modules.language import LanguageModule
 
 
 class SFTModule(LanguageModule):
-    """Cross-entropy of the answer given its prompt; the prompt's own tokens carry no loss.
+    """Train on answers given their prompts; the prompt's own tokens carry no loss.
 
-    Feed it an `HHSFTDataModule`: the chosen answers of HH-RLHF.
+    Its data come from an `HHSFTDataModule`: the chosen answers of HH-RLHF.
     """

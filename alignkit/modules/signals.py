@@ -1,7 +1,7 @@
-"""Signals during training: finish the optimizer step, save, name the file, exit with a status.
+"""Handle signals during training: finish the optimizer step, save and exit.
 
-Lightning raises a `SystemExit` of status 0 after SIGTERM, in the middle of an accumulation window
-and with nothing saved, and knows no Ctrl-C but as a failure.
+After SIGTERM Lightning raises a `SystemExit` of status 0, in the middle of an accumulation window
+and with nothing saved. It treats Ctrl-C as a failure.
 """
 
 from __future__ import annotations
@@ -21,63 +21,63 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from alignkit.utils.interrupts import Stopped, say, stop_at_once
+from alignkit.utils.interrupts import Stopped, stop_at_once, write_line
 from alignkit.utils.ranks import is_lost_connection
 
 log = logging.getLogger(__name__)
 
 
 class Signals(Callback):
-    """Ends a run in order when SIGTERM, Ctrl-C or SLURM's requeue signal asks for it.
+    """Save and end a run on SIGTERM, Ctrl-C or SLURM's requeue signal.
 
-    The step that is being computed is finished on all ranks, whichever of them was told, then
-    ``last.ckpt`` is written and its path logged, and `Stopped` raised: exit status 143 after
+    Whichever rank got the signal, all ranks finish the step that is being computed. Then
+    ``last.ckpt`` is written and its path logged, and `Stopped` is raised: exit status 143 after
     SIGTERM and 130 after Ctrl-C. After SLURM's signal Lightning's own checkpoint for the requeued
-    job is written, and the job requeued. A second Ctrl-C stops at once.
+    job is written, and the job is requeued. A second Ctrl-C stops at once.
 
-    Our modules bring one along; it needs no mention.
+    Every `AlignmentModule` adds this callback to its trainer.
     """
 
     def __init__(self) -> None:
         self.asked = 0
-        """The signal to stop for; 0 for none."""
+        """The signal that the run stops for; 0 for none."""
         self.training = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the place of Lightning's handlers before it installs them."""
+        """Replace Lightning's signal handlers before it installs them."""
         self.asked, self.training = 0, False
-        trainer._signal_connector = _Connector(trainer, self)
+        trainer._signal_connector = _SignalHandlers(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here there is something to save."""
+        """Save on signals from here on."""
         self.training = True
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Stop between two optimizer steps, where all ranks agree on it."""
+        """Stop between two optimizer steps, on all ranks, if any rank got a signal."""
         if not trainer.fit_loop._should_accumulate():
             self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Leave a validation that lies between two steps.
+        """Stop within a validation that lies between two steps, if there is only one rank.
 
-        Among several ranks only the next step does: one may have more batches than another here.
+        Several ranks wait for the next step, as they may have different numbers of batches here.
         """
         if self.training and trainer.world_size == 1 and not trainer.fit_loop._should_accumulate():
             self._stop_if_asked(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop after training has ended by itself, and all is saved."""
+        """Stop after training has ended and all files are written, if a signal came before."""
         self.training = False
         if self.asked:
-            saver = _saver(trainer)
-            self._leave(trainer, self.asked, saver._last_checkpoint_saved if saver else None)
+            saver = _checkpoint_callback(trainer)
+            self._exit_run(trainer, self.asked, saver._last_checkpoint_saved if saver else None)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """End the ranks that a failing first one launched: they would wait for it, or fail too.
+        """End the ranks that this one launched, which would otherwise wait for it.
 
-        One that failed before is left to say why.
+        If another rank has failed first, it is left to report why.
         """
         if not isinstance(exception, Stopped) and not is_lost_connection(exception):
             _end_launched(trainer)
@@ -90,21 +90,21 @@ class Signals(Callback):
         if not asked:
             return
         connector = trainer._signal_connector
-        assert isinstance(connector, _Connector)
+        assert isinstance(connector, _SignalHandlers)
         path = connector.requeue(asked) if connector.requeues(asked) else _save_last(trainer)
-        self._leave(trainer, asked, path)
+        self._exit_run(trainer, asked, path)
 
-    def _leave(self, trainer: Trainer, signum: int, path: str | None) -> NoReturn:
+    def _exit_run(self, trainer: Trainer, signum: int, path: str | None) -> NoReturn:
         if trainer.is_global_zero:
             saved = f"{path} holds it" if path else "nothing is saved, as checkpoints are off"
             name = signal.Signals(signum).name
             log.warning("%s: stopped after step %d; %s", name, trainer.global_step, saved)
-        # Lightning kills the first rank if one that it launched ends with another status.
+        # Lightning kills the first rank if a rank that it launched ends with a status above 0.
         raise Stopped(signum, status=0 if _is_launched(trainer) else None)
 
 
-class _Connector(_SignalConnector):
-    """Handlers that make a note for the callback where there is something to save."""
+class _SignalHandlers(_SignalConnector):
+    """Record a signal for the callback while a run trains, and stop at once otherwise."""
 
     def __init__(self, trainer: Trainer, signals: Signals) -> None:
         super().__init__(trainer)
@@ -113,7 +113,7 @@ class _Connector(_SignalConnector):
         self.interrupted = False
 
     def register_signal_handlers(self) -> None:
-        """Install the handlers; a user's own for the same signals is called as well."""
+        """Install the handlers, which also call a user's own for the same signal."""
         self._original_handlers = {}
         self.process = os.getpid()
         if threading.current_thread() is not threading.main_thread():
@@ -124,7 +124,7 @@ class _Connector(_SignalConnector):
             before = signal.getsignal(signum)
             own = before in (signal.SIG_DFL, signal.default_int_handler, stop_at_once)
 
-            handler = partial(self._handle, also=None if own else before)
+            handler = partial(self._note_signal, also=None if own else before)
             self._original_handlers[signum] = before
             signal.signal(signum, handler)
 
@@ -138,7 +138,7 @@ class _Connector(_SignalConnector):
         )
 
     def requeue(self, signum: int) -> str:
-        """Save for the requeued job and requeue it, as Lightning does; return the file."""
+        """Save for the requeued job, requeue it as Lightning does, and return the file."""
         path = self.trainer._checkpoint_connector.hpc_save_path(self.trainer.default_root_dir)
         self._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
         return path
@@ -147,7 +147,7 @@ class _Connector(_SignalConnector):
         environment = self.trainer._accelerator_connector.cluster_environment
         return environment.requeue_signal if isinstance(environment, SLURMEnvironment) else None
 
-    def _handle(self, signum: int, frame: FrameType | None, also: Any) -> None:
+    def _note_signal(self, signum: int, frame: FrameType | None, also: Any) -> None:
         if os.getpid() != self.process:  # a worker that was forked from the training process
             return
         again = signum == signal.SIGINT and self.interrupted
@@ -157,15 +157,15 @@ class _Connector(_SignalConnector):
             stop_at_once(signum)
         if not self.signals.asked:
             end = "; once more stops at once" if signum == signal.SIGINT else ""
-            say(f"{signal.Signals(signum).name}: finishing this step, then saving{end}")
+            write_line(f"{signal.Signals(signum).name}: finishing this step, then saving{end}")
         self.signals.asked = max(self.signals.asked, signum)
         if callable(also):
             also(signum, frame)
 
 
 def _save_last(trainer: Trainer) -> str | None:
-    """Write ``last.ckpt`` where checkpoints go; return its path, ``None`` if none are kept."""
-    saver = _saver(trainer)
+    """Write ``last.ckpt`` and return its path, ``None`` if the run keeps no checkpoints."""
+    saver = _checkpoint_callback(trainer)
     if saver is None:
         return None
     kept, saver.save_last = saver.save_last, True
@@ -174,7 +174,7 @@ def _save_last(trainer: Trainer) -> str | None:
     return saver.last_model_path
 
 
-def _saver(trainer: Trainer) -> ModelCheckpoint | None:
+def _checkpoint_callback(trainer: Trainer) -> ModelCheckpoint | None:
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     if not savers or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return None

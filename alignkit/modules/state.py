@@ -1,8 +1,8 @@
-"""`nn.Module`'s contract for state dicts, over what training changes alone.
+"""Restrict a module's state dict to the parameters that train.
 
-Hooks rather than overridden methods: a wrapper (an average of the weights, a user's own module that
-holds ours) calls ``state_dict`` with a destination and a prefix, and never calls a child's
-``load_state_dict`` at all.
+The module uses hooks instead of overridden methods, because a wrapper (an average of the weights, a
+user's module that holds ours) calls ``state_dict`` with a destination and a prefix, and never calls
+a child's ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ _MODEL = "model."
 
 
 def keep_trained_state(module: nn.Module) -> None:
-    """Let a module's state dict hold its ``model``'s trainable parameters, and load just these.
+    """Let a module's state dict hold the trainable parameters of its ``model`` and no others.
 
-    Loading refuses any other names and shapes before it changes anything, in one line.
+    Loading refuses other names and shapes before it changes anything, in one line.
+
+    Args:
+        module: A module with a submodule ``model``.
     """
     module.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_pre_hook(_load)  # type: ignore[no-untyped-call]
-    module.register_load_state_dict_post_hook(_miss_nothing)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_load_trained)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(_clear_missing_keys)  # type: ignore[no-untyped-call]
 
 
 def _leave_out_frozen(
@@ -37,14 +40,14 @@ def _leave_out_frozen(
         del state_dict[name]
 
 
-def _load(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def _load_trained(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     own = {n.removeprefix(prefix): v for n, v in state_dict.items() if n.startswith(prefix)}
     state = ckpt.model_state({"state_dict": own})
     ckpt.load_trainable(module.get_submodule("model"), state, "ckpt_path")
     module.__dict__["_loaded_under"] = prefix
 
 
-def _miss_nothing(module: nn.Module, keys: _IncompatibleKeys) -> None:
-    """Report no frozen parameter as missing: `_load` has seen that all that trains is there."""
+def _clear_missing_keys(module: nn.Module, keys: _IncompatibleKeys) -> None:
+    """Remove frozen parameters from the missing keys; `_load_trained` has found all others."""
     prefix = module.__dict__.pop("_loaded_under")
     keys.missing_keys[:] = [name for name in keys.missing_keys if not name.startswith(prefix)]

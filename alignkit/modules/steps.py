@@ -1,8 +1,8 @@
-"""Optimizer steps whose loss is an exact mean, whatever the objective.
+"""Take optimizer steps whose loss is an exact mean, for any objective.
 
-What is optimised is ``Σ loss_sum / Σ weight`` over every micro-batch of the accumulation window
-and every rank. A step is taken whole or not at all: one that is not finite is stopped or left out,
-and a checkpoint written between two steps is one of the former.
+The optimised loss is ``Σ loss_sum / Σ weight`` over every micro-batch of the accumulation window
+and every rank. A step that is not finite stops the run or is skipped, and a checkpoint written
+within a window holds the state of the last step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from alignkit.modules.hook import HasLoss
 from alignkit.modules.metrics import EpochMetrics, EpochSums
 from alignkit.modules.nonfinite import OnNonFinite, StepGuard
 from alignkit.modules.position import Position
-from alignkit.modules.precision import unscale
+from alignkit.modules.precision import unscale_gradients
 from alignkit.modules.tuning import mean_with_gradient_of_sum
 from alignkit.modules.window import LossOutput, Window, scale_gradients
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class ExactSteps(HasLoss):
-    """Training, validation and test steps over `compute_loss`, and the logging of their means.
+    """Run training, validation and test steps over `compute_loss`, and log their means.
 
     Args:
         on_nonfinite: See `StepGuard`.
@@ -52,7 +52,7 @@ class ExactSteps(HasLoss):
     # Batches --------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Follow the run from window to window."""
+        """Clear the sums at the start of an epoch and of a window."""
         if batch_idx == 0:  # a run resumed between epochs has no `on_train_epoch_start`
             self.epoch_sums.clear()
         if self.position.before_batch(batch_idx, self.trainer, self.device):
@@ -68,23 +68,23 @@ class ExactSteps(HasLoss):
         return mean_with_gradient_of_sum(output.loss_sum, output.weight)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Add the batch to the epoch's means; no collective runs inside a step."""
+        """Add the batch to the epoch's means, which are reduced over ranks once an epoch."""
         self.val_metrics.update(self.compute_loss(batch))
 
     def test_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Measure a test batch as a validation batch is."""
+        """Add the batch to the epoch's means."""
         self.validation_step(batch, batch_idx)
 
     # Optimizer steps ------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the accumulated, averaged sums into the gradient of the window's exact mean.
+        """Scale the accumulated gradients to that of the window's exact mean, and log the step.
 
-        A step that is not finite is stopped or left out here: its gradients are gone.
+        A step that is not finite stops the run or is skipped, by dropping its gradients.
         """
-        unscale(self.trainer, optimizer)
+        unscale_gradients(self.trainer, optimizer)
         totals = self.window.close(self._sum_over_ranks)
-        # Undo Lightning's division by the window and DDP's by the ranks.
+        # Undo Lightning's division by the number of micro-batches and DDP's by that of ranks.
         constant = self.trainer.accumulate_grad_batches * self.trainer.world_size
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         scale_gradients(parameters, constant / totals.weight)
@@ -120,7 +120,7 @@ class ExactSteps(HasLoss):
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and only then count the window as done."""
+        """Take the step, and then count the window as done."""
         super().optimizer_step(*args, **kwargs)
         self.position.after_step()
         if self._taken is not None:
@@ -154,11 +154,11 @@ class ExactSteps(HasLoss):
         self._log_evaluation("test")
 
     def on_train_epoch_start(self) -> None:
-        """Measure throughput from here: set-up is not training."""
+        """Restart the clock of the throughput, which excludes set-up."""
         self.window.restart_clock()
 
     def on_validation_end(self) -> None:
-        """Take the time that validation took out of the throughput, and warn of its NaN."""
+        """Exclude validation from the throughput, and warn if its loss is not finite."""
         self.window.restart_clock()
         loss = self.trainer.callback_metrics.get("val/loss")
         if loss is not None and not loss.isfinite() and self.trainer.is_global_zero:
@@ -167,21 +167,21 @@ class ExactSteps(HasLoss):
     # Checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make a checkpoint one of the last optimizer step."""
+        """Store the epoch's sums and the position of the last optimizer step."""
         checkpoint["epoch_sums"] = self.epoch_sums.state(self._sum_over_ranks)
         checkpoint["skipped_steps"] = self.guard.skipped
         self.position.save(checkpoint, self.trainer, self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written."""
+        """Restore the position, the epoch's sums and the number of skipped steps."""
         self.position.load(checkpoint)
         self.guard.skipped = checkpoint.get("skipped_steps", 0)
         self._epoch_state = checkpoint.get("epoch_sums", {})
 
     def on_train_start(self) -> None:
-        """Begin outside of any window, with the sums and the random stream of a checkpoint.
+        """Begin outside of any window, with the sums and the random state of a checkpoint.
 
-        Restored here, after the sanity check has used some of the stream.
+        They are restored here because the sanity check before has drawn random numbers.
         """
         self.window.clear()
         self.epoch_sums.load(self._epoch_state, self.device, self.global_rank)

@@ -1,4 +1,4 @@
-"""What a run knows of its text: from the data module, kept in checkpoints, held against others'."""
+"""Keep a run's text format, which says how text became tokens, and compare it with others."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def format_of_run(
 ) -> TextFormat | None:
     """Return the data module's text format, once it and the module are set up.
 
-    Training on from weights that knew another format is said in one line: the model has to learn
-    the new one.
+    One line warns where the initial weights were trained with another format, because the model
+    then has to learn the new one.
 
     Args:
-        trainer: Of the run.
-        model: What is trained.
-        base: Its name.
-        before: The format that the weights were trained with; kept where the data tells none.
+        trainer: The run's trainer.
+        model: The model that trains.
+        base: The model's name.
+        before: The format that the weights were trained with, which is returned where the data
+            module has none.
 
     Raises:
         AlignkitError: The tokenizer may give ids that the model has no embedding for.
@@ -42,22 +43,24 @@ def format_of_run(
         return before
     documents = before is None or "text" in (own.prompt_format, before.prompt_format)
     if before is not None and not documents and trainer.state.fn == TrainerFn.FITTING:
-        _warn("model.init_from", own.differences(before, "prompt_format", "chat_template"))
+        _warn_of_other_text(
+            "model.init_from", own.differences(before, "prompt_format", "chat_template")
+        )
     return own
 
 
 def format_of_checkpoint(
     trainer: Trainer | None, checkpoint: Mapping[str, Any], before: TextFormat | None
 ) -> TextFormat | None:
-    """Return the text format to go on with from a checkpoint.
+    """Return the text format of a module after it has loaded a checkpoint.
 
     Args:
-        trainer: Of the run; none where the module is loaded without one.
-        checkpoint: What is loaded.
-        before: The module's format so far; kept where nobody knows another.
+        trainer: The run's trainer, or ``None`` without a run.
+        checkpoint: The checkpoint that is loaded.
+        before: The module's format so far, which is returned where nothing else tells one.
 
     Raises:
-        AlignkitError: The run would go on with text put in another way.
+        AlignkitError: The run would resume with another text format.
     """
     given = format_in(checkpoint, "ckpt_path")
     own: TextFormat | None = getattr(getattr(trainer, "datamodule", None), "text_format", None)
@@ -69,10 +72,10 @@ def format_of_checkpoint(
             f"ckpt_path: was trained with other text (data: {', '.join(told)}); resume with the "
             "data options that the run started with, or pass it as model.init_from"
         )
-    _warn("ckpt_path", told)
+    _warn_of_other_text("ckpt_path", told)
     return before
 
 
-def _warn(where: str, told: list[str]) -> None:
+def _warn_of_other_text(where: str, told: list[str]) -> None:
     if told:
         log.warning("%s: was trained with other text (data: %s)", where, ", ".join(told))

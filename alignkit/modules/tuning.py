@@ -1,4 +1,4 @@
-"""What Lightning's tuners and watchers look for: a learning rate to set, a loss to compare."""
+"""Provide what Lightning's tuners and monitors need: a learning rate, and comparable losses."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from alignkit.errors import AlignkitError
 
 
 def mean_with_gradient_of_sum(loss_sum: Tensor, weight: float | Tensor) -> Tensor:
-    """Return a batch's mean loss, whose gradient is that of the sum.
+    """Return a batch's mean loss, with the gradient of the sum.
 
-    Watchers compare losses from batch to batch, and sums grow with a batch's size; gradients of
-    sums are what a window adds up.
+    Callbacks such as `SpikeDetection` compare losses from batch to batch, and a sum grows with its
+    batch. The gradient must be that of the sum, because a window adds up gradients of sums.
 
     Args:
-        loss_sum: Scalar.
-        weight: What it is the sum over.
+        loss_sum: Scalar, the sum of the batch's losses.
+        weight: The number of tokens or pairs that it is the sum over.
     """
-    mean: Tensor = _Mean.apply(loss_sum, weight)  # type: ignore[no-untyped-call]
+    mean: Tensor = _MeanWithSumGradient.apply(loss_sum, weight)  # type: ignore[no-untyped-call]
     return mean
 
 
-class _Mean(torch.autograd.Function):
+class _MeanWithSumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss_sum: Tensor, weight: float | Tensor) -> Tensor:
         if isinstance(weight, Tensor):
@@ -41,10 +41,13 @@ class _Mean(torch.autograd.Function):
 
 
 def learning_rate(make: OptimizerCallable) -> float:
-    """Return the learning rate that a function from parameters to an optimizer has inside.
+    """Return the learning rate of the optimizers that a function makes.
+
+    Args:
+        make: A function from parameters to an optimizer.
 
     Raises:
-        AlignkitError: Its optimizer has none.
+        AlignkitError: Its optimizer has no learning rate.
     """
     optimizer = make([nn.Parameter(torch.zeros(1))])
     if "lr" not in optimizer.defaults:
@@ -55,21 +58,21 @@ def learning_rate(make: OptimizerCallable) -> float:
 
 
 def with_learning_rate(make: OptimizerCallable, lr: float) -> OptimizerCallable:
-    """Return the function with another learning rate."""
-    return partial(_make, make.args[0] if is_replaced(make) else make, lr)  # type: ignore[attr-defined]
+    """Return a function that makes the same optimizer with another learning rate."""
+    return partial(_make_at_rate, make.args[0] if is_replaced(make) else make, lr)  # type: ignore[attr-defined]
 
 
 def is_replaced(make: OptimizerCallable) -> bool:
-    """Whether a function comes from `with_learning_rate`."""
-    return isinstance(make, partial) and make.func is _make
+    """Tell whether a function was returned by `with_learning_rate`."""
+    return isinstance(make, partial) and make.func is _make_at_rate
 
 
-def _make(make: OptimizerCallable, lr: float, parameters: Iterable[Any]) -> Optimizer:
+def _make_at_rate(make: OptimizerCallable, lr: float, parameters: Iterable[Any]) -> Optimizer:
     groups = list(parameters)
     chosen = [isinstance(group, dict) and "lr" in group for group in groups]
     optimizer = make(groups)
     optimizer.defaults["lr"] = lr
-    # Bare parameters make one group; a group with a rate of its own keeps it.
+    # A list of parameters makes one group; a group with its own rate keeps it.
     for number, group in enumerate(optimizer.param_groups):
         if not (number < len(chosen) and chosen[number]):
             group["lr"] = lr

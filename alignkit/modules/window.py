@@ -1,8 +1,8 @@
-"""What one optimizer step adds up, and the mean it is worth.
+"""Sum losses over the micro-batches of an optimizer step, and compute their exact mean.
 
 Lightning divides every micro-batch's loss by the constant ``accumulate_grad_batches`` and DDP
 averages gradients over ranks, whatever the token counts. Modules therefore return the *sum* of
-their loss, and the window puts ``Σ loss / Σ weight`` right once, before the optimizer steps.
+their loss, and the window scales to ``Σ loss / Σ weight`` once, before the optimizer steps.
 """
 
 from __future__ import annotations
@@ -20,11 +20,16 @@ from alignkit.engine import PackedBatch
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a module says of one micro-batch.
+    """Hold the loss, the weight and the metrics of one micro-batch, as sums.
+
+    Example:
+        >>> losses_B = torch.tensor([0.5, 0.75])
+        >>> LossOutput(losses_B.sum(), weight=len(losses_B)).loss_sum
+        tensor(1.2500)
 
     Attributes:
-        loss_sum: Scalar, the loss summed (not averaged) over what ``weight`` counts.
-        weight: How much the batch weighs: tokens for language modelling, pairs for preferences.
+        loss_sum: Scalar, the loss summed (not averaged) over the units that ``weight`` counts.
+        weight: The number of tokens (language modelling) or pairs (preferences) in the batch.
         metrics: Name to scalar, each a sum over the same units as ``weight``; logged as means.
     """
 
@@ -34,11 +39,16 @@ class LossOutput:
 
 
 class MicroBatch(NamedTuple):
-    """One micro-batch of a window, kept until the window is closed.
+    """Hold one micro-batch of a window, until the window is closed.
+
+    Example:
+        >>> from alignkit.batch import Example, collate
+        >>> MicroBatch(collate([Example([1], [[2, 3]])]), number=0).batch.num_scored
+        2
 
     Attributes:
-        batch: On the module's device.
-        number: Which of its epoch, from 0.
+        batch: The batch, on the module's device.
+        number: Its number in the epoch, from 0.
     """
 
     batch: PackedBatch
@@ -46,7 +56,7 @@ class MicroBatch(NamedTuple):
 
 
 class Window:
-    """Sums over the micro-batches of one optimizer step on this rank."""
+    """Sum losses and metrics over the micro-batches of one optimizer step on this rank."""
 
     def __init__(self) -> None:
         self.micro_batches: list[MicroBatch] = []
@@ -58,12 +68,12 @@ class Window:
         self._start = time.perf_counter()
 
     def clear(self) -> None:
-        """Forget what was added, as the gradients of a step that is never taken are."""
+        """Forget what was added, when its optimizer step is not going to be taken."""
         self.micro_batches = []
         self._sums = {}
 
     def add(self, output: LossOutput, batch: PackedBatch, number: int = 0) -> None:
-        """Add one micro-batch; nothing here waits for the device."""
+        """Add one micro-batch, without waiting for the device."""
         loss = output.loss_sum.detach().float()
         own = {"loss": loss, "weight": output.weight, "tokens": batch.num_tokens}
         for name, value in {**own, **output.metrics}.items():
@@ -84,13 +94,13 @@ class Window:
         own_K = torch.stack([self._sums[name] for name in names])
         own = dict(zip(names, own_K.unbind(), strict=True))
         del own["tokens"]
-        # Gloo reduces in place.
+        # Gloo reduces in place, so it gets a copy.
         sums = dict(zip(names, reduce(own_K.clone()).unbind(), strict=True))
         seconds = time.perf_counter() - self._start
         micro_batches = self.micro_batches
         self.__init__()  # type: ignore[misc]
         weight, tokens = sums.pop("weight"), sums.pop("tokens")
-        # A window without a single scored token has zero gradients; keep them finite.
+        # A window without a scored token has zero gradients, which 0 / 0 would turn into NaN.
         weight = weight.clamp(min=torch.finfo(torch.float32).tiny)
         means = {name: (value / weight).float() for name, value in sums.items()}
         return WindowTotals(
@@ -104,14 +114,21 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowTotals:
-    """One optimizer step over all micro-batches and ranks.
+    """Hold the means of one optimizer step over all micro-batches and ranks.
+
+    Example:
+        >>> from alignkit.batch import Example, collate
+        >>> window = Window()
+        >>> window.add(LossOutput(torch.tensor(3.0), 2), collate([Example([1], [[2, 3]])]))
+        >>> window.close(reduce=lambda sums_K: sums_K).means  # one rank
+        {'loss': tensor(1.5000)}
 
     Attributes:
-        means: ``loss`` and every metric, divided by ``weight``.
-        weight: What the step weighs in total.
+        means: ``loss`` and every metric, scalars in fp32, each divided by ``weight``.
+        weight: Scalar fp32, the number of tokens or pairs in the step.
         tokens_per_second: Row tokens of all ranks per second of wall time.
-        own: This rank's part of it, as sums in float64.
-        micro_batches: This rank's.
+        own: This rank's part, as sums in float64.
+        micro_batches: This rank's micro-batches.
     """
 
     means: dict[str, Tensor]

@@ -1,7 +1,7 @@
-"""Objectives as pure functions: log-probabilities in, losses out, equations beside the code.
+"""Compute the training losses from log-probabilities, as pure functions.
 
 `language` holds the cross-entropy of LoRA language modelling and SFT, `preference` the losses
-over pairs. Nothing here knows a model, a batch or a trainer.
+over pairs. Nothing here depends on a model, a batch or a trainer.
 """
 
 from alignkit.objectives import language, preference

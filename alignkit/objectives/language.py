@@ -1,4 +1,4 @@
-"""The objective of language modelling and SFT.
+"""Compute the cross-entropy that language modelling and SFT minimise.
 
 Shape letters: N scored tokens.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 def cross_entropy_sum(token_logps_N: Tensor) -> Tensor:
     """Sum the negative log-likelihood of the scored tokens.
 
-    ``L = − Σ_n log π(x_n | x_<n)``, a sum and not a mean: whoever optimises it divides by the
-    number of tokens of *all* micro-batches and ranks, which a mean taken here could not undo.
+    ``L = − Σ_n log π(x_n | x_<n)``. The result is a sum, because the optimizer step divides by the
+    number of tokens of all micro-batches and ranks, which this function does not know.
 
     Args:
         token_logps_N: [N] fp32, log π of each scored token, as ``engine.score`` returns them.
@@ -26,5 +26,5 @@ def cross_entropy_sum(token_logps_N: Tensor) -> Tensor:
 
 
 def perplexity(mean_cross_entropy: float) -> float:
-    """Return ``exp`` of a mean cross-entropy in nats per token, infinite where it overflows."""
+    """Return ``exp`` of a mean cross-entropy in nats per token, infinity where it overflows."""
     return math.exp(mean_cross_entropy) if mean_cross_entropy < 709.0 else math.inf

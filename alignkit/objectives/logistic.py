@@ -1,4 +1,4 @@
-"""Preference losses that classify a pair by its margin: DPO and its kin.
+"""Define the preference losses that apply a logistic loss to a pair's margin: DPO and variants.
 
 Shape letters: B pairs. Symbols, as in the papers: y_w the chosen and y_l the rejected response,
 π the policy, π_ref the reference, β the strength of the tie to it, ε = ``label_smoothing`` the
@@ -20,15 +20,20 @@ from alignkit.objectives.pairs import PairScores, PreferenceLoss
 
 
 def smoothed(x_B: Tensor, label_smoothing: float) -> Tensor:
-    """−(1−ε) log σ(x) − ε log σ(−x): the logistic loss under labels flipped with probability ε."""
+    """Return −(1−ε) log σ(x) − ε log σ(−x), the logistic loss of margins under flipped labels."""
     return -(1 - label_smoothing) * logsigmoid(x_B) - label_smoothing * logsigmoid(-x_B)
+
+
+def bounded_expm1(x_B: Tensor) -> Tensor:
+    """Return e^x − 1 with x at most 80, so that nothing overflows."""
+    return torch.expm1(x_B.clamp(max=80.0))
 
 
 @dataclass(frozen=True)
 class DPO(PreferenceLoss):
-    """DPO: −log σ(βΔ).
+    """Compute the DPO loss −log σ(βΔ).
 
-    Rafailov et al. 2023, arXiv:2305.18290, equation 7. With ε > 0 the conservative cDPO,
+    Rafailov et al. 2023, arXiv:2305.18290, equation 7. With ε > 0 it is the conservative cDPO,
     −(1−ε) log σ(βΔ) − ε log σ(−βΔ) (Mitchell 2023, "A note on DPO with noisy preferences").
 
     Args:
@@ -46,8 +51,9 @@ class DPO(PreferenceLoss):
 
 @dataclass(frozen=True)
 class RobustDPO(PreferenceLoss):
-    """Robust DPO: [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1 − 2ε), unbiased under flipped labels.
+    """Compute the robust DPO loss [−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1 − 2ε).
 
+    Its expectation over labels flipped with probability ε is the DPO loss of the true labels.
     Chowdhury et al. 2024, arXiv:2403.00409, section 3.1.
 
     Args:
@@ -66,9 +72,10 @@ class RobustDPO(PreferenceLoss):
 
 @dataclass(frozen=True)
 class EXO(PreferenceLoss):
-    """EXO over two responses: KL((σ(βΔ), σ(−βΔ)) ‖ (1−ε, ε)), the reverse of DPO's KL.
+    """Compute the EXO loss of two responses, KL((σ(βΔ), σ(−βΔ)) ‖ (1−ε, ε)).
 
-    Ji et al. 2024, arXiv:2402.00856, equation 16.
+    It is the reverse of the divergence that DPO minimises. Ji et al. 2024, arXiv:2402.00856,
+    equation 16.
 
     Args:
         beta: Strength of the tie to the reference.
@@ -89,9 +96,9 @@ class EXO(PreferenceLoss):
 
 @dataclass(frozen=True)
 class NormalizedDPO(PreferenceLoss):
-    """Length-normalised DPO: −log σ(β r(y_w)/|y_w| − β r(y_l)/|y_l|), smoothed like `DPO`.
+    """Compute the length-normalised DPO loss −log σ(β r(y_w)/|y_w| − β r(y_l)/|y_l|).
 
-    Lambert et al. 2024 (Tülu 3), arXiv:2411.15124, section 5.
+    Labels are smoothed as in `DPO`. Lambert et al. 2024 (Tülu 3), arXiv:2411.15124, section 5.
 
     Args:
         beta: Strength of the tie to the reference, for log-ratios a token.
@@ -109,10 +116,10 @@ class NormalizedDPO(PreferenceLoss):
 
 @dataclass(frozen=True)
 class DiscoPOP(PreferenceLoss):
-    """DiscoPOP: (1 − s)·(−log σ(βΔ)) + s·exp(−βΔ) with the gate s = σ(βΔ/τ).
+    """Compute the DiscoPOP loss (1 − s)·(−log σ(βΔ)) + s·exp(−βΔ) with the gate s = σ(βΔ/τ).
 
-    Lu et al. 2024, arXiv:2406.08414, equation 5. The second term is taken as
-    exp(log s − βΔ): as a product it is 0·∞ from βΔ ≈ −89 on.
+    Lu et al. 2024, arXiv:2406.08414, equation 5. The second term is computed as
+    exp(log s − βΔ), because the product is 0·∞ from βΔ ≈ −89 on.
 
     Args:
         beta: Strength of the tie to the reference.
@@ -132,11 +139,11 @@ class DiscoPOP(PreferenceLoss):
 
 @dataclass(frozen=True)
 class AOT(PreferenceLoss):
-    """AOT on pairs: DPO's loss between sorted margins of the policy and of the reference.
+    """Compute the paired AOT loss: DPO's loss between sorted policy and reference margins.
 
     Melnyk et al. 2024, arXiv:2406.05882, section 3 (paired). Sorting matches quantiles, so
-    element b is the b-th quantile of the batch and no longer pair b; only the mean has a meaning,
-    and it depends on which pairs share a batch.
+    element b of the result belongs to the b-th quantile of the batch and not to pair b. Only the
+    mean over the batch is meaningful, and it depends on which pairs share a batch.
 
     Args:
         beta: Strength of the tie to the reference.
@@ -155,10 +162,10 @@ class AOT(PreferenceLoss):
 
 @dataclass(frozen=True)
 class UnpairedAOT(PreferenceLoss):
-    """AOT on two sets: DPO's loss between the sorted rewards of chosen and of rejected answers.
+    """Compute the unpaired AOT loss: DPO's loss between sorted chosen and rejected rewards.
 
-    Melnyk et al. 2024, arXiv:2406.05882, section 3 (unpaired); as with `AOT`, element b is a
-    quantile and not a pair.
+    Melnyk et al. 2024, arXiv:2406.05882, section 3 (unpaired). As with `AOT`, element b of the
+    result belongs to a quantile and not to a pair.
 
     Args:
         beta: Strength of the tie to the reference.

@@ -1,4 +1,4 @@
-"""What every preference loss is made of: two models' scores of pairs, and the interface.
+"""Define the interface of preference losses and the scores of pairs that they take.
 
 Shape letters: B pairs, R = 2B responses.
 """
@@ -19,10 +19,16 @@ from alignkit.errors import AlignkitError
 
 @dataclass(frozen=True)
 class PairScores:
-    """One model's view of B pairs.
+    """Hold one model's log-probabilities of B pairs of responses.
 
-    ``PairScores(tensor([-9.5]), tensor([-7.0]), tensor([12]), tensor([8]))`` is one pair whose
-    chosen response has 12 tokens and log-probability −9.5.
+    Example:
+        >>> import torch
+        >>> sums, tokens = torch.tensor([-9.5, -7.0]), torch.tensor([10, 7])
+        >>> scores = PairScores.from_responses(sums, tokens)  # one pair
+        >>> scores.chosen, scores.rejected
+        (tensor([-9.5000]), tensor([-7.]))
+        >>> scores.per_token().chosen
+        tensor([-0.9500])
 
     Attributes:
         chosen: [B] fp32, log-probability of each chosen response (a sum over its tokens).
@@ -38,10 +44,10 @@ class PairScores:
 
     @classmethod
     def from_responses(cls, sums_R: Tensor, tokens_R: Tensor) -> PairScores:
-        """Split a row of responses, chosen before rejected in each pair, into its two sides.
+        """Split the scores of responses into chosen and rejected ones.
 
         Args:
-            sums_R: [2B] fp32, summed log-probabilities.
+            sums_R: [2B] fp32, summed log-probabilities; in each pair chosen before rejected.
             tokens_R: [2B] int64, the number of scored tokens of each response.
         """
         return cls(sums_R[0::2], sums_R[1::2], tokens_R[0::2], tokens_R[1::2])
@@ -51,7 +57,7 @@ class PairScores:
         return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach())
 
     def per_token(self) -> PairScores:
-        """Return the scores as means over tokens, log π(y|x) / |y|."""
+        """Return the scores with log π(y|x) / |y|, means over tokens, in the place of sums."""
         return PairScores(
             self.chosen / self.chosen_tokens.clamp(min=1),
             self.rejected / self.rejected_tokens.clamp(min=1),
@@ -61,10 +67,11 @@ class PairScores:
 
 
 class PreferenceLoss:
-    """A loss over pairs: a subclass is a frozen dataclass whose fields are its parameters.
+    """Define the interface of a loss over pairs of responses.
 
-    ``DPO(beta=0.1)(policy, reference)`` is one loss a pair. A subclass of your own needs
-    ``__call__`` alone; on the command line it is chosen by its class path.
+    A subclass is a frozen dataclass whose fields are its parameters, and defines ``__call__``.
+    ``DPO(beta=0.1)(policy, reference)`` returns one loss for each pair. On the command line a
+    loss from outside this package is chosen by its class path.
 
     Attributes:
         beta: Scale of the rewards.
@@ -83,15 +90,25 @@ class PreferenceLoss:
     trl_name: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
-        """Refuse parameters that cannot work; an ε is a probability of less than one half."""
+        """Refuse parameters out of their range: ``label_smoothing`` lies in [0, 0.5)."""
         for name in self.positive:
             if not 0 < getattr(self, name) < inf:
                 self.refuse(name, "must be positive")
         if not 0 <= getattr(self, "label_smoothing", 0.0) < 0.5:
             self.refuse("label_smoothing", "must lie in [0, 0.5)")
 
+    def at_least_zero(self, *names: str) -> None:
+        """Refuse parameters that are negative, infinite or no numbers.
+
+        Raises:
+            AlignkitError: One is.
+        """
+        for name in names:
+            if not 0 <= getattr(self, name) < inf:
+                self.refuse(name, "must be at least 0")
+
     def refuse(self, name: str, rule: str) -> NoReturn:
-        """Raise the line about one parameter.
+        """Raise the error that names one parameter and the rule it breaks.
 
         Raises:
             AlignkitError: Always.
@@ -110,10 +127,10 @@ class PreferenceLoss:
         """
 
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
-        """Return what the loss takes for the rewards of both sides, [B] each, for logging.
+        """Return the rewards of the chosen and of the rejected responses, [B] fp32 each.
 
-        By default DPO's implicit ones, ``β log π(y|x)/π_ref(y|x)`` (arXiv:2305.18290, equation 5,
-        up to the partition function).
+        By default they are DPO's implicit rewards, ``β log π(y|x)/π_ref(y|x)`` (arXiv:2305.18290,
+        equation 5, up to the partition function).
         """
         return (
             self.beta * (policy.chosen - reference.chosen),
@@ -121,19 +138,19 @@ class PreferenceLoss:
         )
 
     def margin(self, policy: PairScores, reference: PairScores) -> Tensor:
-        """Return the chosen reward minus the rejected one, [B]."""
+        """Return the chosen reward minus the rejected one, [B] fp32."""
         chosen_B, rejected_B = self.rewards(policy, reference)
         return chosen_B - rejected_B
 
     def to_dict(self) -> dict[str, Any]:
-        """Return class and parameters as plain values, as a configuration file has them."""
+        """Return the class path and the parameters as plain values, as in a configuration file."""
         kind = type(self)
         parameters = asdict(self)  # type: ignore[call-overload]
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": parameters}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> PreferenceLoss:
-        """Rebuild a loss from `to_dict`.
+        """Rebuild a loss from the values that `to_dict` returned.
 
         Raises:
             AlignkitError: No loss of that class has been imported, or a parameter is wrong.
@@ -146,7 +163,7 @@ class PreferenceLoss:
 
 
 def known_losses() -> Iterator[type[PreferenceLoss]]:
-    """Yield every loss that has been imported: the dataclasses among the subclasses."""
+    """Yield every loss class that has been imported: the subclasses that are dataclasses."""
     pending = PreferenceLoss.__subclasses__()
     while pending:
         kind = pending.pop(0)
@@ -156,7 +173,7 @@ def known_losses() -> Iterator[type[PreferenceLoss]]:
 
 
 def unknown_loss(name: str) -> AlignkitError:
-    """Return the line about a name that no loss has: what was meant, and what there is."""
+    """Return the error about a name that no loss has, with a suggestion and the known names."""
     kinds = {kind.__name__: kind for kind in known_losses()}
     meant = [other for other, kind in kinds.items() if kind.trl_name == name]
     folded = {other.casefold(): other for other in kinds}

@@ -1,4 +1,4 @@
-"""Preference losses that judge each answer by itself: NCA, BCO, APO.
+"""Define the preference losses that are sums over single responses: NCA, BCO and APO.
 
 Shape letters and symbols: as in `alignkit.objectives.logistic`.
 """
@@ -17,10 +17,10 @@ from alignkit.objectives.pairs import PairScores, PreferenceLoss
 
 @dataclass(frozen=True)
 class NCA(PreferenceLoss):
-    """NCA over two responses: −log σ(β r(y_w)) − ½ log σ(−β r(y_w)) − ½ log σ(−β r(y_l)).
+    """Compute the NCA loss −log σ(β r(y_w)) − ½ log σ(−β r(y_w)) − ½ log σ(−β r(y_l)).
 
-    Chen et al. 2024, arXiv:2402.05369, section 4.1 with a preference for two responses: it
-    holds the chosen reward itself up, where DPO only holds up the difference.
+    Chen et al. 2024, arXiv:2402.05369, section 4.1 with a preference over two responses. The loss
+    keeps the chosen reward itself from falling, where DPO raises only the difference.
 
     Args:
         beta: Strength of the tie to the reference.
@@ -36,9 +36,10 @@ class NCA(PreferenceLoss):
 
 @dataclass(frozen=True)
 class BCO(PreferenceLoss):
-    """BCO: −log σ(β r(y_w)) − log σ(−β r(y_l)), a classifier of good and bad answers.
+    """Compute the BCO loss −log σ(β r(y_w)) − log σ(−β r(y_l)).
 
-    Jung et al. 2024, arXiv:2404.04656, section 4, with the reward shift δ = 0.
+    It trains the reward as a classifier of good and bad answers. Jung et al. 2024,
+    arXiv:2404.04656, section 4, with the reward shift δ = 0.
 
     Args:
         beta: Strength of the tie to the reference.
@@ -54,10 +55,10 @@ class BCO(PreferenceLoss):
 
 @dataclass(frozen=True)
 class APOZero(PreferenceLoss):
-    """APO-zero: 1 − σ(β r(y_w)) + σ(β r(y_l)), chosen up and rejected down.
+    """Compute the APO-zero loss 1 − σ(β r(y_w)) + σ(β r(y_l)).
 
-    D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 7 plus 1; for chosen answers better
-    than the model's own.
+    It raises the chosen reward and lowers the rejected one, for chosen answers that are better
+    than the model's own. D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 7 plus 1.
 
     Args:
         beta: Strength of the tie to the reference.
@@ -73,10 +74,10 @@ class APOZero(PreferenceLoss):
 
 @dataclass(frozen=True)
 class APODown(PreferenceLoss):
-    """APO-down: σ(β r(y_w)) + 1 − σ(βΔ), both down and rejected further.
+    """Compute the APO-down loss σ(β r(y_w)) + 1 − σ(βΔ).
 
-    D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 8 plus 1; for chosen answers worse
-    than the model's own.
+    It lowers both rewards, the rejected one further, for chosen answers that are worse than the
+    model's own. D'Oosterlinck et al. 2024, arXiv:2408.06266, equation 8 plus 1.
 
     Args:
         beta: Strength of the tie to the reference.

@@ -1,10 +1,12 @@
-"""Every preference loss that ships, and what they are made of.
+"""Collect every preference loss that ships with alignkit, and the interface they share.
 
-A loss is a frozen dataclass with its own parameters: ``DPO(beta=0.1)(policy, reference)`` is one
-loss a pair. A loss whose equation has no ε has no ``label_smoothing``. Defaults are those of the
-papers, with β = 0.1 where a paper leaves it open.
+A loss is a frozen dataclass with its own parameters: ``DPO(beta=0.1)(policy, reference)`` returns
+one loss for each pair. A loss whose equation has no ε has no ``label_smoothing``. Defaults are
+those of the papers, with β = 0.1 where a paper leaves it open.
 """
 
+from alignkit.objectives.divergences import AlphaDPO, ForwardKLDPO, JensenShannonDPO
+from alignkit.objectives.likelihood import CPO, DPOP, RPO, ChosenNLL
 from alignkit.objectives.logistic import (
     AOT,
     DPO,
@@ -16,28 +18,38 @@ from alignkit.objectives.logistic import (
 )
 from alignkit.objectives.pairs import PairScores, PreferenceLoss, known_losses, unknown_loss
 from alignkit.objectives.pointwise import BCO, NCA, APODown, APOZero
-from alignkit.objectives.reference_free import ORPO, SimPO
+from alignkit.objectives.reference_free import ORPO, AlphaPO, SimPO
 from alignkit.objectives.regression import IPO, SPPO, Hinge
+from alignkit.objectives.weighted import WeightedSum
 
 __all__ = [
     "AOT",
     "BCO",
+    "CPO",
     "DPO",
+    "DPOP",
     "EXO",
     "IPO",
     "NCA",
     "ORPO",
+    "RPO",
     "SPPO",
     "APODown",
     "APOZero",
+    "AlphaDPO",
+    "AlphaPO",
+    "ChosenNLL",
     "DiscoPOP",
+    "ForwardKLDPO",
     "Hinge",
+    "JensenShannonDPO",
     "NormalizedDPO",
     "PairScores",
     "PreferenceLoss",
     "RobustDPO",
     "SimPO",
     "UnpairedAOT",
+    "WeightedSum",
     "known_losses",
     "unknown_loss",
 ]

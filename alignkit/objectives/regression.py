@@ -1,4 +1,4 @@
-"""Preference losses that ask for a margin of a certain size: SLiC, IPO, SPPO.
+"""Define the preference losses that aim at a margin of a fixed size: SLiC, IPO and SPPO.
 
 Shape letters and symbols: as in `alignkit.objectives.logistic`.
 """
@@ -16,13 +16,13 @@ from alignkit.objectives.pairs import PairScores, PreferenceLoss
 
 @dataclass(frozen=True)
 class Hinge(PreferenceLoss):
-    """SLiC on log-ratios: max(0, 1 − βΔ).
+    """Compute the hinge loss max(0, 1 − βΔ), which is SLiC on log-ratios.
 
     Zhao et al. 2023, arXiv:2305.10425, section 2, on log-ratios instead of log-probabilities as
     in Liu et al. 2023 (RSO), arXiv:2309.06657.
 
     Args:
-        beta: One over the margin of log-ratios from which a pair costs nothing.
+        beta: 1/β is the margin of log-ratios, in nats, from which a pair's loss is 0.
     """
 
     beta: float = 0.1
@@ -34,32 +34,37 @@ class Hinge(PreferenceLoss):
 
 @dataclass(frozen=True)
 class IPO(PreferenceLoss):
-    """IPO: (r(y_w)/|y_w| − r(y_l)/|y_l| − 1/(2β))².
+    """Compute the IPO loss (r(y_w)/|y_w| − r(y_l)/|y_l| − 1/(2β))².
 
-    Azar et al. 2023, arXiv:2310.12036, equation 17, where β is called τ; per token, as its
-    authors train it, so that the target 1/(2β) does not depend on length.
+    Azar et al. 2023, arXiv:2310.12036, equation 17, where β is called τ. Log-ratios are means over
+    tokens, as the authors train it, so that the target 1/(2β) does not depend on length.
 
     Args:
         beta: τ; the target margin is 1/(2τ).
+        per_token: Whether log-ratios are means over tokens; ``False`` is the paper's equation as it
+            stands, (Δ − 1/(2β))² of sums.
     """
 
     beta: float = 0.1
+    per_token: bool = True
     trl_name: ClassVar[str | None] = "ipo"
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
-        ours, theirs = policy.per_token(), reference.per_token()
+        ours, theirs = policy, reference
+        if self.per_token:
+            ours, theirs = policy.per_token(), reference.per_token()
         margin_B = (ours.chosen - theirs.chosen) - (ours.rejected - theirs.rejected)
         return (margin_B - 1 / (2 * self.beta)).square()
 
 
 @dataclass(frozen=True)
 class SPPO(PreferenceLoss):
-    """SPPO with certain labels: (r(y_w) − 1/(2β))² + (r(y_l) + 1/(2β))².
+    """Compute the SPPO loss with hard labels, (r(y_w) − 1/(2β))² + (r(y_l) + 1/(2β))².
 
     Wu et al. 2024, arXiv:2405.00675, equation 4.7 with P(y_w ≻ y_l) = 1 and η = 1/β.
 
     Args:
-        beta: 1/η; the paper's η is 1,000, for log-ratios that run to hundreds of nats.
+        beta: 1/η; the paper's η is 1,000, for log-ratios of up to hundreds of nats.
     """
 
     beta: float = 0.001

@@ -1,1 +1,1 @@
-"""One file or folder a command: what runs when it is called, beside ``fit`` and its kin."""
+"""Hold the commands beside ``fit``, ``validate`` and ``test``: a file or a folder for each."""

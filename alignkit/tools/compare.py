@@ -1,4 +1,4 @@
-"""``alignkit compare``: the same prompts to several models, side by side."""
+"""Run ``alignkit compare``, which shows several models' answers to the same prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from alignkit.errors import AlignkitError
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
-from alignkit.tools.generate.request import Request, as_json, asking_of, printable
+from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.utils.atomic import check_output, write_atomically
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -25,13 +25,20 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 @dataclass
 class Comparison:
-    """What several models answered to the same prompts.
+    """Hold the answers of several models to the same prompts.
+
+    Example:
+        >>> found = Comparison(["Hi"], answers={"sft": ["Hello."], "dpo": ["Hello there."]})
+        >>> print(found.to_markdown().rstrip())
+        | Prompt | sft | dpo |
+        | --- | --- | --- |
+        | Hi | Hello. | Hello there. |
 
     Attributes:
         prompts: As the user gave them.
-        answers: Model name to one answer a prompt, in the order the models were asked.
-        asked: Model name to how it was asked: prompt format and system message.
-        failures: Model name to the line that says why it gave no answers.
+        answers: From a model's name to one answer for each prompt, in the order of the models.
+        asked: From a model's name to the prompt format and system message it was asked with.
+        failures: From a model's name to the line that says why it gave no answers.
     """
 
     prompts: list[str]
@@ -40,16 +47,19 @@ class Comparison:
     failures: dict[str, str] = field(default_factory=dict)
 
     def to_markdown(self) -> str:
-        """A Markdown table, one row a prompt and one column a model, and any failures below."""
+        """Return a Markdown table with a row a prompt and a column a model, and the failures."""
         header = ["Prompt", *self.answers]
-        rows = [[_cell(text) for text in row] for row in (header, *self._rows())]
+        rows = [[_markdown_cell(text) for text in row] for row in (header, *self._rows())]
         rows.insert(1, ["---"] * len(header))
         lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines += [f"\n{_cell(name)} failed: {_cell(why)}" for name, why in self.failures.items()]
+        lines += [
+            f"\n{_markdown_cell(name)} failed: {_markdown_cell(why)}"
+            for name, why in self.failures.items()
+        ]
         return "\n".join(lines) + "\n"
 
     def to_table(self) -> Table:
-        """The same table for the terminal."""
+        """Return the same table for the terminal."""
         table = Table(show_lines=True, expand=True)
         for header in ("Prompt", *self.answers):
             table.add_column(printable(header), ratio=1, overflow="fold")
@@ -97,7 +107,7 @@ def compare(
     try:
         for name, path in named.items():
             with console.status(f"asking {name}"):
-                _ask(request, name, path, comparison)
+                _add_answers(request, name, path, comparison)
             if markdown_file is not None:
                 write_atomically(markdown_file, comparison.to_markdown())
             if json_file is not None:
@@ -126,13 +136,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_function_arguments(compare, skip={"models", *REQUEST_FLAGS})
 
 
-def _ask(request: Request, name: str, path: str, comparison: Comparison) -> None:
-    """Load one model, add its answers or its failure, and let it go again."""
+def _add_answers(request: Request, name: str, path: str, comparison: Comparison) -> None:
+    """Load one model, add its answers or its failure to the comparison, and free its memory."""
     try:
         model, tokenizer = request.load(path)
-        asked = request.how(path, tokenizer)
+        asked = request.format_for(path, tokenizer)
         comparison.answers[name] = list(request.answers(model, tokenizer, asked, name))
-        comparison.asked[name] = asking_of(asked)
+        comparison.asked[name] = describe_format(asked)
         del model
     except AlignkitError as error:
         comparison.failures[name] = str(error)
@@ -142,15 +152,21 @@ def _ask(request: Request, name: str, path: str, comparison: Comparison) -> None
 
 
 def name_models(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Read ``NAME=PATH`` and plain paths; a plain path is named after its last part.
+    """Return the path of each model by its name, from ``NAME=PATH`` and plain paths.
 
-    A path may hold an equals sign itself, as in Lightning's ``epoch=0-step=10.ckpt``: what
-    exists as it stands is a path.
+    A plain path is named after its last part. A path may hold an equals sign itself, as in
+    Lightning's ``epoch=0-step=10.ckpt``: a file that exists is taken as a path.
 
     Raises:
-        AlignkitError: No model, or two of one name.
+        AlignkitError: There is no model, or two have the same name.
+
+    Example:
+        >>> name_models(["base=EleutherAI/pythia-70m", "runs/sft"])
+        {'base': 'EleutherAI/pythia-70m', 'sft': 'runs/sft'}
     """
-    pairs = list(models.items()) if isinstance(models, Mapping) else [_split(m) for m in models]
+    pairs = (
+        list(models.items()) if isinstance(models, Mapping) else [_name_and_path(m) for m in models]
+    )
     if not pairs:
         raise AlignkitError("models: none was given; pass --models NAME=PATH …")
     named: dict[str, str] = {}
@@ -164,18 +180,18 @@ def name_models(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     return named
 
 
-def _split(model: str) -> tuple[str, str]:
+def _name_and_path(model: str) -> tuple[str, str]:
     match = _NAMED.fullmatch(model)
     if match and not Path(model).exists():
         return match[1], match[2]
     path = Path(model)
-    # runs/dpo/version_1/last.ckpt is better known by its run than as last.ckpt
+    # runs/dpo/version_1/last.ckpt is named dpo/version_1, after its run
     run = path.parent if path.suffix == ".ckpt" else path
     name = f"{run.parent.name}/{run.name}" if run.name.startswith("version_") else run.name
     return name or model, model
 
 
-def _cell(text: str) -> str:
-    """Text as one Markdown table cell that shows exactly that text."""
+def _markdown_cell(text: str) -> str:
+    """Return a Markdown table cell that shows exactly the text."""
     escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(text, quote=False))
     return escaped.replace("\r", "").replace("\n", "<br>")

@@ -1,4 +1,4 @@
-"""``alignkit configs``: the training configurations that come with the package."""
+"""Run ``alignkit configs``, which lists and copies the configurations of the package."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ def configs(name: str | None = None, output: str | None = None) -> None:
     Args:
         name: The one to copy, as listed, such as ``sft_hh_pythia`` or ``demo/dpo``.
         output: The file to write, ``<name>.yaml`` in the working folder by default; an existing
-            one is never written over.
+            one is never overwritten.
 
     Raises:
-        AlignkitError: No configuration of this name, or the file exists.
+        AlignkitError: There is no configuration of this name, or the file exists.
     """
-    known = {str(p.relative_to(folder()).with_suffix("")): p for p in folder().rglob("*.yaml")}
+    known = {
+        str(p.relative_to(configs_folder()).with_suffix("")): p
+        for p in configs_folder().rglob("*.yaml")
+    }
     console = Console()
     if name is None:
         table = Table("name", "what it trains", box=None)
@@ -46,11 +49,11 @@ def configs(name: str | None = None, output: str | None = None) -> None:
     console.print(f"wrote {place}; run it with: alignkit fit --config {place}", highlight=False)
 
 
-def folder() -> Path:
-    """Return where the configurations lie: inside the installed package, or in the clone.
+def configs_folder() -> Path:
+    """Return the folder of the configurations, in the installed package or in a clone.
 
     Raises:
-        AlignkitError: Neither has them.
+        AlignkitError: Neither holds any.
     """
     home = Path(alignkit.__file__).parent
     for place in (home / "configs", home.parent / "configs"):
@@ -60,7 +63,7 @@ def folder() -> Path:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add the flags of `configs`, its name also without one."""
+    """Add the arguments of `configs`, whose name is positional."""
     parser.add_argument("name", nargs="?", help="the one to copy, as listed (default: list all)")
     parser.add_argument("--output", "-o", help="the file to write (default: NAME.yaml here)")
 

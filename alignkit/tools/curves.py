@@ -1,4 +1,4 @@
-"""Curves of runs: TensorBoard event files read back and drawn.
+"""Draw the curves of runs from their TensorBoard event files.
 
 ``python -m alignkit.tools.curves --runs sft=runs/sft --tags train/loss val/loss --out sft.png``
 """
@@ -21,20 +21,20 @@ Scalars = dict[str, list[tuple[int, float]]]
 
 
 def read_scalars(run_dir: str | Path) -> Scalars:
-    """Read every scalar of a run.
+    """Return every scalar of a run.
 
     Args:
         run_dir: A directory with event files, or one above it: of several versions below, the
             one written to last is read.
 
     Returns:
-        Tag to (step, value) in order of steps. Where a resumed run logged a step again, the
-        later value counts.
+        From a tag to its (step, value) pairs in order of steps. If a resumed run logged a step
+        again, the later value counts.
 
     Raises:
         AlignkitError: There are no event files.
     """
-    # Imported late: it takes a second that drawing other things need not pay.
+    # Imported here because it takes a second, which drawing other things does not need.
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,
     )
@@ -58,14 +58,14 @@ def read_scalars(run_dir: str | Path) -> Scalars:
 
 
 def plot_curves(runs: Mapping[str, str | Path], tags: Sequence[str], out: str | Path) -> None:
-    """Draw tags of runs as a PNG, one panel a quantity.
+    """Draw tags of runs as a picture, with a panel for each quantity.
 
-    ``train/loss`` and ``val/loss`` share the panel *loss*: training thin, its moving average over
-    it, validation dashed with a marker at every point.
+    ``train/loss`` and ``val/loss`` share the panel *loss*. Training is a thin line under its moving
+    average; validation is dashed, with a marker at every point.
 
     Args:
-        runs: Name in the legend to run directory.
-        tags: Such as ``train/loss``; a run without one of them is left out of that panel.
+        runs: From a name in the legend to a run's directory.
+        tags: Tags such as ``train/loss``; a run without one of them is left out of that panel.
         out: The picture's path.
 
     Raises:
@@ -106,11 +106,17 @@ def _draw(axis: Axes, points: list[tuple[int, float]], tag: str, run: str, color
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average without a bias towards zero (Adam's correction).
+    """Return the exponential moving average, without the bias towards zero of its start.
+
+    The correction is Adam's (Kingma and Ba 2014, arXiv:1412.6980, section 3).
 
     Args:
-        values: In order.
-        weight: Of the past, in [0, 1).
+        values: The values in order.
+        weight: The weight of the past, in [0, 1).
+
+    Example:
+        >>> [round(value, 3) for value in smooth([4.0, 1.0], weight=0.5)]
+        [4.0, 2.0]
     """
     average, smoothed = 0.0, []
     for count, value in enumerate(values, start=1):

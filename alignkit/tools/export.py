@@ -1,4 +1,4 @@
-"""``alignkit export``: a checkpoint in a form that needs no alignkit to be read."""
+"""Run ``alignkit export``, which writes a checkpoint for readers without alignkit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.text.chat_templates import template_of
 from alignkit.errors import AlignkitError
+from alignkit.lora.merge import merged_plain
 from alignkit.models.checkpoint import load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
 from alignkit.models.fingerprint import base_identity
+from alignkit.models.load import embedding_size, load_model
+from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.text_format import TextFormat, write_format
+
+_PROBED = 32
+"""Tokens whose logits are compared when packed weights give way to plain ones."""
 
 
 def export(
@@ -27,11 +33,12 @@ def export(
     base: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     plain: bool = False,
+    onto: Literal["dequantized", "original"] = "dequantized",
 ) -> Path:
     """Write a checkpoint for use elsewhere.
 
-    How its text was put goes along, in ``alignkit.json``, and a merged model's tokenizer gets it
-    as its chat template, so that other readers ask the model as it was trained.
+    The text format of training is written to ``alignkit.json``, and a merged model's tokenizer gets
+    it as its chat template, so that other readers ask the model as it was trained.
 
     Args:
         model: A checkpoint of any stage (.ckpt), a run's folder or a PEFT adapter directory.
@@ -39,9 +46,12 @@ def export(
         to: ``peft``, the adapter as PEFT writes it; ``merged``, a whole transformers model with the
             adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or
             llama.cpp's converter; ``safetensors``, the adapter as one file.
-        base: Where the base model lies now, if not where the checkpoint says.
-        dtype: Of the weights of a merged model.
+        base: The base model's path, if it is no longer where the checkpoint says.
+        dtype: Dtype of the weights of a merged model.
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank.
+        onto: What a merged model gets that was trained over a quantized base: ``dequantized``, the
+            weights that the packed ones stand for, which answers as it was trained; ``original``,
+            those that they were packed from. The largest change of a logit is told.
 
     Returns:
         The directory.
@@ -53,25 +63,41 @@ def export(
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise AlignkitError(f"output {output}: exists and is not empty; choose another directory")
-    # Adapters stay fp32 whatever the base's dtype; only a merged model takes it.
+    # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
     kept = "float32" if to != "merged" and dtype == "float16" else dtype
     policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, kept))
     name = base or policy_base(model)
     trained = policy_format(model)
     if trained is not None and to == "merged":
-        _teach(policy, tokenizer, trained)
+        _keep_text_format(policy, tokenizer, trained)
+    told = ""
+    if to == "merged" and quantization(policy) is not None:
+        told = _unpack(policy, name, onto)
     header = {} if to == "merged" else base_identity(policy).header()
     write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
     if trained is not None:
         write_format(trained, place)
-    Console().print(f"wrote {place} ({to})", highlight=False)
+    Console().print(f"wrote {place} ({to}{told})", highlight=False)
     return place
 
 
-def _teach(
+@torch.no_grad()
+def _unpack(policy: PreTrainedModel, base: str, onto: Literal["dequantized", "original"]) -> str:
+    """Give a model with packed layers plain weights; say which and how far its logits move."""
+    ids = torch.arange(_PROBED)[None] * 37 % embedding_size(policy)
+    before = policy(ids, use_cache=False).logits.float()
+    original = load_model(base, dtype=policy.dtype) if onto == "original" else None
+    unquantize(policy, original)
+    with merged_plain(policy):
+        after = policy(ids, use_cache=False).logits.float()
+    change, scale = (after - before).abs().max().item(), before.abs().max().item()
+    return f" onto the {onto} base; largest logit change {change:.2g} of {scale:.2g}"
+
+
+def _keep_text_format(
     policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trained: TextFormat
 ) -> None:
-    """Let transformers' own chat and generation do what training did."""
+    """Store the chat template and the end tokens of training for transformers' generation."""
     tokenizer.chat_template = template_of(trained, tokenizer) or tokenizer.chat_template
     config = policy.generation_config
     if config is not None and trained.ends:

@@ -1,4 +1,4 @@
-"""One look for every picture; no global matplotlib state, so notebooks keep theirs."""
+"""Make figures of one style, without changing matplotlib's global state."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 from alignkit.utils.atomic import write_atomically
 
-# Okabe and Ito's palette, told apart with any colour vision, in print and on screens.
+# The palette of Okabe and Ito, whose colours are distinct with any colour vision.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _PANEL_INCHES = (4.8, 3.4)
 
 
 def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
-    """Make a figure with panels side by side, at most three a row and the rows evenly filled."""
+    """Return a figure and its panels, at most three in a row and the rows evenly filled."""
     rows = -(-panels // 3)
     columns = -(-panels // rows)
     width, height = _PANEL_INCHES
@@ -29,6 +29,6 @@ def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of its suffix, PNG without one."""
+    """Write a figure to a file, in the format of its suffix or else as PNG."""
     kind = path.suffix.removeprefix(".") or "png"
     write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=150))

@@ -1,4 +1,4 @@
-"""The one way in which files are written: whole or not at all."""
+"""Write files whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import BinaryIO
 from alignkit.errors import AlignkitError
 
 PARTIAL = ".partial"
-"""Ends the name of a file that is still being written, or that a killed process left behind."""
+"""Suffix of a file that is still being written, or that a killed process left behind."""
 
 
 def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], object]) -> None:
-    """Write a file so that whoever opens it sees the old one or the whole new one.
+    """Write a file so that a reader sees either the old content or the whole new one.
 
-    The content goes to a hidden file beside the target, on the same file system, is forced to the
-    disk, and takes the target's name in one step. A process killed on the way, or a disk that is
-    full, leaves the old file as it was.
+    The content is written to a hidden file beside the target, on the same file system, flushed to
+    the disk with ``fsync``, and renamed to the target in one step. A process that is killed on the
+    way, or a full disk, leaves the old file as it was.
 
     Args:
-        path: What to write; its folder is made if needed. A device or a pipe, such as
+        path: The file; its folder is made if needed. A device or a pipe, such as
             ``/dev/stdout``, is written to directly.
         content: Bytes, text (written as UTF-8), or a function that fills an open file, which it
             may also read.
 
     Raises:
-        AlignkitError: It cannot be written; the line says why.
+        AlignkitError: It cannot be written; the message says why.
     """
     path = Path(path)
     fill = content if callable(content) else _writer(content)
@@ -37,13 +37,13 @@ def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], obj
     partial = path if special else path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Made with the permissions that the user's umask leaves to any new file.
+        # A plain open gives the file the permissions that the user's umask allows.
         with partial.open("wb" if special else "x+b") as file:
             fill(file)
             file.flush()
             if not special:
                 os.fsync(file.fileno())
-        if not special:  # closed: Windows replaces no open file
+        if not special:  # after closing it: Windows cannot replace an open file
             os.replace(partial, path)
             _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
@@ -58,11 +58,14 @@ def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], obj
 
 
 def check_output(path: str | None, argument: str) -> Path | None:
-    """Make sure that ``path`` can be written later, without touching a file that is there.
+    """Check that ``path`` can be written later, without touching a file that is there.
 
     Args:
-        path: The file a user asked for; ``None`` asks for none. Its directory is made if needed.
+        path: The file a user asked for, or ``None``. Its directory is made if needed.
         argument: The argument it came from, for the message.
+
+    Returns:
+        The path, with ``~`` expanded; ``None`` for ``None``.
 
     Raises:
         AlignkitError: It is a directory, or its directory cannot be made or written to.
@@ -86,13 +89,13 @@ def check_output(path: str | None, argument: str) -> Path | None:
 
 
 def make_writable_folder(folder: Path) -> None:
-    """Make a folder, and find out now whether files can be written in it.
+    """Make a folder and test that files can be written in it.
 
     Args:
-        folder: Made with its parents where it is missing.
+        folder: The folder; it and its parents are made if needed.
 
     Raises:
-        AlignkitError: It cannot be made, or is read-only or full.
+        AlignkitError: It cannot be made, is read-only, or its disk is full.
     """
     probe = folder / f".{uuid.uuid4().hex}{PARTIAL}"
     try:
@@ -116,14 +119,17 @@ def _unwritable(path: Path, error: OSError) -> AlignkitError:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """Return the system's error behind a library's: torch's writer says "unexpected pos"."""
+    """Return the `OSError` that a library's exception was raised from, ``None`` without one.
+
+    torch's writer, for one, reports a full disk as "unexpected pos".
+    """
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force a renamed file's new name to the disk, where folders can be opened."""
+    """Flush a folder's entries to the disk, on systems where folders can be opened."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""What autocast does to a dtype, and how to keep it out."""
+"""Query autocast's dtype, and turn autocast off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import torch
 
 
 def compute_dtype(device_type: str, otherwise: torch.dtype) -> torch.dtype:
-    """Return the dtype of matrix products on a type of device: autocast's where it is on."""
+    """Return the dtype of matrix products: autocast's where it is on, else ``otherwise``.
+
+    Args:
+        device_type: Such as ``cpu`` or ``cuda``.
+        otherwise: The dtype of the operands.
+    """
     if torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return otherwise
@@ -17,7 +22,11 @@ def compute_dtype(device_type: str, otherwise: torch.dtype) -> torch.dtype:
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """Return a context in which autocast is off for a type of device.
 
-    Entering autocast's own costs as much as a small product, so that is done only where it is on.
+    Entering `torch.autocast` takes as long as a small matrix product, so it is entered only where
+    autocast is on.
+
+    Args:
+        device_type: Such as ``cpu`` or ``cuda``.
     """
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

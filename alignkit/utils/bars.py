@@ -1,4 +1,4 @@
-"""Progress bars of transformers, left out where they say nothing."""
+"""Turn the progress bars of transformers off for a while."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from transformers.utils import logging as hf_logging
 
 @contextmanager
 def without_bars(silent: bool = True) -> Iterator[None]:
-    """Draw no bars within the block, and leave them as they were.
+    """Turn transformers' progress bars off within the block, and restore the setting after it.
 
     Inside a notebook, a bar of tqdm under a live display of rich recurses without end.
 
     Args:
-        silent: Whether to, so that a caller may decide.
+        silent: Whether to turn them off; with ``False`` the block changes nothing.
     """
     silenced = silent and hf_logging.is_progress_bar_enabled()
     if silenced:

@@ -1,4 +1,4 @@
-"""How a signal ends a command: a line, and the exit status that shells expect of it."""
+"""End a command on a signal with one line and the exit status that shells expect."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from alignkit.utils.ranks import is_first_rank
 
 
 class Stopped(SystemExit):
-    """A signal has ended the process in order; its exit status is 128 and the signal's number.
+    """Exit because of a signal, with the exit status 128 plus the signal's number.
 
     Args:
         signum: The signal.
-        status: Another exit status.
+        status: Another exit status, if not that one.
+
+    Example:
+        >>> Stopped(signal.SIGTERM).code
+        143
     """
 
     def __init__(self, signum: int, status: int | None = None) -> None:
@@ -28,9 +32,9 @@ class Stopped(SystemExit):
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C raise `Stopped` at once, after a line.
+    """Let SIGTERM and Ctrl-C print one line and raise `Stopped` at once.
 
-    A trainer that runs puts its own handlers in their place, which let it save first.
+    A running trainer installs handlers of its own in their place, which let it save first.
     """
     kept = {}
     if threading.current_thread() is threading.main_thread():
@@ -45,10 +49,10 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def stop_at_once(signum: int, frame: FrameType | None = None) -> None:
-    """Raise `Stopped`: the handler while there is nothing to save.
+    """Raise `Stopped` and pass the signal on: the handler for when there is nothing to save.
 
-    Training processes that were forked or spawned from this one are told as well; it waits for
-    them when it exits.
+    Training processes that were forked or spawned from this one get SIGTERM. Python waits for them
+    when this process exits.
     """
     multiprocessing = sys.modules.get("multiprocessing")  # without it there are no children
     children = multiprocessing.active_children() if multiprocessing else []
@@ -56,11 +60,11 @@ def stop_at_once(signum: int, frame: FrameType | None = None) -> None:
     for process in training:
         os.kill(process, signal.SIGTERM)
     done = "told the training processes" if training else "stopped at once; nothing was saved"
-    say(f"{signal.Signals(signum).name}: {done}")
+    write_line(f"{signal.Signals(signum).name}: {done}")
     raise Stopped(signum)
 
 
-def leave_on_signals() -> None:
+def exit_on_signals() -> None:
     """Let SIGTERM and Ctrl-C end a process that is about to exit, without a stack trace."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(signum) != signal.SIG_IGN:
@@ -68,19 +72,19 @@ def leave_on_signals() -> None:
 
 
 def ignore_signals() -> None:
-    """Leave it to the main process what becomes of a helper such as a data loader's worker.
+    """Ignore signals in a child process, such as a data loader's worker, whose parent ends it.
 
     A terminal's Ctrl-C and SLURM's signals reach every process of a job.
     """
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows knows two of them
+        if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def say(line: str) -> None:
+def write_line(line: str) -> None:
     """Write a line to standard error from within a signal handler, on the first rank alone.
 
-    Neither `print` nor logging may be entered a second time in the middle of a call.
+    It uses `os.write`, because `print` and logging are not reentrant.
     """
     if is_first_rank():
         os.write(2, f"alignkit: {line}\n".encode())

@@ -1,4 +1,4 @@
-"""Which process of a run this one is, before the processes know one another."""
+"""Tell the rank of this process before the processes of a run are connected."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import re
 
 
 def is_first_rank() -> bool:
-    """Tell from what torchrun, SLURM or Lightning has put into the environment."""
+    """Tell whether this is rank 0, by the environment that torchrun, SLURM or Lightning sets."""
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
     return all(os.environ.get(name, "0") == "0" for name in names)
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Tell whether an error says no more than that another process of the run is gone."""
+    """Tell whether an error only reports that the connection to another process was lost."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
     lost = r"gloo|Connection (closed|reset|refused)|Timed out waiting"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from math import log
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alignkit.models.checkpoint import read_checkpoint
+from alignkit.objectives.preference import DPO, ChosenNLL, PreferenceLoss, WeightedSum
 from alignkit.tools.curves import read_scalars
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -160,6 +162,29 @@ def test_a_loss_keeps_nothing_of_the_one_it_replaces(alignkit: Callable, workpla
         loss = yaml.safe_load(out)["model"]["init_args"]["loss"]
         assert loss["class_path"] == "alignkit.objectives.reference_free.SimPO"
         assert loss["init_args"] == {"beta": 2.0, "gamma": 0.7, "label_smoothing": 0.0}
+
+
+def test_a_weighted_sum_from_the_command_line(
+    alignkit: Callable, workplace: Path, model_dir: Callable[[str], Path], hh: Path, text: Path
+) -> None:
+    """Terms by name or with parameters; the checkpoint brings the same sum back."""
+    terms = '[{"class_path": "DPO", "init_args": {"beta": 0.3}}, ChosenNLL]'
+    loss = ["--model.loss", "WeightedSum", "--model.loss.terms", terms]
+    arguments = quick("demo/dpo.yaml", model_dir, hh, text)
+    status, _, err = alignkit(*arguments, *loss, "--model.loss.weights", "[1.0, 0.5]")
+    assert status == 0, err
+    kept = PreferenceLoss.from_dict(read_checkpoint("runs/demo/dpo")["hyper_parameters"]["loss"])
+    assert kept == WeightedSum((DPO(beta=0.3), ChosenNLL()), (1.0, 0.5))
+    (run,) = Path("runs/demo/dpo").glob("version_*")
+    # ln 2 and half of a random model's cross-entropy
+    assert read_scalars(run)["train/loss"][0][1] > log(2) + 1
+
+
+def test_a_weighted_sum_without_terms_is_refused(alignkit: Callable, workplace: Path) -> None:
+    config = ["fit", "--config", CONFIGS / "dpo_hh_pythia.yaml", "--model.loss", "WeightedSum"]
+    status, _, err = alignkit(*config, "--model.loss.terms", "[NoSuchLoss]")
+    assert status == 2
+    assert "NoSuchLoss" in err and len(err.strip().splitlines()) == 1
 
 
 def test_print_config_is_a_config(alignkit: Callable, workplace: Path) -> None:

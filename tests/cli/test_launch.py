@@ -53,7 +53,7 @@ def launched(
     """Run one step of SFT here, as if a launcher had set the environment."""
 
     def run(environment: Mapping[str, str], *changes: object) -> tuple[int, str]:
-        monkeypatch.setattr("alignkit.cli.command._PATIENCE", 0)
+        monkeypatch.setattr("alignkit.cli.command._OTHER_RANK_SECONDS", 0)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         status, _, err = alignkit(*quick("demo/sft.yaml", model_dir, hh, text, 1), *changes)

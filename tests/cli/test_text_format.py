@@ -169,16 +169,14 @@ def test_compare_asks_each_model_as_it_was_trained(
     assert status == 0, err
     found = json.loads(Path("side.json").read_text())
     assert {name: how["prompt_format"] for name, how in found["asked"].items()} == {
-        "base": "boundary",
+        "base": "chat",
         "lora": "text",
         "sft": "chat",
     }
     assert found["answers"]["sft"] == [answer(sft)["answer"]]
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert spy_on_ids(answer, lora) == tokenizer(QUESTION)["input_ids"]
-    assert spy_on_ids(answer, base) == encode_prompt(
-        tokenizer, f"\n\nHuman: {QUESTION}\n\nAssistant:"
-    )
+    assert spy_on_ids(answer, base) == encode_prompt(tokenizer, rendered(base), "chat")
 
 
 def test_a_merged_export_speaks_hhs_form_to_every_reader(

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from alignkit.data import HHPreferenceDataModule, HHSFTDataModule, OpenWebTextDataModule
-from alignkit.data.read import sources
+from alignkit.data.read import hub
 from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
 from tests.data.conftest import pair, sentence, write_jsonl
@@ -222,7 +222,7 @@ def test_nothing_left_is_an_error(tmp_path: Path, make: Callable[..., Any]) -> N
 def test_an_unreachable_hub_is_one_line(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sources, "hub_reachable", lambda: False)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(AlignkitError, match="a local directory or file") as caught:
         make(HHPreferenceDataModule, "Anthropic/hh-rlhf").setup()
@@ -244,7 +244,7 @@ def test_a_hub_set_is_read_by_its_splits(
             test=datasets.Dataset.from_list([pair(rng) for _ in range(4)]),
         )
 
-    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    monkeypatch.setattr(hub, "hub_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["default"])
     data = make(HHPreferenceDataModule, "Anthropic/hh-rlhf:helpful-base")

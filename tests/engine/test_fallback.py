@@ -143,7 +143,7 @@ def test_a_family_that_fits_is_never_scored_alone(forwards: list[int]) -> None:
 def test_a_length_too_long_to_try_at_first_is_tried_when_it_comes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("alignkit.engine.proof.WORK", 1.0)
+    monkeypatch.setattr("alignkit.engine.verify.CHECK_BUDGET", 1.0)
     changes = {
         "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 30},
         "original_max_position_embeddings": 30,

@@ -18,10 +18,10 @@ from alignkit.engine.fp32 import in_fp32
 from alignkit.engine.head import PLAIN, Curve
 from alignkit.engine.interface import packed_attention_forward
 from alignkit.engine.lengths import named_lengths
-from alignkit.engine.proof import set_packing
 from alignkit.engine.row import PackedRow
 from alignkit.engine.tail import _CURVE
 from alignkit.engine.tiles import TiledAttention
+from alignkit.engine.verify import set_packing
 from alignkit.errors import AlignkitError
 from alignkit.modules import SFTModule
 from tests.engine.families import LONGROPE, tiny_family
@@ -72,7 +72,7 @@ def test_a_length_too_long_to_try_now_is_tried_when_a_sequence_reaches_it(
     cheap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sequences below it are scored; the refusal names the length to keep to."""
-    monkeypatch.setattr("alignkit.engine.proof.WORK", 2e11 if cheap else 1.0)
+    monkeypatch.setattr("alignkit.engine.verify.CHECK_BUDGET", 2e11 if cheap else 1.0)
     model = tiny_family("phi3", **LONGROPE_30)
     if cheap:
         refusal(model)

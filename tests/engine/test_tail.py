@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 from alignkit.engine import check_engine, collate, score, score_with_stats
 from alignkit.engine import head as head_module
 from alignkit.engine.head import Curve, token_scores
-from alignkit.engine.tail import _CURVE, _OWN
+from alignkit.engine.tail import _CURVE, _OWN_CODE
 from tests.engine.families import tiny_config, tiny_family
 from tests.engine.test_families import EXAMPLES, plain_scores
 from tests.engine.test_row import assert_same_gradients
@@ -97,7 +97,7 @@ def test_any_other_tail_is_the_models_own_code(
         model.lm_head.requires_grad_(False)
         model.factors.requires_grad_(False)
     assert_exact(model)
-    assert getattr(model, _CURVE) == _OWN
+    assert getattr(model, _CURVE) == _OWN_CODE
     # A copy runs its own code, not that of the model it was copied from.
     other = copy.deepcopy(model)
     before = score(model, collate(EXAMPLES))

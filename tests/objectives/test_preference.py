@@ -6,31 +6,43 @@ plain fraction: σ(ln 3) = 3/4, σ(−ln 3) = 1/4, and βΔ = 2 ln 3 = ln 9 give
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import exp, log
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from alignkit.errors import AlignkitError
 from alignkit.objectives.preference import (
     AOT,
     BCO,
+    CPO,
     DPO,
+    DPOP,
     EXO,
     IPO,
     NCA,
     ORPO,
+    RPO,
     SPPO,
+    AlphaDPO,
+    AlphaPO,
     APODown,
     APOZero,
+    ChosenNLL,
     DiscoPOP,
+    ForwardKLDPO,
     Hinge,
+    JensenShannonDPO,
     NormalizedDPO,
     PairScores,
     PreferenceLoss,
     RobustDPO,
     SimPO,
     UnpairedAOT,
+    WeightedSum,
     known_losses,
     unknown_loss,
 )
@@ -90,6 +102,24 @@ BY_HAND: dict[PreferenceLoss, float] = {
     * log(
         1 + (exp(-2.5 - LN3) / (1 - exp(-2.5 - LN3))) / (exp(-3.5 + LN3) / (1 - exp(-3.5 + LN3)))
     ),
+    # −log π(y_w)/|y_w| = (7 − 2 ln 3)/2
+    ChosenNLL(): 3.5 - LN3,
+    # DPO's and twice that
+    RPO(BETA, alpha=2.0): -log(0.9) + 2 * (3.5 - LN3),
+    # the chosen answer rose, so there is nothing to pay
+    DPOP(BETA, penalty=9.0): -log(0.9),
+    # β (−7 + 5 + 4 ln 3) = −1 + ln 9, and the chosen answer's cross-entropy
+    CPO(BETA): log(1 + exp(1) / 9) + 3.5 - LN3,
+    # f'(u) = 1 − 1/u with u = 9 and 1/9: 8/9 and −8
+    ForwardKLDPO(BETA): log(1 + exp(-BETA * (8 / 9 + 8))),
+    # u/(1+u) is 9/10 and 1/10: β ln 9 = ln 3
+    JensenShannonDPO(BETA): -log(0.75),
+    # (1 − u^−½) / ½ is 2 (1 − 1/3) and 2 (1 − 3): β · 16/3
+    AlphaDPO(BETA, alpha=0.5): log(1 + exp(-8 / 3)),
+    # R = 1 − 1/p: p_w = 3 e^−7/2, p_l = e^−5/2 / 3
+    AlphaPO(BETA, alpha=1.0, gamma=1.0): log(1 + exp(1 - BETA * (3 * exp(2.5) - exp(3.5) / 3))),
+    # −ln 0.9 and half of (7 − 2 ln 3)/2
+    WeightedSum((DPO(BETA), ChosenNLL()), (1.0, 0.5)): -log(0.9) + 0.5 * (3.5 - LN3),
 }
 
 
@@ -207,12 +237,12 @@ def test_responses_split_into_pairs() -> None:
 )
 def test_an_unknown_name_is_answered_with_what_was_meant(name: str, meant: str) -> None:
     line = str(unknown_loss(name))
-    assert f"no preference loss {name!r}; did you mean {meant}? choose one of AOT, " in line
+    assert f"no preference loss {name!r}; did you mean {meant}? choose one of AlphaDPO, " in line
     assert "\n" not in line
 
 
 def test_an_unknown_name_like_no_other_lists_the_known() -> None:
-    assert "'xyz'; choose one of AOT, APODown" in str(unknown_loss("xyz"))
+    assert "'xyz'; choose one of AlphaDPO, AlphaPO, AOT, APODown" in str(unknown_loss("xyz"))
 
 
 @pytest.mark.parametrize("kind", [Hinge, IPO, NCA, APOZero, DiscoPOP, ORPO])
@@ -257,3 +287,90 @@ def test_without_a_reference_none_is_read(loss: PreferenceLoss) -> None:
     nowhere = scores([float("nan")], [float("nan")])
     assert loss(POLICY, nowhere).isfinite().all()
     assert all(reward.isfinite().all() for reward in loss.rewards(POLICY, nowhere))
+
+
+def test_dpop_pays_for_a_chosen_answer_that_fell() -> None:
+    """r_w = −1, r_l = −3, β = ½, λ = 2: ½ (2 − 2·1) = 0."""
+    policy, reference = scores([-2.0], [-4.0]), scores([-1.0], [-1.0])
+    assert DPOP(0.5, penalty=2.0)(policy, reference).item() == pytest.approx(log(2))
+
+
+def test_ipo_of_sums_is_the_papers_equation() -> None:
+    """Δ = 4 ln 3 at β = ½: (4 ln 3 − 1)²."""
+    assert IPO(BETA, per_token=False)(POLICY, REFERENCE).item() == pytest.approx((4 * LN3 - 1) ** 2)
+
+
+def test_divergences_meet_in_their_limits() -> None:
+    """α → 0 is DPO, α = 1 the forward KL; AlphaPO goes to SimPO."""
+    torch.testing.assert_close(
+        AlphaDPO(BETA, alpha=1e-4)(POLICY, REFERENCE),
+        DPO(BETA)(POLICY, REFERENCE),
+        atol=1e-3,
+        rtol=0,
+    )
+    torch.testing.assert_close(
+        AlphaDPO(BETA, alpha=1.0)(POLICY, REFERENCE), ForwardKLDPO(BETA)(POLICY, REFERENCE)
+    )
+    torch.testing.assert_close(
+        AlphaPO(2.0, alpha=1e-3)(POLICY, POLICY), SimPO(2.0)(POLICY, POLICY), atol=0.01, rtol=0
+    )
+
+
+def test_nothing_added_is_dpo() -> None:
+    plain = DPO(BETA)(REFERENCE, POLICY)
+    assert torch.equal(RPO(BETA, alpha=0.0)(REFERENCE, POLICY), plain)
+    assert torch.equal(DPOP(BETA, penalty=0.0)(REFERENCE, POLICY), plain)
+    assert torch.equal(WeightedSum((DPO(BETA),))(REFERENCE, POLICY), plain)
+
+
+def test_a_sum_reads_the_reference_where_a_term_does() -> None:
+    assert WeightedSum((ChosenNLL(), DPO())).uses_reference
+    assert not WeightedSum((ChosenNLL(), SimPO())).uses_reference
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: RPO(alpha=-1.0), "alpha of RPO: must be at least 0, got -1.0"),
+        (lambda: DPOP(penalty=float("nan")), "penalty of DPOP: must be at least 0"),
+        (lambda: CPO(alpha=float("inf")), "alpha of CPO: must be at least 0"),
+        (lambda: AlphaDPO(alpha=0.0), r"alpha of AlphaDPO: must lie in \(0, 1\]"),
+        (lambda: AlphaPO(alpha=0.0), "alpha of AlphaPO: must be a number other than 0"),
+        (lambda: WeightedSum(()), "terms of WeightedSum: must name at least one loss"),
+        (lambda: WeightedSum((DPO(),), (1.0, 2.0)), r"weights of WeightedSum: must be one a term"),
+        (lambda: WeightedSum((DPO(),), (0.0,)), "weights of WeightedSum: must be positive"),
+    ],
+)
+def test_parameters_that_cannot_work_are_refused(make: Callable, said: str) -> None:
+    with pytest.raises(AlignkitError, match=said):
+        make()
+
+
+FINITE = st.floats(-200, 0, width=32)
+
+
+@given(st.tuples(FINITE, FINITE, FINITE, FINITE), st.integers(1, 50), st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_what_holds_of_every_loss(values: tuple[float, ...], chosen: int, rejected: int) -> None:
+    """Losses are finite; those of a margin alone fall when the chosen answer becomes likelier."""
+    tokens = torch.tensor([chosen]), torch.tensor([rejected])
+    a, b, c, d = (torch.tensor([value]) for value in values)
+    policy, reference = PairScores(a, b, *tokens), PairScores(c, d, *tokens)
+    better = PairScores(a + 1, b, *tokens)
+    for loss in BY_HAND:
+        assert loss(policy, reference).isfinite().all(), loss
+    monotone = (DPO(), RPO(), DPOP(), CPO(), ChosenNLL(), ForwardKLDPO(), JensenShannonDPO())
+    for loss in (*monotone, AlphaDPO(), NormalizedDPO(), Hinge(), APOZero(), BCO()):
+        now, then = loss(policy, reference).item(), loss(better, reference).item()
+        assert then <= now + 1e-5 * abs(now), loss
+
+
+@given(FINITE, FINITE, FINITE, FINITE)
+@settings(max_examples=60, deadline=None)
+def test_sides_that_change_places_change_the_margins_sign(
+    a: float, b: float, c: float, d: float
+) -> None:
+    policy, reference = scores([a], [b]), scores([c], [d])
+    swapped, other = scores([b], [a]), scores([d], [c])
+    for loss in (DPO(), ForwardKLDPO(), JensenShannonDPO(), AlphaDPO(), CPO(), AlphaPO()):
+        assert torch.equal(loss.margin(policy, reference), -loss.margin(swapped, other))

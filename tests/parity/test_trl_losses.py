@@ -19,12 +19,20 @@ import torch
 from torch import Tensor
 
 from alignkit.objectives.preference import (
+    CPO,
     DPO,
     ORPO,
+    AlphaDPO,
+    AlphaPO,
+    ChosenNLL,
     DiscoPOP,
+    ForwardKLDPO,
+    Hinge,
+    JensenShannonDPO,
     PairScores,
     PreferenceLoss,
     SimPO,
+    WeightedSum,
     known_losses,
 )
 
@@ -67,7 +75,13 @@ def _batch(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _trl_loss(
-    name: str, policy: Tensor, reference: Tensor, mask: Tensor, beta: float, label_smoothing: float
+    name: str,
+    policy: Tensor,
+    reference: Tensor,
+    mask: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    **settings: Any,
 ) -> Tensor:
     identity = SimpleNamespace(
         device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x
@@ -89,6 +103,7 @@ def _trl_loss(
         _total_train_tokens=0,
         _tp_size=1,
     )
+    vars(trainer).update(settings)
     ref_chosen, ref_rejected = reference.sum(1).chunk(2)
     inputs = {
         "input_ids": torch.zeros_like(mask),
@@ -121,7 +136,7 @@ def test_same_value_and_gradient(name: str, beta: float, seed: int) -> None:
 
 
 def test_we_have_every_preference_loss_of_dpo_trainer() -> None:
-    """All names in trl's error message but ``sft``, which is no preference loss."""
+    """All names in trl's error message but ``sft``: `ChosenNLL`, which weighs answers alike."""
     with pytest.raises(ValueError, match="Unknown loss type") as error:
         _trl_loss("nothing", *_batch(0), beta=0.1, label_smoothing=0.0)
     named = {word.strip("'\"[],. ") for word in str(error.value).split("one of")[1].split()}
@@ -136,6 +151,77 @@ def test_trl_ignores_label_smoothing_in_sigmoid() -> None:
     loss = DPO(beta=0.1, label_smoothing=0.3)
     ours = loss(_pair_scores(policy, mask), _pair_scores(reference, mask))
     assert ours.mean() > plain
+
+
+def _same(ours: Tensor, theirs: Tensor, policy: Tensor) -> None:
+    """Compare values, and gradients by the policy's token log-probs."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    gradients = (torch.autograd.grad(loss, policy, retain_graph=True)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("loss", "settings"),
+    [
+        (ForwardKLDPO(0.3), {"f_divergence_type": "forward_kl"}),
+        (JensenShannonDPO(0.3), {"f_divergence_type": "js_divergence"}),
+        *(
+            (
+                AlphaDPO(0.3, alpha=alpha),
+                {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 - alpha},
+            )
+            for alpha in (0.1, 0.5, 0.9)
+        ),
+    ],
+    ids=repr,
+)
+def test_divergences(loss: PreferenceLoss, settings: dict[str, Any], seed: int) -> None:
+    policy, reference, mask = _batch(seed)
+    # Near its reference, where trl's unclamped forward KL is finite as well.
+    near = (reference + 0.02 * policy).detach().requires_grad_()
+    theirs = _trl_loss("sigmoid", near, reference, mask, 0.3, **settings)
+    ours = loss(_pair_scores(near, mask), _pair_scores(reference, mask)).mean()
+    _same(ours, theirs, near)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weighted_sums(seed: int) -> None:
+    """The mean over a batch of answers of one length, at which both count tokens alike."""
+    policy, reference, mask = _batch(seed)
+    mask = mask * 0
+    mask[:, PROMPT : PROMPT + 5] = 1
+    drawn = policy.detach().requires_grad_()
+    policy = drawn * mask[:, 1:]
+    names, weights = ["sigmoid", "sft", "hinge"], [0.8, 0.5, 2.0]
+    theirs = _trl_loss("", policy, reference, mask, 0.2, loss_types=names, loss_weights=weights)
+    loss = WeightedSum((DPO(0.2), ChosenNLL(), Hinge(0.2)), tuple(weights))
+    _same(loss(_pair_scores(policy, mask), _pair_scores(reference, mask)).mean(), theirs, drawn)
+
+
+@pytest.mark.parametrize("alpha", [0.25, -0.5])
+def test_cpo_and_alphapo_of_trls_experimental_trainer(alpha: float) -> None:
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    policy, _, mask = _batch(2)
+    scores = _pair_scores(policy, mask)
+    mean = scores.per_token()
+    common = {
+        "accelerator": SimpleNamespace(device=torch.device("cpu")),
+        "simpo_gamma": 1.0,
+        "beta": 2.0,
+        "label_smoothing": 0.1,
+    }
+    trainer = SimpleNamespace(**common, loss_type="sigmoid", alpha=0.0)
+    theirs, *_ = cpo.CPOTrainer.cpo_loss(trainer, scores.chosen, scores.rejected)
+    ours = CPO(beta=2.0, alpha=0.0, label_smoothing=0.1)(scores, scores)
+    _same(ours.sum(), theirs.sum(), policy)
+    both = CPO(beta=2.0, alpha=0.7, label_smoothing=0.1)(scores, scores)
+    torch.testing.assert_close(both, theirs - 0.7 * mean.chosen)
+
+    trainer = SimpleNamespace(**common, loss_type="simpo", alpha=alpha)
+    theirs, *_ = cpo.CPOTrainer.cpo_loss(trainer, mean.chosen, mean.rejected)
+    ours = AlphaPO(beta=2.0, alpha=alpha, gamma=1.0, label_smoothing=0.1)(scores, scores)
+    _same(ours.sum(), theirs.sum(), policy)
 
 
 def test_simpo_and_orpo_of_trls_experimental_trainers() -> None:

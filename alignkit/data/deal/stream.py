@@ -8,7 +8,7 @@ from itertools import islice
 
 from torch.utils.data import IterableDataset
 
-from alignkit.data.read.rows import Row, Source
+from alignkit.data.read.rows import Rows, Source
 from alignkit.data.text.policies import Tally
 from alignkit.engine import Example, PackedBatch, collate
 from alignkit.errors import AlignkitError
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _Placed = tuple[tuple[str, int], Example]
 """An example with the source and line it came from."""
 
-Rows = Callable[[Source, Tally], Iterable[tuple[int, Example]]]
+Encode = Callable[[Source, Tally], Iterable[tuple[int, Example]]]
 
 
 class ExampleStream(IterableDataset[PackedBatch]):
@@ -40,7 +40,7 @@ class ExampleStream(IterableDataset[PackedBatch]):
     def __init__(
         self,
         sources: Sequence[Source],
-        encode: Rows,
+        encode: Encode,
         *,
         tokens_per_batch: int,
         rank: int = 0,
@@ -83,30 +83,19 @@ class ExampleStream(IterableDataset[PackedBatch]):
 
 
 def shard(source: Source, rank: int, world_size: int) -> Source:
-    """Each ``world_size``-th row of a source, from the ``rank``-th on."""
+    """Return each ``world_size``-th row of a source, from the ``rank``-th on."""
 
-    def rows() -> Iterator[tuple[int, Row]]:
-        return (each for each in source.rows() if each[0] % world_size == rank)
+    def rows() -> Rows:
+        return islice(source.rows(), (rank - 1) % world_size, None, world_size)
 
     return Source(source.name, source.digest, rows)
 
 
 def head(source: Source, count: int) -> Source:
-    """The first rows of a source."""
-
-    def rows() -> Iterator[tuple[int, Row]]:
-        for line, row in source.rows():
-            if line > count:
-                return
-            yield line, row
-
-    return Source(source.name, f"{source.digest}:{count}", rows)
+    """Return the first rows of a source."""
+    return Source(source.name, f"{source.digest}:{count}", lambda: islice(source.rows(), count))
 
 
 def tail(source: Source, count: int) -> Source:
-    """What follows the first rows of a source."""
-
-    def rows() -> Iterator[tuple[int, Row]]:
-        return (each for each in source.rows() if each[0] > count)
-
-    return Source(source.name, source.digest, rows)
+    """Return what follows the first rows of a source."""
+    return Source(source.name, source.digest, lambda: islice(source.rows(), count, None))

@@ -86,6 +86,7 @@ def open_splits(
     max_train_examples: int | None = None,
     max_val_examples: int | None = None,
     announce: bool = True,
+    named: bool = False,
 ) -> Splits:
     """Open every split of every place of a path, encoding what is not cached yet.
 
@@ -99,6 +100,7 @@ def open_splits(
         max_train_examples: Take only the first ones of each training source.
         max_val_examples: Take only the first ones of each other source.
         announce: Log what was found in each source.
+        named: Whether someone said which splits are read, so that nobody misses the others.
 
     Raises:
         AlignkitError: The data is missing, empty or bad, or a policy says ``error``.
@@ -110,7 +112,7 @@ def open_splits(
     sizes: list[int] = []
     for place in weights:
         found = find(place)
-        if announce and (told := not_read(place)):
+        if announce and not named and (told := not_read(place)):
             log.warning("%s", told)
         opened = {
             split: [opener.open(source) for source in sources] for split, sources in found.items()

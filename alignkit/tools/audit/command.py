@@ -1,4 +1,4 @@
-"""``alignkit audit``: every defect of a data set, counted, placed and shown, without a model."""
+"""Run ``alignkit audit``, which counts, locates and shows every defect of a data set."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def audit(
     *,
     kind: Kind = "auto",
     split: str | None = None,
+    splits: dict[str, str] | None = None,
+    columns: dict[str, str] | None = None,
     tokenizer: str | None = None,
     max_length: int = 512,
     prompt_format: PromptFormat = "boundary",
@@ -36,17 +38,19 @@ def audit(
 
     Args:
         path: A file, a directory or a Hub id, as the data modules take it.
-        kind: What the rows are; ``auto`` looks at the first one.
+        kind: What the rows are; ``auto`` decides by the first one.
         split: Audit this split alone (``train``, ``validation`` or ``test``); default: all.
+        splits: What makes up each split, as ``data.splits`` has it.
+        columns: The rows' columns by the names that are read, as ``data.columns`` has them.
         tokenizer: A Hub id or a local directory. Without one, lengths are estimated as a token
-            for every four bytes, and the boundary proof is left out.
+            for every four bytes, and the boundary defects are not counted.
         max_length: Most tokens of a prompt with one answer, EOS included; of a document, for text.
         prompt_format: How dialogues become text; see `alignkit.data.text.formats`.
         examples: How many examples of each defect to show.
         json: Write the report to this file: counts as numbers under ``rows`` and each defect's
             name, and the rows, by line number from 1, under ``row_numbers`` by the same names.
             Rows of a second file are numbered on from the first one's last.
-        html: Write a page with plots, everything in one file.
+        html: Write an HTML page with plots to this file.
 
     Returns:
         The report, as in the JSON file.
@@ -60,6 +64,8 @@ def audit(
         path,
         kind=kind,
         split=split,
+        splits=splits,
+        columns=columns,
         tokenizer=tokenizer,
         max_length=max_length,
         prompt_format=prompt_format,
@@ -75,7 +81,7 @@ def audit(
 
 
 def status(report: dict[str, Any]) -> int:
-    """The exit status: 1, after a line that says so, where training could use no row."""
+    """Return the exit status: 1, after a line that says so, if training could use no row."""
     if report["usable"]:
         return 0
     print(f"alignkit: error: {report['path']}: no row is usable, see above", file=sys.stderr)
@@ -83,7 +89,7 @@ def status(report: dict[str, Any]) -> int:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Add the flags of `audit`; the path comes first and bare."""
+    """Add the arguments of `audit`, whose path is positional."""
     parser.add_argument("path", type=str, help="A file, a directory or a Hub id.")
     parser.add_function_arguments(audit, skip={"path"})
 

@@ -1,4 +1,4 @@
-"""What an audit has found, and the report it makes."""
+"""Collect what an audit finds, and make its report."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 @dataclass
 class Findings:
-    """What an audit found.
+    """Hold the defects and the lengths that an audit found.
+
+    Example:
+        >>> found = Findings({"kind": "sft", "tokenizer": None})
+        >>> found.add("empty_answers", row=3, text="Human: Hi", limit=1)
+        >>> found.examples
+        {'empty_answers': [{'row': 3, 'text': 'Human: Hi'}]}
 
     Attributes:
-        settings: What was asked: path, kind, tokenizer, unit, max_length, prompt_format.
-        tally: Rows by defect, and their numbers; a second source's go on from the first one's.
-        sources: Name, first row number and rows of each source.
-        files: What is said of files beside them that are not read.
+        settings: The audit's arguments: path, kind, tokenizer, unit, max_length, prompt_format.
+        tally: Rows by defect, and their numbers; a second source's continue the first one's.
+        sources: Name, first row number and number of rows of each source.
+        files: A line about each kind of file beside them that is not read.
         examples: A few examples of each defect: row number and text.
-        lengths: Lengths of every prompt, of every chosen and rejected answer with its EOS, and
-            of the longest prompt + answer of each row; of every document, for text.
-        apart: Tokens with every answer beside a prompt of its own.
-        shared: Tokens with each prompt once.
+        lengths: Lengths in tokens of every prompt, of every chosen and rejected answer with its
+            EOS, and of the longest prompt + answer of each row; of every document, for text.
+        tokens_apart: Number of tokens with a prompt for every answer.
+        tokens_shared: Number of tokens with each prompt once.
     """
 
     settings: dict[str, Any]
@@ -36,39 +42,39 @@ class Findings:
     files: list[str] = field(default_factory=list)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     lengths: dict[str, array[int]] = field(default_factory=dict)
-    apart: int = 0
-    shared: int = 0
+    tokens_apart: int = 0
+    tokens_shared: int = 0
 
     def add(self, defect: str, row: int, text: str, limit: int) -> None:
-        """Count a defect, and keep its text while there are fewer than ``limit`` examples."""
+        """Count a row with a defect, and keep its text if there are fewer than ``limit``."""
         self.tally.add(defect, row)
         kept = self.examples.setdefault(defect, [])
         if len(kept) < limit:
             kept.append({"row": row, "text": readable(text)})
 
     def measure(self, **lengths: int) -> None:
-        """Note lengths by name."""
+        """Record lengths in tokens by name."""
         for name, length in lengths.items():
             self.lengths.setdefault(name, array("q")).append(length)
 
-    def _lost(self) -> set[int]:
-        """The rows that training would not take as its policies stand."""
+    def _unusable_rows(self) -> set[int]:
+        """Return the numbers of the rows that training would not use by default."""
         policies = Policies()
         lost = (name for name in MEANING if getattr(policies, name, "") in ("drop", "error"))
         return {row for name in lost for row in self.tally.lines.get(name, ())}
 
     def to_dict(self) -> dict[str, Any]:
-        """The report; see `alignkit.tools.audit.command.audit`."""
+        """Return the report; see `alignkit.tools.audit.command.audit`."""
         counts = {name: self.tally.counts.get(name, 0) for name in ["rows", *MEANING]}
         if self.settings["tokenizer"] is None:
-            del counts["boundary"]  # it cannot be proved without
+            del counts["boundary"]  # found only with a tokenizer
         report: dict[str, Any] = {
             **self.settings,
             **counts,
             "row_numbers": {
                 name: sorted(self.tally.lines.get(name, [])) for name in counts if name != "rows"
             },
-            "usable": counts["rows"] - len(self._lost()),
+            "usable": counts["rows"] - len(self._unusable_rows()),
             "read_as": self.tally.shapes,
             "columns_not_read": sorted(self.tally.columns),
             "files_not_read": self.files,
@@ -86,9 +92,9 @@ class Findings:
                 "equal_share": float((chosen == rejected).mean()),
             }
             report["prompt_sharing"] = {
-                "tokens_apart": self.apart,
-                "tokens_shared": self.shared,
-                "saved_share": 1 - self.shared / self.apart,
+                "tokens_apart": self.tokens_apart,
+                "tokens_shared": self.tokens_shared,
+                "saved_share": 1 - self.tokens_shared / self.tokens_apart,
             }
         return report
 

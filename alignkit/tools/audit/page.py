@@ -1,4 +1,4 @@
-"""The audit as one HTML page: counts, examples and plots, with nothing to fetch."""
+"""Write an audit as one self-contained HTML page with counts, examples and plots."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _ROWS_LISTED = 40
 
 
 def page(report: dict[str, Any], found: Findings) -> str:
-    """The page's HTML.
+    """Return the page's HTML.
 
     Args:
-        report: What `Findings.to_dict` returned.
-        found: The scan itself, for the lengths behind the plots.
+        report: The report that `Findings.to_dict` returned.
+        found: The findings, for the lengths in the plots.
     """
     asked = ", ".join(
         f"{name} {escape(str(report[name]))}"
@@ -57,7 +57,7 @@ def page(report: dict[str, Any], found: Findings) -> str:
 
 
 def sentences(report: dict[str, Any]) -> list[str]:
-    """What the numbers come to, one sentence each."""
+    """Return sentences that sum up the report's numbers."""
     lines = []
     if sharing := report.get("prompt_sharing"):
         bias = report["length_bias"]

@@ -1,60 +1,28 @@
-"""Reading a set once for its audit: defects, places, examples and lengths."""
+"""Read a data set once for its audit: defects, rows, examples and lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from alignkit.data.encode.chunks import chunks
-from alignkit.data.encode.dialogues import DialogueEncoder
-from alignkit.data.encode.draft import Draft, rendered_defects
-from alignkit.data.encode.tokens import TextEncoder
-from alignkit.data.read.rows import BadRow, Row, Source
+from alignkit.data.encode.columns import named_row
+from alignkit.data.read.rows import BadRow, Rows, Source
 from alignkit.data.read.sources import find_splits, not_read
-from alignkit.data.text.defects import (
-    Dropped,
-    Judge,
-    character_defects,
-    defects,
-    prompt_key,
-    readable,
+from alignkit.data.text.recognise import (
+    check_columns,
+    kind_of,
 )
-from alignkit.data.text.dialogue import RowError
-from alignkit.data.text.fields import unread_columns
-from alignkit.data.text.policies import Policies, Tally
-from alignkit.data.text.raw import reader
-from alignkit.data.text.recognise import TEXT_COLUMNS, columns_of, document_of, kind_of
-from alignkit.data.text.shapes import (
-    PREFERENCE_COLUMNS,
-    SFT_COLUMNS,
-    Side,
-    Sides,
-    preference_sides,
-    sft_sides,
-)
-from alignkit.data.text.templated import Templated
 from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
-from alignkit.models.text_format import SPECIALS, PromptFormat
+from alignkit.models.text_format import PromptFormat
 from alignkit.tools.audit.findings import Findings
+from alignkit.tools.audit.scanners import DialogueScanner, Numbered, TextScanner
 
 Kind = Literal["auto", "preference", "sft", "text"]
 
 _CHUNK = 256
-_SNIPPET = 200
-# Rows are settled only to measure them, so nothing goes that need not.
-_LENIENT = Policies(
-    unread_fields="keep",
-    differing_prompts="keep",
-    roles_inside_answer="keep",
-    empty_answers="keep",
-    identical_pairs="keep",
-    templated_text="keep",
-    boundary="keep",
-)
 
 
 def scan(
@@ -62,38 +30,50 @@ def scan(
     *,
     kind: Kind,
     split: str | None,
+    splits: Mapping[str, str] | None,
+    columns: Mapping[str, str] | None,
     tokenizer: str | None,
     max_length: int,
     prompt_format: PromptFormat,
     examples: int,
 ) -> Findings:
-    """Read every row of a set once; arguments as `alignkit.tools.audit.command.audit` takes them.
+    """Read every row of a data set once, and return what was found.
+
+    The arguments are those of `alignkit.tools.audit.command.audit`.
 
     Raises:
         AlignkitError: Nothing can be read there, or there is no such split.
     """
-    splits = find_splits(path)
-    if split is not None and split not in splits:
-        raise AlignkitError(f"--split {split}: {path} has {', '.join(splits)}")
-    sources = [source for name in splits if split in (None, name) for source in splits[name]]
+    offered = find_splits(path, splits=splits)
+    if split is not None and split not in offered:
+        raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
+    names = check_columns(columns)
+    sources = [
+        _named(source, names)
+        for name in offered
+        if split in (None, name)
+        for source in offered[name]
+    ]
     found = Findings(
         {
             "path": path,
-            "kind": _kind(sources[0]) if kind == "auto" else kind,
+            "kind": _detect_kind(sources[0]) if kind == "auto" else kind,
             "tokenizer": tokenizer,
             "unit": "tokens" if tokenizer else "estimated tokens",
             "max_length": max_length,
             "prompt_format": prompt_format,
         }
     )
-    if told := not_read(path):
+    if splits is None and (told := not_read(path)):
         found.files.append(told)
     loaded = load_tokenizer(tokenizer) if tokenizer else None
-    scanner = (_Text if found.settings["kind"] == "text" else _Dialogues)(found, loaded, examples)
+    scanner = (TextScanner if found.settings["kind"] == "text" else DialogueScanner)(
+        found, loaded, examples
+    )
     first = 1
     for source in sources:
         rows = last = 0
-        for chunk in chunks(_counted(source, found, first, examples), _CHUNK):
+        for chunk in chunks(_number_rows(source, found, first, examples), _CHUNK):
             scanner.take(source, chunk)
             rows, last = rows + len(chunk), chunk[-1][0]
         found.sources.append({"name": source.name, "first_row": first, "rows": rows})
@@ -101,11 +81,19 @@ def scan(
     return found
 
 
-Numbered = tuple[int, Row]
+def _named(source: Source, columns: Mapping[str, str] | None) -> Source:
+    """Return a source whose rows have their columns by the names that are read."""
+    if columns is None:
+        return source
+
+    def rows() -> Rows:
+        return ((line, named_row(row, columns)) for line, row in source.rows())
+
+    return Source(source.name, source.digest, rows)
 
 
-def _counted(source: Source, found: Findings, first: int, limit: int) -> Iterator[Numbered]:
-    """The source's rows, numbered on, the unreadable ones counted."""
+def _number_rows(source: Source, found: Findings, first: int, limit: int) -> Iterator[Numbered]:
+    """Yield the source's rows with their numbers from ``first`` on, and count unreadable ones."""
     for line, row in source.rows():
         number = first + line - 1
         found.tally.add("rows", number)
@@ -114,172 +102,9 @@ def _counted(source: Source, found: Findings, first: int, limit: int) -> Iterato
         yield number, row
 
 
-def _kind(source: Source) -> str:
-    """What a source holds, by its first readable row."""
+def _detect_kind(source: Source) -> str:
+    """Return the kind of a source's rows, decided by the first readable one."""
     readable_rows = (row for _, row in source.rows() if not isinstance(row, BadRow))
     for row in islice(readable_rows, 1):
         return kind_of(row)
     return "sft"
-
-
-class _Dialogues:
-    """Audits dialogue rows, for preference training or SFT."""
-
-    def __init__(
-        self, found: Findings, tokenizer: PreTrainedTokenizerBase | None, examples: int
-    ) -> None:
-        self._found = found
-        self._limit = examples
-        self._seen: set[bytes] = set()
-        preference = found.settings["kind"] == "preference"
-        self._sides: Sides = preference_sides if preference else sft_sides
-        self._columns = PREFERENCE_COLUMNS if preference else SFT_COLUMNS
-        prompt_format = found.settings["prompt_format"]
-        self._templated: Templated | None = None
-        if prompt_format == "raw":
-            self._sides = reader(self._sides)
-        else:
-            self._templated = Templated(tokenizer, specials=prompt_format in SPECIALS)
-        self._encoder = tokenizer and DialogueEncoder(
-            tokenizer,
-            self._sides,
-            max_length=found.settings["max_length"],
-            prompt_format=prompt_format,
-        )
-
-    def take(self, source: Source, rows: Sequence[Numbered]) -> None:
-        """Audit some rows of a source."""
-        judge = Judge(source.name, _LENIENT, Tally())
-        drafts = []
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                continue
-            try:
-                sides = self._sides(row)
-            except RowError as error:
-                self._found.add("bad_rows", number, str(error), self._limit)
-                continue
-            shape = sides[0].shape
-            self._found.tally.read_as(shape)
-            self._found.tally.columns |= row.keys() - self._columns - columns_of(shape)
-            self._judge(sides, number)
-            if self._templated is not None:
-                sides = list(self._templated.settle(sides, judge, number))
-            try:
-                drafts.append(Draft(number, judge.settle(sides, number)))
-            except Dropped:
-                continue
-        if self._encoder:
-            self._encoder.encode(drafts)
-        for draft in drafts:
-            self._measure(draft)
-
-    def _judge(self, sides: Sequence[Side], number: int) -> None:
-        names = defects(sides)
-        key = prompt_key(sides[0].prompt)
-        if key in self._seen:
-            names.append("repeated_prompts")
-        self._seen.add(key)
-        for name in names:
-            self._found.add(name, number, _snippet(name, sides), self._limit)
-        if self._templated is not None and (sign := self._templated.find(sides)):
-            text = f"{sign.told}: {_snippet('templated_text', sides)}"
-            self._found.add("templated_text", number, text, self._limit)
-
-    def _measure(self, draft: Draft) -> None:
-        dialogue = draft.dialogue
-        if self._encoder:
-            prompt = len(draft.prompt)
-            answers = [len(response) for response in draft.responses]
-        else:
-            prompt = estimated_tokens(dialogue.prompt)
-            answers = [estimated_tokens(answer) + 1 for answer in dialogue.answers]
-        longest = prompt + max(answers)
-        others = answers[1:]
-        bias = {"rejected": round(sum(others) / len(others))} if others else {}
-        self._found.measure(prompt=prompt, chosen=answers[0], **bias, longest=longest)
-        self._found.apart += sum(prompt + answer for answer in answers)
-        self._found.shared += prompt + sum(answers)
-        limit = self._found.settings["max_length"]
-        end = dialogue.prompt[-_SNIPPET:]
-        for name in rendered_defects(draft) if self._encoder else ():
-            shown = "\n— and —\n".join(answer[:_SNIPPET] for answer in dialogue.answers)
-            self._found.add(name, draft.line, shown, self._limit)
-        if longest > limit:
-            self._found.add("truncated", draft.line, f"{longest}: …{end}", self._limit)
-        if max(answers) > limit:
-            self._found.add("too_long", draft.line, f"{max(answers)}: …{end}", self._limit)
-        if draft.violation is not None:
-            shown = f"{draft.text.prompt[-40:]!r} + {draft.violation[:40]!r}"
-            self._found.add("boundary", draft.line, shown, self._limit)
-
-
-class _Text:
-    """Audits rows of plain text; a repeated prompt is a repeated document."""
-
-    def __init__(
-        self, found: Findings, tokenizer: PreTrainedTokenizerBase | None, examples: int
-    ) -> None:
-        self._found = found
-        self._limit = examples
-        self._seen: set[bytes] = set()
-        self._encode = tokenizer and TextEncoder(tokenizer)
-        self._templated = Templated(tokenizer)
-
-    def take(self, source: Source, rows: Sequence[Numbered]) -> None:
-        """Audit some rows of a source."""
-        texts = []
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                continue
-            try:
-                text = document_of(row)
-            except RowError as error:
-                self._found.add("bad_rows", number, str(error), self._limit)
-                continue
-            self._found.tally.columns |= row.keys() - set(TEXT_COLUMNS)
-            if unread := unread_columns(row, TEXT_COLUMNS, None):
-                self._found.add("unread_fields", number, ", ".join(unread), self._limit)
-            if self._judge(text, number):
-                texts.append((number, readable(text)))
-        if self._encode:
-            encoded = self._encode.prompts([text for _, text in texts], "text")
-            lengths = [len(ids) + 1 for ids in encoded]
-        else:
-            lengths = [estimated_tokens(text) + 1 for _, text in texts]
-        for (number, text), length in zip(texts, lengths, strict=True):
-            self._found.measure(document=length)
-            if length > self._found.settings["max_length"]:
-                snippet = f"{length}: {text[:_SNIPPET]}…"
-                self._found.add("truncated", number, snippet, self._limit)
-
-    def _judge(self, text: str, number: int) -> bool:
-        """Count a document's defects; whether it holds anything."""
-        key = prompt_key(text)
-        names = character_defects(text)
-        names += ["empty_answers"] if not text.strip() else []
-        names += ["repeated_prompts"] if key in self._seen else []
-        self._seen.add(key)
-        for name in names:
-            self._found.add(name, number, text[:_SNIPPET], self._limit)
-        if sign := self._templated.find_in_document(text):
-            shown = f"{sign.told}: {text[:_SNIPPET]}"
-            self._found.add("templated_text", number, shown, self._limit)
-        return bool(text.strip())
-
-
-def estimated_tokens(text: str) -> int:
-    """A token for every four bytes, about right for English under a BPE."""
-    return -(-len(text.encode("utf-8", "replace")) // 4)
-
-
-def _snippet(name: str, sides: Sequence[Side]) -> str:
-    """The part of a row that shows a defect."""
-    if name == "unread_fields":
-        return ", ".join(dict.fromkeys(field for side in sides for field in side.unread))
-    if name in ("differing_prompts", "doubled_roles", "repeated_prompts"):
-        prompts = dict.fromkeys(f"…{side.prompt[-_SNIPPET:]}" for side in sides)
-        return "\n— and —\n".join(prompts)
-    return "\n— and —\n".join(
-        f"…{side.prompt[-_SNIPPET // 2 :]}⟨answer⟩{side.answer[:_SNIPPET]}" for side in sides
-    )

@@ -1,4 +1,4 @@
-"""How often a model prefers the helpful answer, measured without a reference."""
+"""Measure how often a model prefers the chosen answer, without a reference."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from alignkit.models.checkpoint import load_policy, policy_base
 
 @torch.no_grad()
 def preference_accuracy(checkpoint: str, pairs: Path, dtype: torch.dtype) -> float:
-    """Return the share of test pairs whose chosen answer is the likelier one, token for token.
+    """Return the share of test pairs whose chosen answer is likelier per token, in [0, 1].
 
-    DPO's own accuracy compares a policy with its reference, so before training it has nothing
-    to compare. This one is defined for every model: an answer's likelihood is the mean of its
-    tokens' log-probabilities, so that length does not decide.
+    DPO's own accuracy compares a policy with its reference, and is undefined before training. This
+    accuracy is defined for every model. It compares means of the tokens' log-probabilities, so that
+    an answer's length does not decide.
 
     Args:
-        checkpoint: What `load_policy` takes.
+        checkpoint: A path that `load_policy` takes.
         pairs: A directory with ``train.jsonl`` and ``test.jsonl`` in HH-RLHF's format.
-        dtype: Of the base's weights.
+        dtype: Dtype of the base's weights.
     """
     model, _ = load_policy(checkpoint, dtype=dtype)
     data = HHPreferenceDataModule(policy_base(checkpoint), str(pairs), tokens_per_batch=2048)

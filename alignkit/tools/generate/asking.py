@@ -1,4 +1,4 @@
-"""How a model is asked: as it was trained, unless the user says otherwise."""
+"""Choose the text format of a question: that of training, unless the user gives another."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from alignkit.models.text_format import TextFormat, TextKind
 
 log = logging.getLogger(__name__)
 
-PLAIN = TextFormat("boundary", max_length=0)
-"""How a model is asked that says nothing of its training; no length is too long for it."""
+DEFAULT_FORMAT = TextFormat("boundary", max_length=0)
+"""The format for a model that does not store that of its training; its 0 sets no limit."""
 
 
-def how_to_ask(
+def choose_format(
     trained: TextFormat | None,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -25,16 +25,20 @@ def how_to_ask(
     prompt_format: TextKind | None = None,
     system: str | None = None,
 ) -> TextFormat:
-    """Settle how a model is asked, and say where that is not how it was trained.
+    """Return the text format to ask a model with, and warn where training used another.
 
     Args:
-        trained: How it was trained; ``None`` where it says nothing.
-        tokenizer: The model's.
-        name: The model, for the log.
-        prompt_format: What the user wants; ``None`` for as it was trained.
-        system: The system message the user wants; ``None`` for the one it was trained with.
+        trained: The text format of training; ``None`` if the model does not store it.
+        tokenizer: The model's tokenizer.
+        name: The model's name in the log.
+        prompt_format: The user's choice; ``None`` for that of training, or for the tokenizer's
+            chat template where the model does not say and there is one.
+        system: The user's system message; ``None`` for that of training.
     """
-    asked = trained or PLAIN
+    asked = trained or DEFAULT_FORMAT
+    if trained is None and prompt_format is None and (template := own_template(tokenizer)):
+        asked = TextFormat("chat", max_length=0, chat_template=template)
+        log.info("%s: does not say how it was trained; asked by its chat template", name)
     if prompt_format not in (None, asked.prompt_format):
         if trained is not None and prompt_format != "raw":
             log.warning(
@@ -55,7 +59,7 @@ def how_to_ask(
 
 
 def warn_of_length(lengths: Sequence[int], asked: TextFormat, name: str) -> None:
-    """Say once that prompts are longer than any that the model was trained on."""
+    """Warn once if prompts are longer, in tokens, than any that the model was trained on."""
     longer = [i for i, length in enumerate(lengths, start=1) if length > asked.max_length > 0]
     if longer:
         log.warning(

@@ -1,4 +1,4 @@
-"""``alignkit generate``: one model's answers to some prompts."""
+"""Run ``alignkit generate``, which prints a model's answers to prompts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from alignkit.tools.generate.request import Request, as_json, asking_of, printable
+from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.utils.atomic import check_output, write_atomically
 
 
@@ -15,7 +15,7 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
     """Print a model's answers to prompts.
 
     Args:
-        model: What to ask: a checkpoint (.ckpt), a run's folder, a PEFT adapter directory, a
+        model: The model: a checkpoint (.ckpt), a run's folder, a PEFT adapter directory, a
             transformers directory, a Hub id or a GGUF file.
         json: A file for the prompts, the answers and the settings that made them.
         **options: As in `alignkit.tools.generate.request.Request`.
@@ -31,7 +31,7 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
     console = Console()
     with console.status(f"loading {model}"):
         policy, tokenizer = request.load(model)
-    asked = request.how(model, tokenizer)
+    asked = request.format_for(model, tokenizer)
     answers = []
     given = request.answers(policy, tokenizer, asked, model)
     for question, answer in zip(request.questions, given, strict=True):
@@ -43,7 +43,7 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
             {"prompt": question, "answer": answer}
             for question, answer in zip(request.questions, answers, strict=True)
         ]
-        settings = {**request.to_dict(), **asking_of(asked)}
+        settings = {**request.to_dict(), **describe_format(asked)}
         found = {"model": model, "settings": settings, "answers": rows}
         write_atomically(output, as_json(found))
     return answers
@@ -56,14 +56,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 REQUEST_FLAGS: set[str | int] = {"prompts", "raw"}
-"""What `add_request` adds and a function's own flags are to skip."""
+"""The flags that `add_request` adds, which a command's own flags must skip."""
 
 
 def add_request(parser: ArgumentParser) -> None:
     """Add ``--prompts TEXT [TEXT ...]`` and the switch ``--raw``.
 
-    Left to its type hint, the first would read a text such as ``[1]`` or ``null`` as YAML, and
-    the second would want a value.
+    With flags made from type hints, the first would read a text such as ``[1]`` or ``null`` as
+    YAML, and the second would need a value.
     """
     parser.add_argument("--prompts", nargs="+", type=str, help="Texts to answer, one an argument.")
     parser.add_argument(

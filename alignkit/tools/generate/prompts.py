@@ -1,4 +1,4 @@
-"""Prompts from the command line and from files."""
+"""Read prompts from the command line and from files, and format them as in training."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def as_prompts(
     chat_template: str | None = None,
     system: str | None = None,
 ) -> list[str]:
-    """Ask questions as training asked them.
+    """Return the text of each question's prompt, in the format of training.
 
     Args:
         questions: What the human says, or a whole dialogue that ends with ``Assistant:``.
         kind: The format the model was trained with, see `alignkit.data.text.formats`; ``raw`` and
             ``text`` take the questions as they are.
-        tokenizer: The model's.
-        chat_template: For ``chat``, instead of the tokenizer's own.
-        system: A system message to put before each.
+        tokenizer: The model's tokenizer.
+        chat_template: The template for ``chat``, instead of the tokenizer's own.
+        system: A system message to put before each question.
 
     Raises:
         AlignkitError: The tokenizer lacks what the format needs.
@@ -48,7 +48,7 @@ def as_prompts(
     templated = Templated(tokenizer, specials=form.specials)
     prompts = []
     for index, question in enumerate(questions, start=1):
-        side = _side(question.strip(), system)
+        side = _question_side(question.strip(), system)
         if (sign := templated.find([side])) and sign.grave:
             log.warning(
                 "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
@@ -59,8 +59,8 @@ def as_prompts(
     return prompts
 
 
-def _side(question: str, system: str | None) -> Side:
-    """A question as training reads the prompt of a row."""
+def _question_side(question: str, system: str | None) -> Side:
+    """Return a question as training reads the prompt of a row."""
     side = sft_sides({"prompt": question, "completion": ""})[0]
     if system is None:
         return side
@@ -71,7 +71,7 @@ def _side(question: str, system: str | None) -> Side:
 
 
 def gather_prompts(prompts: str | Sequence[str] | None, prompts_file: str | None) -> list[str]:
-    """Collect the prompts given as arguments, then those of a file.
+    """Return the prompts given as arguments, followed by those of a file.
 
     Args:
         prompts: One prompt or several.
@@ -79,7 +79,7 @@ def gather_prompts(prompts: str | Sequence[str] | None, prompts_file: str | None
             prompt a line. Blank lines are skipped.
 
     Raises:
-        AlignkitError: No prompt at all, an empty one, a file that cannot be read, or a row
+        AlignkitError: There is no prompt, an empty one, a file that cannot be read, or a row
             without a prompt (with its line number).
     """
     given = [prompts] if isinstance(prompts, str) else list(prompts or [])
@@ -107,10 +107,10 @@ def _read(name: str) -> Iterator[str]:
         ) from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield _row(line, f"{name}:{number}") if path.suffix == ".jsonl" else line
+            yield _prompt_of_row(line, f"{name}:{number}") if path.suffix == ".jsonl" else line
 
 
-def _row(line: str, where: str) -> str:
+def _prompt_of_row(line: str, where: str) -> str:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What ``generate`` and ``compare`` have in common: prompts, how to answer them, and where."""
+"""Collect the prompts and options that ``generate`` and ``compare`` share."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from alignkit.data.encode.tokens import TextEncoder
 from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import load_policy, policy_format
 from alignkit.models.text_format import TextFormat, TextKind
-from alignkit.tools.generate.asking import PLAIN, how_to_ask, warn_of_length
+from alignkit.tools.generate.asking import DEFAULT_FORMAT, choose_format, warn_of_length
 from alignkit.tools.generate.prompts import TURN, as_prompts, gather_prompts
 from alignkit.tools.generate.sampling import Sampling, complete
 
 
 @dataclass
 class Request:
-    """Questions and how to answer them; checked when made, before any model is loaded.
+    """Hold questions and the options for answering them, checked before a model is loaded.
+
+    Example:
+        >>> request = Request(prompts="How do I boil an egg?", temperature=0, device="cpu")
+        >>> request.questions, request.target
+        (['How do I boil an egg?'], device(type='cpu'))
 
     Args:
         prompts: A prompt, or a list of them.
         prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, or one a line.
-        base: The base model under a checkpoint or adapter, where it has moved since training.
-        prompt_format: How a question is put: as the published dialogues (boundary), as the seed
-            report's (seed), by the tokenizer's chat template (chat), as it is (text), or as it is
-            with special tokens read as such (raw). By default as the model was trained; boundary
-            for a model that does not say.
+        base: The base model of a checkpoint or adapter, if it has moved since training.
+        prompt_format: How a question is formatted: as HH-RLHF's dialogues (boundary), as dialogues
+            of stripped texts (stripped), by the tokenizer's chat template (chat), as it is (text),
+            or as it is with special tokens read as such (raw). By default as the model was
+            trained; for a model that does not say, chat where its tokenizer has a chat template,
+            and boundary elsewhere.
         system: A system message before each question; by default the one that all of the model's
             training examples had, if they did; an empty text for none.
         raw: Short for prompt_format raw.
@@ -39,13 +45,13 @@ class Request:
             formats that write turns as plain text.
         temperature: Divides the logits; 0 always takes the likeliest token.
         top_p: Draw from the smallest set of tokens that holds this probability.
-        repetition_penalty: Above 1 discourages tokens that were there before.
-        max_new_tokens: The longest answer.
-        seed: Of the draws. Answers do not depend on batch_size, up to rounding: in bfloat16 two
-            nearly equal tokens may change places.
+        repetition_penalty: Above 1 discourages tokens that occurred before.
+        max_new_tokens: The largest number of tokens of an answer.
+        seed: Seed of the draws. Answers do not depend on batch_size, up to rounding: in bfloat16
+            two nearly equal tokens may change places.
         batch_size: Prompts computed side by side.
         dtype: Precision of the model.
-        device: Such as cpu or cuda:0; auto takes a GPU where there is one.
+        device: Such as cpu or cuda:0; auto takes a GPU if there is one.
 
     Attributes:
         questions: Every prompt, as given.
@@ -53,7 +59,7 @@ class Request:
         target: The device.
 
     Raises:
-        AlignkitError: Bad prompts or options, or a device that is not there.
+        AlignkitError: Bad prompts or options, or a device that does not exist.
     """
 
     prompts: list[str] | str | None = None
@@ -85,14 +91,18 @@ class Request:
         self.target = resolve_device(self.device)
 
     def load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load whatever ``path`` names, in evaluation mode on the device."""
+        """Return the model and tokenizer that ``path`` names, in eval mode on the device.
+
+        Raises:
+            AlignkitError: There is no model, or it is damaged.
+        """
         model, tokenizer = load_policy(path, base=self.base, dtype=getattr(torch, self.dtype))
-        torch.nn.Module.to(model, self.target)  # transformers types its own override away
+        torch.nn.Module.to(model, self.target)  # transformers' override is untyped
         return model.train(False), tokenizer
 
-    def how(self, path: str, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
-        """How the model that ``path`` names is asked: as it was trained, or as the user says."""
-        return how_to_ask(
+    def format_for(self, path: str, tokenizer: PreTrainedTokenizerBase) -> TextFormat:
+        """Return the text format to ask a model with: the user's, or that of its training."""
+        return choose_format(
             policy_format(path),
             tokenizer,
             name=path,
@@ -107,10 +117,10 @@ class Request:
         asked: TextFormat,
         name: str = "model",
     ) -> Iterator[str]:
-        """Answer the questions with a loaded model, one after the other."""
+        """Yield a loaded model's answers to the questions, in order."""
         stops = self.stop_at_turn and asked.prompt_format in ("boundary", "stripped", "raw")
         sampling = replace(self.sampling, stop=TURN if stops else None)
-        return ask(
+        return answer_questions(
             model,
             tokenizer,
             self.questions,
@@ -121,32 +131,35 @@ class Request:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What an answer depends on besides the model, how it was asked, and the prompt."""
+        """Return the settings that an answer depends on, beside model, text format and prompt."""
         drawn = {f.name: getattr(self.sampling, f.name) for f in fields(Sampling)}
         drawn["stop"] = TURN if self.stop_at_turn else None
         return {**drawn, "dtype": self.dtype}
 
 
-def ask(
+def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[str],
     sampling: Sampling,
-    asked: TextFormat = PLAIN,
+    asked: TextFormat = DEFAULT_FORMAT,
     *,
     name: str = "model",
     batch_size: int = 8,
 ) -> Iterator[str]:
-    """Answer questions; as `alignkit.tools.generate.sampling.complete` otherwise.
+    """Yield a model's answers to questions; see `alignkit.tools.generate.sampling.complete`.
 
     Args:
-        model: On the device to compute on.
-        tokenizer: The model's.
+        model: The model, on the device to compute on.
+        tokenizer: The model's tokenizer.
         questions: What the human says.
-        sampling: How to draw.
-        asked: How the questions are put; see `how_to_ask`.
-        name: The model, for the log.
+        sampling: How to draw answers.
+        asked: The text format of the questions; see `choose_format`.
+        name: The model's name in the log.
         batch_size: Questions computed side by side.
+
+    Raises:
+        AlignkitError: A question cannot be formatted, is empty or is too long for the model.
     """
     kind = asked.prompt_format
     texts = as_prompts(
@@ -159,16 +172,20 @@ def ask(
     )
 
 
-def asking_of(asked: TextFormat) -> dict[str, str | None]:
-    """How a model was asked, for a file of its answers."""
+def describe_format(asked: TextFormat) -> dict[str, str | None]:
+    """Return the prompt format and system message of a question, for a file of answers."""
     return {"prompt_format": asked.prompt_format, "system": asked.system}
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1``, … into a device that is there.
+    """Return the device that ``auto``, ``cpu``, ``cuda``, ``cuda:1``, … names.
 
     Raises:
         AlignkitError: There is no such device.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,10 +201,10 @@ def resolve_device(device: str) -> torch.device:
 
 
 def printable(text: str) -> Text:
-    """Text for a terminal: no markup, and none of the control codes a model may have learned."""
+    """Return text for a terminal, without markup and with control codes replaced."""
     return Text("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
 
 
 def as_json(value: object) -> str:
-    """JSON for people: indented, in their own script."""
+    """Return a value as indented JSON, with letters of any script unescaped."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,7 +1,7 @@
-"""Text from a causal language model, the same whatever else is in the batch.
+"""Generate text from a causal language model, independently of what else is in the batch.
 
-Each prompt draws its noise from a generator of its own, and padding takes no part in anything, so
-an answer depends on the seed, the prompt and its place in the list, and not on ``batch_size``.
+Each prompt draws its noise from a generator of its own, and padding affects nothing. An answer
+depends on the seed, the prompt and its place in the list, and not on ``batch_size``.
 
 Shape letters: B prompts of one batch, L padded tokens, V vocabulary.
 """
@@ -39,7 +39,11 @@ _GenerationConfig: Any = GenerationConfig  # upstream's signature is untyped
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn.
+    """Hold the options for drawing text.
+
+    Example:
+        >>> Sampling(temperature=0).max_new_tokens  # greedy
+        128
 
     Attributes:
         temperature: Divides the logits; 0 always takes the likeliest token.
@@ -47,10 +51,13 @@ class Sampling:
         repetition_penalty: Divides the positive (multiplies the negative) logits of every token
             of the prompt and the answer so far; 1 changes nothing (Keskar et al. 2019, CTRL,
             arXiv:1909.05858, section 4.1).
-        max_new_tokens: The longest answer.
-        seed: Of the noise; with temperature 0 it changes nothing.
-        stop: Text that ends an answer and is cut off with all that follows; ``None`` for EOS
+        max_new_tokens: The largest number of tokens of an answer.
+        seed: Seed of the noise; with temperature 0 it changes nothing.
+        stop: A text that ends an answer and is removed with all that follows; ``None`` for EOS
             alone.
+
+    Raises:
+        AlignkitError: A value out of its range.
     """
 
     temperature: float = 0.7
@@ -81,23 +88,23 @@ def complete(
     kind: TextKind = "boundary",
     ends: Sequence[int] = (),
 ) -> Iterator[str]:
-    """Continue each prompt, in order, yielding every batch as it is done.
+    """Yield the continuation of each prompt, in order and batch by batch.
 
     Args:
-        model: On the device to compute on; its mode and generation config are left as they were.
-        tokenizer: With a padding token; EOS ends an answer.
-        prompts: Exactly as the model is to read them; encoded as in training.
+        model: The model, on the device to compute on. Its mode and generation config are restored.
+        tokenizer: The model's tokenizer, with a padding token; EOS ends an answer.
+        prompts: The texts exactly as the model reads them; they are encoded as in training.
         sampling: How to draw.
         batch_size: Prompts computed side by side.
-        kind: How the prompts were rendered, which decides about BOS and special tokens in them.
-        ends: Ids that ended answers in training, beside EOS.
+        kind: The format of the prompts, which decides about BOS and special tokens in them.
+        ends: Token ids that ended answers in training, beside EOS.
 
     Yields:
         One answer a prompt, without EOS, ``sampling.stop`` and surrounding white space.
 
     Raises:
-        AlignkitError: A prompt is empty, or with the answer passes the model's context; found
-            before anything is computed.
+        AlignkitError: A prompt is empty, or is too long for the model's context together with its
+            answer; raised before anything is computed.
     """
     if batch_size < 1:
         raise AlignkitError(f"batch_size: must be 1 or more, got {batch_size}")
@@ -168,7 +175,7 @@ def _complete_batch(
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's EOS and whatever else the model's authors end a text with."""
+    """Return the ids of the tokenizer's EOS and of the end tokens in the generation config."""
     theirs = model.generation_config.eos_token_id if model.generation_config else None
     ids = theirs if isinstance(theirs, list) else [theirs]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
@@ -184,10 +191,10 @@ def _text(
 
 @contextmanager
 def _as_generator(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and none of the checkpoint's own sampling defaults, for a while.
+    """Put a model into eval mode without its own sampling defaults, within the block.
 
-    transformers fills what a generation config leaves open (minimal lengths, forbidden n-grams)
-    from the model's, which would be part of the result and nowhere in the command.
+    transformers fills options that a generation config leaves open (minimal lengths, forbidden
+    n-grams) from the model's own, which would change the result and appear nowhere in the command.
     """
     modes = [(module, module.training) for module in model.modules()]
     config = model.generation_config
@@ -215,9 +222,9 @@ def _processors(sampling: Sampling, mask_BL: Tensor, first: int) -> LogitsProces
 
 
 class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
-    """transformers' penalty, blind to padding.
+    """Apply transformers' repetition penalty without counting padding.
 
-    Where EOS pads, the original would make shorter prompts of a batch less willing to end.
+    With EOS as padding, transformers' own would lower the probability of EOS for shorter prompts.
     """
 
     def __init__(self, penalty: float, mask_BL: Tensor) -> None:
@@ -227,20 +234,22 @@ class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         width = self.mask_BL.shape[1]
         prompt_BL = input_ids[:, :width]
-        # The last column is a real token of every left-padded row: seen twice, penalised once.
+        # The last column holds a real token of every left-padded row. Put in the place of padding
+        # it occurs several times, and is still penalised once.
         prompt_BL = torch.where(self.mask_BL, prompt_BL, prompt_BL[:, -1:])
         seen = torch.cat([prompt_BL, input_ids[:, width:]], dim=1)
         return super().__call__(seen, scores)  # type: ignore[no-any-return]
 
 
 class _GumbelNoise(LogitsProcessor):
-    """Adds Gumbel noise, whose argmax is a draw from softmax(scores).
+    """Add Gumbel noise to scores, so that their argmax is a draw from softmax(scores).
 
-    One generator a prompt, on the CPU, so that neither the batch nor the device changes a draw.
+    Each prompt has a generator of its own, on the CPU, so that neither the batch nor the device
+    changes a draw (Gumbel-max trick; Maddison et al. 2014, arXiv:1411.0030).
     """
 
     def __init__(self, seed: int, prompts: Sequence[int]) -> None:
-        # A string seed mixes both numbers; torch's CPU generator keeps 32 bits.
+        # Seeding with a string mixes both numbers; torch's CPU generator keeps 32 bits.
         seeds = [Random(f"{seed} {prompt}").getrandbits(32) for prompt in prompts]
         self.generators = [torch.Generator().manual_seed(value) for value in seeds]
 
@@ -252,13 +261,13 @@ class _GumbelNoise(LogitsProcessor):
 
 
 class _StopText(StoppingCriteria):
-    """Ends a row once its answer contains a text, read off its last tokens."""
+    """Stop a row whose answer contains a text, which is searched in its last tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, width: int) -> None:
         self.tokenizer, self.stop, self.width = tokenizer, stop, width
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        # A token holds at least a byte: the text of these tokens is at least as long as `stop`.
+        # A token holds at least a byte, so the text of these tokens is at least as long as `stop`.
         start = max(self.width, input_ids.shape[1] - len(self.stop.encode()) - 1)
         tails = self.tokenizer.batch_decode(input_ids[:, start:])
         return torch.tensor([self.stop in tail for tail in tails], device=input_ids.device)

@@ -1,4 +1,4 @@
-"""``alignkit profile``: what LoRA saves over full fine-tuning, measured on this machine."""
+"""Run ``alignkit profile``, which measures LoRA against full fine-tuning on this machine."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ def profile(
 ) -> Profile:
     """Compare full fine-tuning with LoRA: parameters, times and peak memory of a training step.
 
-    Each setup runs in processes of its own, in turns (full, LoRA, LoRA, full, …), so that neither
-    sees the other's memory and a machine that slows down slows both.
+    Each setup runs in processes of its own, so that neither measures the other's memory. They take
+    turns (full, LoRA, LoRA, full, …), so that a machine that slows down affects both.
 
     Args:
         base: The model: a Hub id, a directory, a GGUF file, or with random_init a config.
         config: A training YAML: base, lora, random_init, precision and tokens (its block_size)
-            are taken from it where they are not given.
-        lora: The adapter to compare with, as a whole.
-        random_init: Draw the base's weights at random; costs are the same.
+            are taken from it unless they are given.
+        lora: The adapter's whole configuration.
+        random_init: Draw the base's weights at random, which costs the same.
         precision: bf16-mixed (the default) trains fp32 weights under bf16 autocast, and keeps
             LoRA's frozen base in bf16; 32-true is fp32 throughout.
-        tokens: Tokens a document, drawn at random; 256 by default.
-        rows: Documents a step.
+        tokens: Tokens in a document, drawn at random; 256 by default.
+        rows: Documents in a step.
         steps: Measured steps in each process, after two to warm up.
-        rounds: Processes a setup.
-        device: Such as cpu or cuda:0; auto takes a GPU where there is one.
+        rounds: Processes for each setup.
+        device: Such as cpu or cuda:0; auto takes a GPU if there is one.
         markdown: A file for the table.
         json: A file for every number.
         plot: A file for a bar chart.

@@ -1,4 +1,4 @@
-"""What ``alignkit profile`` takes from the YAML that a person trains with."""
+"""Read the settings of ``alignkit profile`` from a training configuration."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from alignkit.lora import LoRAConfig
 
 
 def read_training_config(path: str) -> dict[str, Any]:
-    """Read the parts of a training configuration that decide what a step costs.
+    """Return the parts of a training configuration that decide what a step costs.
 
     Args:
-        path: A YAML as ``alignkit fit --config`` takes it.
+        path: A YAML file that ``alignkit fit --config`` takes.
 
     Returns:
         ``base``, ``lora``, ``random_init``, ``precision`` and ``tokens`` (the data's
-        ``block_size``), each only where the file sets it.
+        ``block_size``), each only if the file sets it.
 
     Raises:
-        AlignkitError: The file cannot be read, trains without LoRA, or holds other things.
+        AlignkitError: The file cannot be read, trains without LoRA, or is no such configuration.
     """
     content = _load(path)
     model = _arguments(content, "model", path)

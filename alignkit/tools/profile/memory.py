@@ -1,7 +1,7 @@
-"""How much memory this process has used at most: on a GPU by torch's count, else by the system's.
+"""Measure the peak memory of this process: on a GPU by torch, else by the operating system.
 
-Linux gives a process its own high-water mark and lets it start again; elsewhere the mark is that
-of the whole life of the process.
+Linux keeps a peak for each process, which can be reset. Other systems report the peak since the
+start of the process.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget the peak so far."""
+    """Reset the peak, where the system allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
-        with suppress(PermissionError):  # some sandboxes forbid it; the mark is then the life's
+        with suppress(PermissionError):  # some sandboxes forbid it; the peak is then the process's
             _CLEAR.write_text("5")  # proc(5): the peak resident set size becomes the current one
 
 
@@ -47,7 +47,7 @@ def _peak_of_life() -> int:
 
 
 class _ProcessMemoryCounters(ctypes.Structure):
-    """PROCESS_MEMORY_COUNTERS of psapi.h."""
+    """Declare the structure PROCESS_MEMORY_COUNTERS of Windows' psapi.h."""
 
     _fields_ = (
         ("cb", ctypes.c_uint32),

@@ -1,4 +1,4 @@
-"""The profile's numbers, as a table, Markdown and bars."""
+"""Show the profile's numbers as a table, as Markdown and as bars."""
 
 from __future__ import annotations
 
@@ -17,12 +17,19 @@ PARTS = ("forward", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Profile:
-    """Both setups, each the median of its processes, and their ratios.
+    """Hold the measurements of both setups, medians over their processes, and their ratios.
+
+    Example:
+        >>> full = Measurement(1000, 1000, 0.2, 0.4, 0.1, 0.7, peak_bytes=2**21)
+        >>> lora = Measurement(1000, 10, 0.2, 0.2, 0.0, 0.4, peak_bytes=2**20)
+        >>> ratios = {"forward": 1.0, "backward": 0.5, "optimizer": 0.0, "step": 0.57, "peak": 0.5}
+        >>> Profile({}, {}, {"full": full, "lora": lora}, ratios).rows()[1]
+        ['trainable parameters', '1,000', '10', '0.0100']
 
     Attributes:
-        settings: What was run.
-        machine: Where.
-        setups: ``full`` and ``lora``.
+        settings: The arguments of the run.
+        machine: The device and the versions it ran with.
+        setups: The measurements of ``full`` and ``lora``.
         ratios: LoRA over full fine-tuning for forward, backward, optimizer, step and peak: the
             median over rounds of the ratio within a round.
     """
@@ -33,7 +40,7 @@ class Profile:
     ratios: dict[str, float]
 
     def rows(self) -> list[list[str]]:
-        """The table's cells, header first."""
+        """Return the table's cells, row by row, with the header first."""
         header = ["", *NAMES.values(), "ratio"]
         full, lora = self.setups["full"], self.setups["lora"]
         trained = lora.trainable_parameters / full.trainable_parameters
@@ -52,7 +59,7 @@ class Profile:
         return [header, *rows, ["peak memory (MiB)", *peaks, f"{self.ratios['peak']:.2f}"]]
 
     def caption(self) -> str:
-        """One line that says what was measured and where."""
+        """Return one line that says what was measured and where."""
         run, here = self.settings, self.machine
         return (
             f"{run['base']} ({self.setups['full'].base_parameters:,} parameters), "
@@ -62,7 +69,7 @@ class Profile:
         )
 
     def to_markdown(self) -> str:
-        """The table and its caption."""
+        """Return the table and its caption as Markdown."""
         header, *rows = self.rows()
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
         return "\n".join("| " + " | ".join(line) + " |" for line in lines) + (
@@ -70,7 +77,7 @@ class Profile:
         )
 
     def to_table(self) -> Table:
-        """The same table for the terminal."""
+        """Return the same table for the terminal."""
         header, *rows = self.rows()
         table = Table()
         for index, name in enumerate(header):
@@ -80,12 +87,12 @@ class Profile:
         return table
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """Return all fields as plain values."""
         return asdict(self)
 
 
 def draw(result: Profile) -> Figure:
-    """Draw step time by part, peak memory and trainable parameters as bars."""
+    """Return a figure of step time by part, peak memory and trainable parameters as bars."""
     figure, (time, memory, parameters) = new_figure(3)
     names = list(NAMES.values())
     setups = [result.setups[name] for name in NAMES]

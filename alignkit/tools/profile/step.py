@@ -1,7 +1,7 @@
-"""One setup of ``alignkit profile``, measured in a process of its own.
+"""Measure one setup of ``alignkit profile`` in a process of its own.
 
-``python -m alignkit.tools.profile.step`` reads a `Setup` as JSON from standard input and writes
-what it measured, or ``{"error": …}``, as the last line of standard output.
+``python -m alignkit.tools.profile.step`` reads a `Setup` as JSON from standard input and writes a
+`Measurement`, or ``{"error": …}``, as the last line of standard output.
 """
 
 from __future__ import annotations
@@ -31,18 +31,23 @@ _WARMUP_STEPS = 2  # the first allocates optimizer state, the second grows the a
 
 @dataclass(frozen=True)
 class Setup:
-    """What one process measures; plain values, to travel as JSON.
+    """Hold what one process is to measure, as values that JSON can hold.
+
+    Example:
+        >>> Setup("gpt2", None, random_init=True, mixed=False, rows=4, tokens=256, steps=10,
+        ...       device="cpu").tokens
+        256
 
     Attributes:
-        base: As `load_model` takes it.
+        base: The base model, as `load_model` takes it.
         lora: `LoRAConfig.to_dict`, or ``None`` for full fine-tuning.
         random_init: Draw the base's weights instead of reading them.
-        mixed: bf16 autocast, over a bf16 base with LoRA and over fp32 weights without; otherwise
-            everything is fp32.
-        rows: Documents a step.
-        tokens: Tokens a document.
+        mixed: Use bf16 autocast, over a bf16 base with LoRA and over fp32 weights without;
+            otherwise everything is fp32.
+        rows: Documents in a step.
+        tokens: Tokens in a document.
         steps: Measured steps.
-        device: Such as ``cpu`` or ``cuda:0``.
+        device: The device, such as ``cpu`` or ``cuda:0``.
     """
 
     base: str
@@ -57,17 +62,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process measured: medians over its steps.
+    """Hold what one process measured, as medians over its steps.
+
+    Example:
+        >>> Measurement(1000, 10, forward=0.2, backward=0.2, optimizer=0.1, step=0.5,
+        ...             peak_bytes=2**20).step
+        0.5
 
     Attributes:
-        base_parameters: Of the model without adapters, a tied head counted once.
-        trainable_parameters: That the optimizer changes.
-        forward: Seconds from the batch to the loss. Under a frozen head this holds the head's
-            share of the backward pass too, which is made while its logits exist.
-        backward: Seconds.
+        base_parameters: Number of the model's parameters without adapters, a tied head once.
+        trainable_parameters: Number of the parameters that the optimizer changes.
+        forward: Seconds from the batch to the loss. With a frozen head they include the head's
+            share of the backward pass, which is computed while its logits exist.
+        backward: Seconds of the rest of the backward pass.
         optimizer: Seconds of AdamW and of dropping the gradients.
         step: Seconds of the three together.
-        peak_bytes: Most memory in use while training, above that of a process without a model.
+        peak_bytes: Peak memory of training in bytes, above that of a process without a model.
     """
 
     base_parameters: int
@@ -80,7 +90,7 @@ class Measurement:
 
 
 def measure(setup: Setup) -> Measurement:
-    """Train a few steps of language modelling on random tokens and time their parts."""
+    """Train a few steps of language modelling on random tokens, and return their times."""
     device = torch.device(setup.device)
     torch.manual_seed(0)
     reset_peak(device)
@@ -104,7 +114,7 @@ def measure(setup: Setup) -> Measurement:
 
 def _build(setup: Setup) -> Any:
     adapt = setup.lora is not None
-    # A frozen base sits in bf16; weights that train need fp32 master copies.
+    # A frozen base is stored in bf16; weights that train need fp32 master copies.
     dtype = torch.bfloat16 if setup.mixed and adapt else torch.float32
     model = load_model(setup.base, dtype=dtype, random_init=setup.random_init)
     context = getattr(model.config, "max_position_embeddings", setup.tokens)
@@ -128,7 +138,7 @@ def _batch(setup: Setup, vocabulary: int) -> PackedBatch:
 def _step(
     setup: Setup, model: Any, optimizer: AdamW, batch: PackedBatch
 ) -> tuple[float, float, float]:
-    """Take one optimizer step; returns the seconds of forward, backward and update."""
+    """Take one optimizer step, and return the seconds of forward, backward and update."""
     device = torch.device(setup.device)
     clock = _clock(device)
     start = clock()
@@ -153,7 +163,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
 
 
 def main() -> int:
-    """Measure the setup on standard input."""
+    """Measure the setup on standard input, print the result, and return the exit status."""
     try:
         print(json.dumps(asdict(measure(Setup(**json.load(sys.stdin))))))
     except AlignkitError as error:

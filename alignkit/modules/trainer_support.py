@@ -1,4 +1,4 @@
-"""What makes a module at home in Lightning: its precisions, callbacks and tuners."""
+"""Make a module work with Lightning's precisions, callbacks and tuners."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.modules.averaging import AVERAGED
 from alignkit.modules.companions import (
-    attend,
     check_callbacks,
-    keep_plain,
+    make_states_plain,
     refuse_averaged,
     searches_batch_size,
+    set_up_callbacks,
 )
-from alignkit.modules.precision import apply_but_keep_buffers, convert_early, leave_batches
+from alignkit.modules.precision import (
+    apply_but_keep_buffers,
+    cast_before_restore,
+    keep_batches_uncast,
+)
 from alignkit.modules.state import keep_trained_state
 from alignkit.modules.steps import ExactSteps
 from alignkit.modules.tuning import learning_rate, with_learning_rate
 
 
-class Hosted(ExactSteps):
-    """Exact steps under any precision of Lightning, beside any of its callbacks.
+class TrainerSupport(ExactSteps):
+    """Train in exact steps under Lightning's precisions, together with its callbacks and tuners.
 
     Args:
         *args: As in `ExactSteps`.
 
     Attributes:
-        averaged: Whether an average has taken the place of the weights that were trained.
-        resumes: Whether the run goes on from a checkpoint.
+        averaged: Whether the trained weights were replaced by an average.
+        resumes: Whether the run resumes from a checkpoint.
     """
 
     lora: LoRAConfig | None
@@ -49,10 +53,10 @@ class Hosted(ExactSteps):
 
     @property
     def lr(self) -> float:
-        """The optimizer's learning rate before warm-up and schedule: what tuners find and set.
+        """Return the learning rate before warm-up and schedule, which tuners find and set.
 
         Raises:
-            AlignkitError: The optimizer has none.
+            AlignkitError: The optimizer has no learning rate.
         """
         return learning_rate(self.optimizer)
 
@@ -62,40 +66,40 @@ class Hosted(ExactSteps):
         self._found_lr = True
 
     def configure_callbacks(self) -> list[Callback]:
-        """Refuse callbacks that could not do what they are for; add none."""
+        """Refuse callbacks that cannot work with the module; add none."""
         if self.trainer.state.fn == "fit":
             check_callbacks(self.trainer, self.lora_plus_ratio != 1)
         return []
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would not train rightly, and cast as the others ask."""
-        leave_batches(self.trainer)
-        convert_early(self, trained_in_full=self.lora is None)
+        """Refuse a precision that would train wrongly, and cast the module as it asks."""
+        keep_batches_uncast(self.trainer)
+        cast_before_restore(self, trained_in_full=self.lora is None)
         self.averaged = self.resumes = False
-        self.position.load({})  # what a tuner restored is of its own run
-        attend(self.trainer, self)
+        self.position.load({})  # a tuner's trial run may have restored a position
+        set_up_callbacks(self.trainer, self)
 
     def on_fit_start(self) -> None:
-        """Make the optimizer anew where a tuner has found what it goes by."""
+        """Make the optimizer again if a tuner has changed its learning rate or the batch size."""
         if self._found_lr or searches_batch_size(self.trainer):
             self._found_lr = False
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep a checkpoint loadable without unpickling, and say whose weights it holds."""
+        """Make callbacks' states loadable without unpickling, and mark averaged weights."""
         super().on_save_checkpoint(checkpoint)
-        keep_plain(checkpoint.get("callbacks", {}))
+        make_states_plain(checkpoint.get("callbacks", {}))
         if self.averaged:
             checkpoint[AVERAGED] = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on from an average as if it had been trained."""
+        """Refuse to resume from averaged weights."""
         refuse_averaged(checkpoint)
         super().on_load_checkpoint(checkpoint)
         self.resumes = True
 
     def predict_step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: what a language model is asked for is text.
+        """Refuse to predict, and name the command that generates text.
 
         Raises:
             AlignkitError: Always.
@@ -104,6 +108,6 @@ class Hosted(ExactSteps):
             f"{type(self).__name__} has nothing to predict; answer prompts with `alignkit generate`"
         )
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Hosted:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TrainerSupport:
         apply_but_keep_buffers(self, partial(super()._apply, recurse=recurse), fn)
         return self

@@ -1,7 +1,7 @@
-"""A probe: packed or lone scores of a few tokens, beside those of the model's own forward.
+"""Compare scores of a few tokens with those of the model's own forward, one sequence at a time.
 
-The model computes both in fp32, with logits made loud; in half precision it must round no worse
-than by itself.
+The model computes both in fp32, with logits scaled up to a wide spread. In half precision its
+scores must be about as near to fp32 as those of its own forward.
 
 Shape letters: N scored tokens, L tokens of a sequence, V vocabulary.
 """
@@ -26,16 +26,22 @@ from alignkit.errors import AlignkitError
 
 Score = Callable[[PreTrainedModel, PackedBatch], Tensor]
 
-ENDS = 64
-"""Tokens of a long sequence that are compared: its last ones."""
-LOUD = 10.0
-"""Spread of the probe's logits in nats, so that a soft-cap shows before training makes them so."""
+COMPARED_TOKENS = 64
+"""How many of the last tokens of a long sequence are compared."""
+LEAST_SPREAD = 10.0
+"""Least spread of the compared logits in nats, at which a soft-cap shows as after training."""
 TOLERANCE = 1e-4
-"""Largest difference in fp32, as a part of the spread of the logits."""
+"""Largest difference of scores in fp32, as a share of the spread of the logits."""
 
 
-def probe_examples(model: PreTrainedModel, longest: int, limit: int | None) -> list[Example]:
-    """Short examples, and one of ``longest`` tokens if that is longer; all within ``limit``."""
+def comparison_examples(model: PreTrainedModel, longest: int, limit: int | None) -> list[Example]:
+    """Build short examples, and one with a sequence of ``longest`` tokens if that is longer.
+
+    Args:
+        model: Whose vocabulary the token ids come from.
+        longest: Tokens of the longest sequence.
+        limit: Most tokens that a sequence may have; ``None`` for any number.
+    """
     vocabulary = text_config(model).vocab_size
     count = max(longest, 24)
     ids = [(37 * i + 11) % vocabulary for i in range(count)]
@@ -48,7 +54,7 @@ def probe_examples(model: PreTrainedModel, longest: int, limit: int | None) -> l
     if longest > 2 * half:
         middle = longest // 2
         last = [False] * (longest - middle)
-        last[-ENDS:] = [True] * len(last[-ENDS:])
+        last[-COMPARED_TOKENS:] = [True] * len(last[-COMPARED_TOKENS:])
         near = ids[5:9]
         examples.append(
             Example(ids[:middle], [ids[middle:longest], near], [last, [True] * len(near)])
@@ -61,17 +67,17 @@ def find_fault(
 ) -> str | None:
     """Compare scores with the model's own, one sequence at a time.
 
-    In fp32 they must agree to rounding, in half precision they must be as near to fp32 as the
-    model's own are.
+    In fp32 they must agree up to rounding. In half precision they must be about as near to fp32 as
+    the model's own scores are.
 
     Args:
-        model: On any device, in any mode; both stay as they are.
-        score: Log-probs of a batch, [N].
-        examples: From `probe_examples`.
-        looks_ahead: Whether to find out if the model's own tokens depend on what follows them.
+        model: On any device, in any mode. Neither changes.
+        score: Returns the log-probs of a batch, [N].
+        examples: From `comparison_examples`.
+        looks_ahead: Whether to check that the model's own scores do not depend on later tokens.
 
     Returns:
-        What is wrong, or ``None``.
+        A description of the fault, or ``None`` where there is none.
 
     Raises:
         AlignkitError: The model's own scores are no numbers.
@@ -79,45 +85,45 @@ def find_fault(
     device = model.device
     batch = collate(examples).to(device)
     half_precision = model.dtype in (torch.bfloat16, torch.float16)
-    with torch.no_grad(), _in_eval_mode(model), _loud(model, examples[1]):
+    with torch.no_grad(), _in_eval_mode(model), _with_wide_logits(model, examples[1]):
         with in_fp32(model, device):
-            truth, spread = _plain_scores(model, examples, device)
+            truth, spread = _own_scores(model, examples, device)
             if not truth.isfinite().all():
                 raise AlignkitError(
                     f"model: {type(model).__name__} itself scores NaN or infinity, although its "
                     "weights are numbers: they are damaged or too large; use another base or start"
                 )
             if looks_ahead:
-                if not _near(_plain_scores(model, examples, device)[0], truth, spread):
+                if not _agree(_own_scores(model, examples, device)[0], truth, spread):
                     return "its own scores differ from one forward to the next"
-                if _looks_ahead(model, examples[0], spread):
+                if _depends_on_later_tokens(model, examples[0], spread):
                     return "its tokens depend on those that follow them"
-            scores = _attempt(model, score, batch)
+            scores = _score_or_fault(model, score, batch)
         if isinstance(scores, str):
             return scores
-        if not _near(scores, truth, spread):
+        if not _agree(scores, truth, spread):
             difference = (scores - truth).abs().max().item()
             return f"scores are off by {difference:.2g} nats (logits spread {spread:.2g})"
         if not half_precision:
             return None
-        rounded = _attempt(model, score, batch)
+        rounded = _score_or_fault(model, score, batch)
         if isinstance(rounded, str):
             return rounded
-        plain, _ = _plain_scores(model, examples, device)
-        fault = _rounds_worse(rounded - truth, plain - truth, batch.response_index)
+        plain, _ = _own_scores(model, examples, device)
+        fault = _rounding_fault(rounded - truth, plain - truth, batch.response_index)
         dtype = str(model.dtype).removeprefix("torch.")
         return fault and f"in {dtype} {fault} of the model's own scores"
 
 
-def _attempt(model: PreTrainedModel, score: Score, batch: PackedBatch) -> Tensor | str:
-    """Score a batch, or say why that fails."""
+def _score_or_fault(model: PreTrainedModel, score: Score, batch: PackedBatch) -> Tensor | str:
+    """Score a batch, or return a description of why that fails."""
     try:
         return score(model, batch)
     except torch.OutOfMemoryError:
         raise
     except AlignkitError as error:
         return str(error).removeprefix("model: ").partition("; ")[0]
-    except Exception as error:  # whatever transformers' many models raise over a packed row
+    except Exception as error:  # transformers' models raise many kinds of errors over a row
         return f"the forward fails ({reason_of(error)})"
 
 
@@ -127,34 +133,35 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def _near(scores_N: Tensor, truth_N: Tensor, spread: float) -> bool:
+def _agree(scores_N: Tensor, truth_N: Tensor, spread: float) -> bool:
     return bool((scores_N - truth_N).abs().max() <= TOLERANCE * spread)
 
 
-def _looks_ahead(model: PreTrainedModel, example: Example, spread: float) -> bool:
-    """Do the scores of a sequence change with its last tokens?"""
+def _depends_on_later_tokens(model: PreTrainedModel, example: Example, spread: float) -> bool:
+    """Check whether the scores of a sequence change when its last tokens do."""
     tokens = [*example.prompt, *example.responses[-1]]
     half = len(tokens) // 2
     other = [*tokens[:half], *reversed(tokens[half:])]
     shared = [True] * (half - 1) + [False] * (len(tokens) - half)
     pair = [Example(tokens[:1], [each[1:]], [shared]) for each in (tokens, other)]
-    scores, _ = _plain_scores(model, pair, model.device)
+    scores, _ = _own_scores(model, pair, model.device)
     first, second = scores.chunk(2)
-    return not _near(second, first, spread)
+    return not _agree(second, first, spread)
 
 
-def _rounds_worse(packed_N: Tensor, plain_N: Tensor, response_N: Tensor) -> str | None:
-    """Does rounding harm packed scores more than the model's own: a token, a sum, or on average?
+def _rounding_fault(packed_N: Tensor, plain_N: Tensor, response_N: Tensor) -> str | None:
+    """Find out whether rounding harms packed scores more than the model's own scores.
 
-    A router that sends a token to another expert for its last bit makes errors of any size in a
-    few tokens of either: errors count up to five times the usual one.
+    Single tokens, the sums of responses and the mean are compared. A change of its last bit may
+    send a token to another expert of a router, which makes an error of any size. An error therefore
+    counts for at most five times the usual one.
 
     Args:
         packed_N, plain_N: Errors of both against fp32.
-        response_N: Which response each token belongs to.
+        response_N: The response that each token belongs to.
 
     Returns:
-        What is worse, or ``None``. Margins are such that chance does not reach them.
+        A description of what is worse, or ``None``. The margins are too wide for chance to reach.
     """
     noise = 1.5 * plain_N.abs().median().item() + 1e-6
     errors = [
@@ -178,17 +185,17 @@ def _rounds_worse(packed_N: Tensor, plain_N: Tensor, response_N: Tensor) -> str 
     return None
 
 
-def _plain_scores(
+def _own_scores(
     model: PreTrainedModel, examples: list[Example], device: torch.device
 ) -> tuple[Tensor, float]:
     """Score each response in a forward of its own, as transformers computes it.
 
     Returns:
-        [N] fp32 log-probs in a batch's order, and the mean spread of the logits over V.
+        [N] fp32 log-probs in the order of a batch, and the mean spread of the logits over V.
     """
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     scores, spreads = [], []
-    with _own_attention(model):
+    with _with_own_attention(model):
         for example in examples:
             for k, response in enumerate(example.responses):
                 scored = example.scored[k] if example.scored else [True] * len(response)
@@ -198,7 +205,7 @@ def _plain_scores(
                     if taken and len(example.prompt) + j
                 ]
                 row = torch.tensor([[*example.prompt, *response]], device=device)
-                # The last logits alone, from that which predicts the first token wanted.
+                # Keep the last logits alone, from the one that predicts the first token wanted.
                 kept = row.shape[1] - wanted[0] + 1
                 more = {"logits_to_keep": kept} if keeps else {}
                 logits_LV = model(row, use_cache=False, **more).logits[0, -kept:].float()
@@ -211,8 +218,8 @@ def _plain_scores(
 
 
 @contextmanager
-def _own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Attend as transformers does, without our function in between."""
+def _with_own_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Set transformers' own attention for a while, without our function in between."""
     before = model.config._attn_implementation
     use_own_attention(model)
     try:
@@ -235,20 +242,20 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _loud(model: PreTrainedModel, example: Example) -> Iterator[None]:
-    """Scale the last hidden states so that logits spread by `LOUD`, if they spread by less.
+def _with_wide_logits(model: PreTrainedModel, example: Example) -> Iterator[None]:
+    """Scale the last hidden states until logits spread by `LEAST_SPREAD`, if they spread by less.
 
     Both ways of scoring go through the same decoder, so that they stay comparable.
     """
     with in_fp32(model, model.device):
-        _, spread = _plain_scores(model, [example], model.device)
-    factor = max(1.0, LOUD / spread) if spread > 0 else 1.0
+        _, spread = _own_scores(model, [example], model.device)
+    factor = max(1.0, LEAST_SPREAD / spread) if spread > 0 else 1.0
 
     def scale(module: nn.Module, inputs: Any, output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state * factor
         return output
 
-    # The innermost model that makes hidden states: some heads pass over what wraps it.
+    # Hook the innermost model that makes hidden states, since some heads call it directly.
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]
     if decoder is model or not isinstance(decoder, PreTrainedModel):
         decoder = backbone(model)

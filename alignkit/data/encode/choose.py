@@ -1,0 +1,68 @@
+"""Chooses what `prompt_format: auto` is: the chat template for messages, or HH-RLHF's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.encode.columns import named_row
+from alignkit.data.read.rows import BadRow, Source
+from alignkit.data.text.chat_templates import own_template
+from alignkit.data.text.dialogue import RowError
+from alignkit.data.text.shapes import Side, Sides
+from alignkit.models.text_format import PromptFormat
+
+_ROWS = 100
+
+
+class Choice(NamedTuple):
+    """A prompt format and why it was chosen, in a few words."""
+
+    prompt_format: PromptFormat
+    why: str
+
+
+def choose_format(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Iterable[Source],
+    sides: Sides,
+    columns: Mapping[str, str] | None = None,
+) -> Choice:
+    """Choose by the first hundred rows that can be read; most of them decide.
+
+    A row is one of messages where it says who speaks (`Side.messages`), in whatever shape; text
+    with HH-RLHF's labels in it is not.
+
+    Args:
+        tokenizer: Without a chat template nothing is read, as there is no choice.
+        sources: Where the rows are, the training rows first.
+        sides: Reads a row.
+        columns: As in `alignkit.data.encode.dialogues.DialogueEncoder`.
+    """
+    if own_template(tokenizer) is None:
+        name = tokenizer.name_or_path or type(tokenizer).__name__
+        return Choice("boundary", f"the tokenizer {name} has no chat template")
+    read = list(islice(_read(sources, sides, columns), _ROWS))
+    messages = sum(all(side.messages is not None for side in row) for row in read)
+    seen = f"{messages} of the first {len(read)} rows"
+    if read and 2 * messages >= len(read):
+        return Choice("chat", f"{seen} are messages and the tokenizer has a chat template")
+    return Choice("boundary", f"{seen} are messages; the others are HH-RLHF's text")
+
+
+def _read(
+    sources: Iterable[Source], sides: Sides, columns: Mapping[str, str] | None
+) -> Iterator[Sequence[Side]]:
+    """The sides of every row that can be read; what others lack is told when they are encoded."""
+    for source in sources:
+        for _, row in source.rows():
+            row = named_row(row, columns)
+            if isinstance(row, BadRow):
+                continue
+            try:
+                yield sides(row)
+            except RowError:
+                continue

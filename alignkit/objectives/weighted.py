@@ -1,0 +1,72 @@
+"""Define the weighted sum of preference losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from alignkit.objectives.pairs import PairScores, PreferenceLoss
+
+
+@dataclass(frozen=True)
+class WeightedSum(PreferenceLoss):
+    """Compute Σ_i w_i L_i over several losses.
+
+    ``WeightedSum(terms=(DPO(beta=0.1), ChosenNLL()), weights=(1.0, 0.2))`` is DPO with a fifth of
+    SFT's loss; on the command line ``--model.loss WeightedSum --model.loss.terms '[DPO, ChosenNLL]'
+    --model.loss.weights '[1, 0.2]'``. A term with parameters of its own is written as
+    ``{class_path: DPO, init_args: {beta: 0.3}}``.
+
+    Rewards that are logged are those of the first term.
+
+    Args:
+        terms: The losses.
+        weights: One positive number a term; 1 each by default.
+    """
+
+    terms: tuple[PreferenceLoss, ...]
+    weights: tuple[float, ...] = ()
+    positive: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse no terms, and weights that are not one positive number a term."""
+        super().__post_init__()
+        # A checkpoint's hyper-parameters hold terms as plain values, in lists.
+        terms = (PreferenceLoss.from_dict(t) if isinstance(t, Mapping) else t for t in self.terms)
+        object.__setattr__(self, "terms", tuple(terms))
+        object.__setattr__(self, "weights", tuple(self.weights) or (1.0,) * len(self.terms))
+        if not self.terms:
+            self.refuse("terms", "must name at least one loss")
+        if len(self.weights) != len(self.terms):
+            self.refuse("weights", f"must be one a term ({len(self.terms)})")
+        if not all(0 < weight < inf for weight in self.weights):
+            self.refuse("weights", "must be positive")
+
+    @property
+    def uses_reference(self) -> bool:  # type: ignore[override]
+        """Tell whether any term reads the reference."""
+        return any(term.uses_reference for term in self.terms)
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        values = [term(policy, reference) for term in self.terms]
+        return sum(
+            (w * value for w, value in zip(self.weights, values, strict=True)),
+            start=policy.chosen.new_zeros(len(policy.chosen)),
+        )
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
+        """Return the first term's rewards, [B] each."""
+        return self.terms[0].rewards(policy, reference)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return class and parameters as plain values, those of the terms as well."""
+        values = super().to_dict()
+        values["init_args"] = {
+            "terms": [term.to_dict() for term in self.terms],
+            "weights": list(self.weights),
+        }
+        return values
