@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -22,7 +24,8 @@ class Checkpoint(ModelCheckpoint):
     silently start from an older step.
 
     Without ``dirpath``, checkpoints are written into the run's own folder, ``version_N``, beside
-    its config.yaml and events, so that no run overwrites the files of another.
+    its config.yaml and events, so that no run overwrites the files of another. Where a logger gives
+    two runs one folder, the second run writes ``last-v1.ckpt``, as Lightning counts.
     """
 
     _saved_weights: list[tuple[int, int]] | None = None
@@ -36,17 +39,21 @@ class Checkpoint(ModelCheckpoint):
         if stage != "fit":
             return
         problem: str | None = None
+        shared, own = False, self.dirpath is None
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             try:
                 self.dirpath = self.dirpath or run_folder(trainer)
                 local = local_path(self.dirpath)
                 if local is not None:
                     make_writable_folder(local)
+                    shared = own and _is_anothers(local, trainer)
             except AlignkitError as error:
                 problem = str(error)
-        problem, self.dirpath = trainer.strategy.broadcast((problem, self.dirpath))
+        problem, self.dirpath, shared = trainer.strategy.broadcast((problem, self.dirpath, shared))
         if problem is not None:
             raise AlignkitError(problem)
+        if shared:
+            self._enable_version_counter = True  # last-v1.ckpt, beside the other run's
         with warnings.catch_warnings():
             # The run's own folder always holds its events and its configuration already.
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
@@ -96,6 +103,17 @@ class Checkpoint(ModelCheckpoint):
         if unasked or (self.dirpath and local_path(self.dirpath) is None):
             return super()._find_last_checkpoints(trainer)
         return {named_checkpoint(trainer, "last")}
+
+
+def _is_anothers(folder: Path, trainer: Trainer) -> bool:
+    """Return whether a folder has checkpoints of a run that this one does not go on from.
+
+    A logger that was given its version writes into the same folder again.
+    """
+    start = local_path(trainer.ckpt_path) if trainer.ckpt_path else None
+    goes_on = start is not None and start.absolute().parent == folder.absolute()
+    numbered = start is not None and re.search(r"-v\d+$", start.stem)  # beside another run's
+    return any(folder.glob("*.ckpt")) and not (goes_on and not numbered)
 
 
 def _weight_versions(module: LightningModule) -> list[tuple[int, int]]:

@@ -36,8 +36,14 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
         model: The model, with all other parameters frozen.
         make: A function from parameters, or from groups of them, to an optimizer.
         lora_plus_ratio: Learning rate of every B over that of A; with 1 there is one group.
+
+    Raises:
+        AlignkitError: The optimizer refuses its options, whoever's it is.
     """
-    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    try:
+        optimizer = make([p for p in model.parameters() if p.requires_grad])
+    except ValueError as error:
+        raise AlignkitError(f"{error}; change --model.optimizer") from error
     if lora_plus_ratio != 1:
         chosen = optimizer.defaults
         groups = lora_parameter_groups(

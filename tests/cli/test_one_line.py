@@ -119,6 +119,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "rate-ratio": (("--model.lora_plus_ratio", 0), ("model.lora_plus_ratio=0",)),
     "rate-negative": (("--model.optimizer.lr", -1), ("learning rate", "--model.optimizer")),
     "optimizer": (("--model.optimizer", "AdmW"), ("did you mean AdamW?",)),
+    "optimizer-of-others": (
+        ("--model.optimizer", "transformers.Adafactor", "--model.optimizer.lr", 0.1),
+        ("relative_step=True", "--model.optimizer"),
+    ),
     "optimizer-option": (
         ("--model.optimizer", "SGD", "--model.optimizer.betas", 0.9),
         ("model.optimizer.betas: no such option",),
@@ -237,10 +241,14 @@ def test_a_second_run_writes_over_nothing(
 ) -> None:
     """Neither a user's config.yaml nor the first run's; each is saved if the run has a folder."""
     Path("config.yaml").write_text("# mine\n")
+    before: dict[Path, bytes] = {}
     for steps in (1, 2):
         arguments = quick("demo/sft.yaml", model_dir, hh, text, steps)
         status, _, err = alignkit(*arguments, *logger)
         assert status == 0, err
+        assert {path: path.read_bytes() for path in before} == before
+        before = {path: path.read_bytes() for path in Path().rglob("*.ckpt")}
+        assert len(before) == 2 * steps  # best and last of each run
     assert Path("config.yaml").read_text() == "# mine\n"
     saved = sorted(p.name for p in Path("runs").rglob("config*.yaml"))
     assert saved == ([] if "false" in logger else ["config-v1.yaml", "config.yaml"])
