@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from alignkit.lora.adapter import (
     replace_module,
 )
 from alignkit.lora.config import LoRAConfig
+from alignkit.lora.kinds import QuantizedLinear, weight_shape
 from alignkit.lora.layer import LoRAEmbedding, LoRALinear
 from alignkit.lora.targets import ALL_LINEAR, all_linear, resolve, saved_modules, shared_weight
 
@@ -231,11 +233,15 @@ def trainable_parameter_count(model: nn.Module) -> int:
 
 
 def base_parameter_count(model: nn.Module) -> int:
-    """Return the size of the model without its adapters, shared parameters counted once."""
+    """Return the size of the model without its adapters, shared parameters counted once.
+
+    Packed weights count as what they stand for.
+    """
     seen: dict[int, int] = {}
     for module in plain_modules(model).values():
-        for parameter in module.parameters(recurse=False):
-            seen[id(parameter)] = parameter.numel()
+        for name, parameter in module.named_parameters(recurse=False):
+            packed = isinstance(module, QuantizedLinear) and name == "weight"
+            seen[id(parameter)] = math.prod(weight_shape(module)) if packed else parameter.numel()
     return sum(seen.values())
 
 

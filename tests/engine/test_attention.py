@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from alignkit.batch import Span
-from alignkit.engine import Example, collate, score
+from alignkit.engine import Example, check_engine, collate, score
 from alignkit.engine.attention import make_plan
 from alignkit.engine.segments import (
     AttentionPlan,
@@ -384,3 +385,33 @@ def test_varlen_is_refused_with_a_reason_off_cuda() -> None:
 def test_varlen_passes_its_self_test_on_cuda() -> None:
     assert varlen_refusal(torch.device("cuda"), torch.bfloat16) is None
     assert varlen_refusal(torch.device("cuda"), torch.bfloat16, windowed=True) is None
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3+values", "minicpm3+values", "mimo_v2_flash"])
+def test_models_with_values_of_another_width_take_tiles_in_bf16(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In packed rows, and no further from their fp32 scores than twice the model's own forward."""
+    from tests.engine.families import tiny_family
+    from tests.engine.test_families import EXAMPLES, plain_scores
+
+    taken: list[str] = []
+    for plan in (TiledAttention, SegmentAttention):
+        monkeypatch.setattr(plan, "__call__", _noting(plan.__call__, plan.__name__, taken))
+    model = tiny_family(kind).bfloat16()
+    with torch.no_grad():
+        truth = plain_scores(tiny_family(kind))
+        own = plain_scores(model) - truth
+        check_engine(model, "require")
+        taken.clear()
+        packed = score(model, collate(EXAMPLES)) - truth
+    assert set(taken) == {"TiledAttention"}
+    assert packed.abs().median() < 2 * own.abs().median()
+
+
+def _noting(call: Any, name: str, taken: list[str]) -> Any:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        taken.append(name)
+        return call(*args, **kwargs)
+
+    return noted

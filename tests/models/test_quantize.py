@@ -19,6 +19,7 @@ from alignkit import DPOModule, SFTModule
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, load_adapter, merge_lora
 from alignkit.lora.adapter import adapter_layers
+from alignkit.lora.inject import base_parameter_count
 from alignkit.lora.kinds import QuantizedLinear
 from alignkit.models.checkpoint import load_policy, trainable_state
 from alignkit.models.export import export
@@ -168,6 +169,7 @@ def test_four_bits_take_a_quarter_of_bf16_and_one_fingerprint(model_dir: ModelDi
     # Half a byte a weight and its scale; the two tables weigh in tiny layers.
     tables = len(names) * 4 * (16 + 256 + 2)
     assert packed_bytes(four) - tables < 0.55 * whole
+    assert base_parameter_count(four) == base_parameter_count(eight) == plain.num_parameters()
     prints = {base_fingerprint(m) for m in (plain, four, eight)}
     assert len(prints) == 3
     again = load_model(place, dtype=torch.bfloat16, quantize="nf4")
