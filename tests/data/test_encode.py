@@ -195,7 +195,7 @@ class TestChat:
         (response,), (scored,) = example.responses, example.scored or []
         trained = [token for token, flag in zip(response, scored, strict=True) if flag]
         eos = chat.eos_token
-        assert chat.decode(trained) == f"first answer.{eos}\nbread, yes.{eos}"
+        assert chat.decode(trained) == f"first answer.{eos}bread, yes.{eos}"
         (short,), _ = encode(chat, PAIR, max_length=len(response), **options)
         assert chat.decode(short.prompt) == f"<user>last question?{eos}\n<assistant>"
 

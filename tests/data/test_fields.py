@@ -79,8 +79,6 @@ class TestWeights:
 
 
 MESSAGE_FIELDS = [
-    {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-    {"function_call": {"name": "f", "arguments": "{}"}},
     {"tools": [{"name": "f"}]},
     {"loss_mask": 0},
     {"masked": True},
@@ -141,7 +139,7 @@ def test_a_users_message_is_not_trained_on_whatever_it_says(tokenizer: Any) -> N
 
 def test_null_content_beside_a_tool_call_names_the_call(tokenizer: Any) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
-    with pytest.raises(AlignkitError, match=r"not text \(beside `tool_calls`\)"):
+    with pytest.raises(AlignkitError, match=r":1: `messages` has a call of a tool without a `na"):
         encode(tokenizer, {"messages": [USER, call, USER, says("a")]}, sides=sft_sides)
 
 
@@ -241,8 +239,8 @@ def test_the_audit_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     rows = [
         {"messages": [USER, says("a")], "id": 1},
         {"messages": [USER, says("a", weight=0)], "id": 1},
-        {"messages": [USER, says("a", **call), USER, says("b")], "id": 1},
-        {**SFT, "label": False, "tools": [{"name": "f"}], "id": 1},
+        {"messages": [USER, says("a", weight=0.5), USER, says("b", **call)], "id": 1},
+        {**SFT, "label": False, "images": ["a.png"], "id": 1},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     out = tmp_path / "out.json"
@@ -250,7 +248,7 @@ def test_the_audit_shows_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     report = json.loads(out.read_text())
     found = {name: report["row_numbers"][name] for name in ("unread_fields", "unwanted_answers")}
     assert found == {"unread_fields": [3, 4], "unwanted_answers": [2, 4]}
-    assert report["examples"]["unread_fields"][0]["text"] == "`tool_calls`"
-    assert report["columns_not_read"] == ["id", "tools"]
+    assert report["examples"]["unread_fields"][0]["text"] == "`weight` 0.5"
+    assert report["columns_not_read"] == ["id", "images"]
     shown = capsys.readouterr().out
-    assert "unread_fields" in shown and "Nothing is read from the columns id, tools." in shown
+    assert "unread_fields" in shown and "Nothing is read from the columns id, images." in shown

@@ -11,7 +11,7 @@ import pytest
 
 from alignkit.cli import main
 from alignkit.data import PreferenceDataModule, SFTDataModule, TextDataModule
-from alignkit.data.text.dialogue import RowError
+from alignkit.data.text.dialogue import Message, RowError
 from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError
 from alignkit.tools.audit.command import audit
@@ -77,7 +77,7 @@ def test_answers(shape: str, row: Row, system: str) -> None:
 
 def test_an_instruction_with_input_and_a_bad_answer() -> None:
     (side,) = sft_sides({"instruction": "Add.", "input": "1 and 2", "output": "3"})
-    assert side.messages == (("user", "Add.\n1 and 2", True),)
+    assert side.messages == (Message("user", "Add.\n1 and 2"),)
     (side,) = sft_sides({"prompt": "q", "completion": "bad", "label": False})
     assert not side.trained
 
@@ -97,7 +97,10 @@ def test_an_instruction_with_input_and_a_bad_answer() -> None:
          "as messages or as ShareGPT conversations"),
         (preference_sides, {"prompt": "q", "question": "other", **PAIR}, "or as Orca"),
         (sft_sides, {"conversations": [HUMAN, {"from": "function_call", "value": "{}"}, GPT]},
-         "holds tool calls .role `function_call`."),
+         "a call of a tool without a `name`"),
+        (sft_sides, {"conversations": [HUMAN, {"from": "function_call", "value": "{"}, GPT]},
+         "`function_call` is no JSON"),
+        (sft_sides, {"messages": [ASK, YES], "tools": "f"}, "`tools` is no JSON"),
         (preference_sides, {"conversations": [HUMAN, GPT], **PAIR}, "ends with the answer"),
         (preference_sides, {"prompt": "q", "chosen": [SYSTEM, YES], "rejected": "no"}, "repeats"),
     ],
@@ -164,16 +167,16 @@ def test_real_rows(
 
 
 @pytest.mark.real
-def test_real_tool_calls_are_refused_by_name(
+def test_real_tool_calls_are_read(
     make: Callable[..., Any], real_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = real_data / "data" / "shapes" / "sharegpt_tools.json"
-    with pytest.raises(AlignkitError, match=r"json:1: .*tool calls \(role `function_call`\)"):
-        make(SFTDataModule, path).setup()
+    with pytest.raises(AlignkitError, match=r"json:1: `tools`: not read"):
+        make(SFTDataModule, path, prompt_format="boundary").setup()
     assert main(["audit", str(path)]) == 0
     told = capsys.readouterr().out
-    assert "bad_rows, row 1: " in told and "tool calls" in told
-    assert "unread_fields, row 3: `tools`" in told
+    assert "read: 50 as ShareGPT conversations" in told
+    assert "bad_rows, row" not in told and "unread_fields, row" not in told
 
 
 def test_audit_fails_where_no_row_is_usable(

@@ -42,6 +42,10 @@ class DialogueEncoder:
         all_turns: Score every turn of the assistant instead of the last alone.
         policies: What to do about defects.
         columns: The rows' columns by the names that are read, where they have others.
+
+    Attributes:
+        prompt_format: As given.
+        writes_tools: Whether the format has a place for the tools that may be called.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class DialogueEncoder:
         if max_length < 2:
             raise AlignkitError(f"max_length={max_length}: give at least 2")
         self.policies = policies
+        self.prompt_format = prompt_format
         self.max_length = max_length
         self.masked = all_turns
         self._encode_texts = TextEncoder(tokenizer)
@@ -70,6 +75,7 @@ class DialogueEncoder:
         self._templated = (
             None if prompt_format == "raw" else Templated(tokenizer, specials=self._format.specials)
         )
+        self.writes_tools = self._format.writes_tools
         self._columns = columns_read(sides)
         self._names = check_columns(columns)
         self._sides = reader(sides) if prompt_format == "raw" else sides
@@ -162,6 +168,11 @@ class DialogueEncoder:
                     sides = [last_trained(side) for side in sides]
                 if self._templated is not None:
                     sides = self._templated.settle(sides, judge, line)
+                if any(side.tools for side in sides) and not self._format.writes_tools:
+                    if self._format.name != "chat":
+                        judge.unread(["`tools`"], line)
+                    else:
+                        judge.count("unwritten_tools", line)
                 yield Draft(line, judge.settle(sides, line))
             except Dropped:
                 continue
@@ -176,21 +187,24 @@ class DialogueEncoder:
         A dialogue restarts at a later turn of the human, as every published one starts with one;
         what is left is encoded again, so its ids are those of its text.
         """
-        pending = [draft for draft in drafts if draft.length > self.max_length]
+        pending = [each for each in drafts if not each.refusal and self._too_long(each)]
         for draft in pending:
             draft.truncated = True
             draft.restarts = self._format.restarts(draft.dialogue)
         while restarting := [each for each in pending if each.restarts and self._too_long(each)]:
             self.encode(restarting, [draft.restarts.pop(0) for draft in restarting])
         for draft in pending:
-            if self._format.keeps_start and draft.text.content and self._too_long(draft):
-                draft.movable = self._ids.tokens_of(draft.text.prompt, *draft.text.content)
+            if self._format.keeps_start and self._too_long(draft):
+                place = self._format.question(draft.dialogue, draft.start, draft.text)
+                draft.movable = self._ids.tokens_of(draft.text.prompt, *place)
 
     def _too_long(self, draft: Draft) -> bool:
-        return draft.length > self.max_length
+        return not draft.refusal and draft.length > self.max_length
 
     def _finish(self, draft: Draft, judge: Judge) -> None:
         """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
+        if draft.refusal:
+            judge.refuse("bad_rows", draft.line, draft.refusal)
         for name in rendered_defects(draft):
             judge.count(name, draft.line)
         start, end = draft.movable

@@ -10,11 +10,13 @@ from alignkit.data.text.formats import Rendered
 
 @dataclass
 class Draft:
-    """An example on its way from text to ids.
+    """An example on its way from text to ids, such as ``Draft(1, Dialogue(prompt, (" 4",)))``.
 
     Attributes:
         line: Its line in the source.
         dialogue: Its text.
+        start: Where its prompt starts, once old turns are dropped.
+        refusal: Why its format would not render it; empty where it did.
         restarts: Where the prompt may start instead, once old turns are dropped.
         text: What was encoded.
         prompt: Ids of the prompt, BOS first where there is one.
@@ -31,6 +33,8 @@ class Draft:
 
     line: int
     dialogue: Dialogue
+    start: int = 0
+    refusal: str = ""
     restarts: list[int] = field(default_factory=list)
     text: Rendered = field(default_factory=lambda: Rendered("", ()))
     prompt: list[int] = field(default_factory=list)

@@ -10,6 +10,7 @@ from alignkit.data.encode.draft import Draft
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.text.dialogue import ASSISTANT
 from alignkit.data.text.formats import Format, Rendered
+from alignkit.errors import AlignkitError
 
 
 class DraftIds:
@@ -41,8 +42,13 @@ class DraftIds:
             starts: The turn that each prompt starts from; default: the first.
         """
         for draft, start in zip(drafts, starts or [0] * len(drafts), strict=True):
-            draft.text = self._format.render(draft.dialogue, start)
+            draft.start = start
+            try:
+                draft.text = self._format.render(draft.dialogue, start)
+            except AlignkitError as error:
+                draft.refusal = str(error)
             draft.proved, draft.violation = False, None
+        drafts = [draft for draft in drafts if not draft.refusal]
         if self._lead:
             self._fill_led([d for d in drafts if d.text.prompt.endswith(self._lead)])
         self._fill_whole([draft for draft in drafts if not draft.proved])
@@ -75,8 +81,10 @@ class DraftIds:
         """Encode each prompt alone and then with each piece that follows it.
 
         A text is encoded as one, as a tokenizer that puts something before every text wants it.
-        Where the ids so far lead the longer text's, the rest of those are the piece's; where
-        they do not, the boundary is violated and the piece is encoded by itself.
+        Where the ids so far lead the longer text's, the rest of those are the piece's. Where
+        they do not at the start of a turn of the assistant, the boundary is violated and the
+        piece is encoded by itself; at the end of one, a token that reaches beyond it is not the
+        assistant's.
         """
         grown = [text for draft in drafts for text in _growing(draft.text)]
         ids = iter(self._encode(grown, specials=self._format.specials))
@@ -85,12 +93,17 @@ class DraftIds:
             bare = next(ids)
             pieces = []
             for response in draft.text.responses:
-                before, split = bare, []
-                for _ in response:
+                before, split = bare, list[list[int]]()
+                for number, _ in enumerate(response):
                     whole = next(ids)
-                    if whole[: len(before)] != before:
-                        draft.violation = draft.violation or "".join(response)
-                    split.append(whole[len(before) :])
+                    same = len(before)
+                    if whole[:same] != before:
+                        same = _common(before, whole)
+                        if number % 2 == 0:
+                            draft.violation = draft.violation or "".join(response)
+                        else:
+                            split[-1] = split[-1][: len(split[-1]) - (len(before) - same)]
+                    split.append(whole[same:])
                     before = whole
                 pieces.append(split)
             draft.prompt = self._encode.led(bare, self._format.name)
@@ -121,6 +134,12 @@ class DraftIds:
         places = self._encode.offsets(text, specials=self._format.specials)
         inside = [i for i, (at, upto) in enumerate(places) if start <= at and upto <= end]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many ids two lists begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _growing(text: Rendered) -> Iterator[str]:

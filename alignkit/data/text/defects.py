@@ -143,15 +143,20 @@ class Judge:
             if not all(side.trained for side in sides):
                 self.count("unwanted_answers", line)
         # What came apart is as its author meant it: only HH-RLHF's text has stray labels.
-        answers = [
-            without_labels(side.answer) if repair and side.whole else side.answer for side in sides
+        sides = [
+            side._replace(answer=without_labels(side.answer)) if repair and side.whole else side
+            for side in sides
         ]
-        contents = [
-            answer.strip() if side.content is None else side.content
-            for side, answer in zip(sides, answers, strict=True)
-        ]
-        prompt, _, starts, messages, *_ = sides[0]
-        return Dialogue(prompt, tuple(answers), starts, messages, tuple(contents))
+        first = sides[0]
+        return Dialogue(
+            first.prompt,
+            tuple(side.answer for side in sides),
+            first.starts,
+            first.messages,
+            tuple(side.reply for side in sides),
+            first.continued,
+            first.tools,
+        )
 
 
 def defects(sides: Sequence[Side]) -> list[str]:
@@ -180,7 +185,7 @@ def shared_prompt(sides: Sequence[Side]) -> list[Side]:
             return []
         return [Side(shared, text[len(shared) :], whole=True) for text in texts]
     whole = [
-        (*side.messages, Message("assistant", side.content, side.trained))
+        (*side.messages, side.reply)
         for side in sides
         if side.messages is not None and side.content is not None
     ]
@@ -191,11 +196,14 @@ def shared_prompt(sides: Sequence[Side]) -> list[Side]:
     answers = [dialogue[same : same + 1] for dialogue in whole]
     if not same or any(not answer or answer[0].role != "assistant" for answer in answers):
         return []
-    return [side_of(dialogue[: same + 1]) for dialogue in whole]
+    return [
+        side_of(dialogue[: same + 1])._replace(tools=side.tools)
+        for side, dialogue in zip(sides, whole, strict=True)
+    ]
 
 
-def _spoken(messages: Sequence[Message]) -> tuple[tuple[str, str], ...]:
-    return tuple((message.role, message.content) for message in messages)
+def _spoken(messages: Sequence[Message]) -> tuple[tuple[str, str, str], ...]:
+    return tuple((message.role, message.content, message.fields) for message in messages)
 
 
 def _readable_side(side: Side) -> Side:
@@ -206,6 +214,7 @@ def _readable_side(side: Side) -> Side:
     return side._replace(
         prompt=readable(side.prompt),
         answer=readable(side.answer),
+        continued=readable(side.continued),
         messages=messages,
         content=content,
     )

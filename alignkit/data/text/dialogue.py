@@ -41,22 +41,27 @@ class Turn(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One message of a chat.
+    """One message of a chat, such as ``Message("user", "What is 2 + 2?")``.
 
     Attributes:
-        role: ``system``, ``user`` or ``assistant``.
-        content: What the row gave, as it is.
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        content: What the row gave, as it is. Calls of tools stand in it as text.
         trained: Whether it may carry loss, where all turns do.
+        fields: JSON of what a chat template that knows tools gets instead or besides:
+            ``{"content": null, "tool_calls": [...]}``.
     """
 
     role: str
     content: str
     trained: bool = True
+    fields: str = ""
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A prompt and the answers to it.
+    r"""A prompt and the answers to it.
+
+    ``Dialogue("\n\nHuman: What is 2 + 2?\n\nAssistant:", (" 4", " 5"))`` holds two answers.
 
     Attributes:
         prompt: The text up to and including the last ``Assistant:``.
@@ -65,14 +70,19 @@ class Dialogue:
             ``None`` means wherever `turns` finds a label.
         messages: The prompt as the row gave it, where it gave messages: one for each of
             ``starts`` but the last, which is the answer's own label, and a system message.
-        contents: Each answer as the content of a message; ``None`` means its text, stripped.
+        replies: Each answer as a message; ``None`` means its text, stripped.
+        continued: The assistant's words that end the prompt, where an answer goes on with them;
+            in ``replies`` they stand too.
+        tools: JSON of the tools that the assistant may call; empty for none.
     """
 
     prompt: str
     answers: tuple[str, ...]
     starts: tuple[int, ...] | None = None
     messages: tuple[Message, ...] | None = None
-    contents: tuple[str, ...] | None = None
+    replies: tuple[Message, ...] | None = None
+    continued: str = ""
+    tools: str = ""
 
     def turn_starts(self) -> tuple[int, ...]:
         """Offsets into the prompt at which a turn begins, the answer's own label last."""
@@ -96,8 +106,8 @@ class Dialogue:
         if messages is None:
             system = self.prompt[: starts[0]].strip() if starts else ""
             spoken = [Message(_ROLES[turn.role], turn.text.strip()) for turn in turns(self.prompt)]
-            if spoken and not spoken[-1].content:
-                spoken.pop()  # it asks for the answer
+            if spoken and (spoken[-1].role == "assistant" or not spoken[-1].content):
+                spoken.pop()  # it asks for the answer, or is the answer's beginning
             messages = (*([Message("system", system)] if system else []), *spoken)
         led = int(bool(messages) and messages[0].role == "system")
         dropped = sum(at < start for at in starts)
@@ -116,9 +126,11 @@ class Dialogue:
             if message.role == "assistant" and message.trained and begin >= start
         ]
 
-    def replies(self) -> tuple[str, ...]:
-        """Each answer as the content of a message."""
-        return self.contents or tuple(answer.strip() for answer in self.answers)
+    def said(self) -> tuple[Message, ...]:
+        """Each answer as a message."""
+        return self.replies or tuple(
+            Message("assistant", (self.continued + answer).strip()) for answer in self.answers
+        )
 
 
 def split_last(text: str) -> tuple[str, str]:

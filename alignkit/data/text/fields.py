@@ -12,6 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _TEXT = {"role", "content"}
+_CALLING = {"tool_calls", "function_call"}
+_CALLED = {"name", "tool_call_id"}
+"""What is read of the messages that call tools, and of those that answer a call."""
 _HARMLESS = {
     *("id", "message_id", "uuid", "index", "turn", "turn_id", "turn_identifier", "timestamp"),
     *("created", "created_at", "date", "model", "source", "url", "lang", "language", "score"),
@@ -58,7 +61,9 @@ def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:
     trained = True
     unread = []
     for name, value in message.items():
-        if name in _TEXT or name in _HARMLESS or not is_set(value):
+        if name in _TEXT or name in _HARMLESS or name in _CALLING or not is_set(value):
+            continue
+        if name in _CALLED and message.get("role") in ("tool", "function", "observation"):
             continue
         truth = value if name == "train" and isinstance(value, bool) else None
         if name == "weight" and not isinstance(value, bool) and value in (0, 1):

@@ -26,6 +26,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.text.chat import ChatTemplate, Turn
 from alignkit.data.text.chat_templates import own_template
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Dialogue, Message
 from alignkit.errors import AlignkitError
@@ -35,21 +36,18 @@ from alignkit.models.tokenizer import end_tokens
 
 @dataclass(frozen=True)
 class Rendered:
-    """Texts to encode.
+    """Texts to encode, such as ``Rendered("<user>2 + 2?</s><assistant>", (("4</s>",),))``.
 
     Attributes:
         prompt: What generation is fed.
         responses: What follows it, each in pieces that carry loss and do not, by turns; the first
             and the last one do. Mostly there is one piece, the answer. EOS is left to the encoder,
             but where the text itself ends with a special token (`Format.specials`).
-        content: Where the prompt's last question stands in it, for formats that write something
-            around it which must stay; ``None`` where there is nothing, or no telling.
         blank: Whether a template renders nothing of an answer.
     """
 
     prompt: str
     responses: tuple[tuple[str, ...], ...]
-    content: tuple[int, int] | None = None
     blank: bool = False
 
     def pieces(self) -> Iterator[str]:
@@ -73,6 +71,7 @@ class Format:
         keeps_start: Whether only the last question may be shortened, since something is written
             around it which must stay.
         chat_template: What ``chat`` renders with; ``None`` for the other formats.
+        writes_tools: Whether the tools that may be called are written into the text.
 
     Raises:
         AlignkitError: An unknown name, a tokenizer without the template ``chat`` needs, or
@@ -106,7 +105,9 @@ class Format:
                     f"prompt_format=chat: the tokenizer {tokenizer.name_or_path} has no chat "
                     "template; use prompt_format=boundary"
                 )
-        self._tokenizer = tokenizer
+        written = self.chat_template
+        self._template = None if written is None else ChatTemplate(tokenizer, written)
+        self.writes_tools = self._template is not None and self._template.reads_tools
         self._all_turns = all_turns
         self._ends = end_tokens(tokenizer) if self.specials else ()
 
@@ -144,48 +145,46 @@ class Format:
         return Rendered(dialogue.since(start), tuple((answer,) for answer in dialogue.answers))
 
     def _chat(self, dialogue: Dialogue, start: int) -> Rendered:
+        template, tools = self._chat_of(), dialogue.tools
         messages = dialogue.history(start)
-        first = next(
-            (
-                i
-                for i, message in enumerate(messages)
-                if self._all_turns and message.role == "assistant" and message.trained
-            ),
-            len(messages),
-        )
-        prompt = self.apply(messages[:first], add_generation_prompt=True)
-        responses = []
-        blank = False
-        for content in dialogue.replies():
-            pieces = self._chat_pieces([*messages, Message("assistant", content)], first, prompt)
-            if content.strip() not in pieces[-1]:  # the template makes something else of it
+        spoken = [i for i, each in enumerate(messages) if each.role == "assistant"]
+        before = [i for i in spoken if self._all_turns and messages[i].trained]
+        wanted = [*before, len(messages)]
+        replies = dialogue.said()
+        if not replies:
+            asked = template.apply(messages, add_generation_prompt=True, tools=tools)
+            return Rendered(asked + dialogue.continued, ())
+        prompts, responses, blank = set(), [], False
+        for reply in replies:
+            whole, turns = template.turns([*messages, reply], wanted, tools)
+            if dialogue.continued:
+                turns[-1] = _continued(whole, turns[-1], dialogue.continued)
+            cuts = [place for turn in turns for place in turn]
+            pieces = tuple(whole[at:upto] for at, upto in pairwise(cuts))
+            prompts.add(whole[: cuts[0]])
+            if reply.content.strip() not in pieces[-1]:  # the template makes something else of it
                 nothing = [*messages, Message("assistant", "")]
-                blank |= pieces == self._chat_pieces(nothing, first, prompt)
+                empty, places = template.turns(nothing, wanted, tools)
+                blank |= pieces[-1] == empty[places[-1].start : places[-1].end]
             responses.append(pieces)
-        question = messages[first - 1].content.strip() if first else ""  # templates may trim
-        at = prompt.rfind(question) if question else -1
-        place = (at, at + len(question)) if at >= 0 else None
-        return Rendered(prompt, tuple(responses), place, blank)
+        if len(prompts) > 1:
+            raise AlignkitError(
+                "prompt_format=chat: this chat template renders a prompt differently by what is "
+                "answered, so answers cannot be compared; use prompt_format=boundary"
+            )
+        return Rendered(prompts.pop(), tuple(responses), blank=blank)
 
-    def _chat_pieces(self, messages: list[Message], first: int, prompt: str) -> tuple[str, ...]:
-        """What follows the prompt: the messages to be trained on and what lies between them."""
-        pieces: list[str] = []
-        so_far = prompt
-        for i in range(first, len(messages)):
-            if messages[i].role != "assistant" or not messages[i].trained:
-                continue
-            for upto, asks in ((i, True), (i + 1, False)):
-                whole = self.apply(messages[:upto], add_generation_prompt=asks)
-                if not whole.startswith(so_far):
-                    raise AlignkitError(
-                        "prompt_format=chat: this chat template renders a prompt differently "
-                        "once its answer follows, so no answer can be scored; "
-                        "use prompt_format=boundary"
-                    )
-                pieces.append(whole[len(so_far) :])
-                so_far = whole
-        # The first piece is what lies between the prompt and itself: nothing.
-        return (*pieces[1:-1], self._upto_end(pieces[-1]))
+    def question(self, dialogue: Dialogue, start: int, text: Rendered) -> tuple[int, int]:
+        """Where the prompt's last question stands in its text, the same twice for nowhere."""
+        if self._template is None:
+            return 0, 0
+        messages = dialogue.history(start)
+        if self._all_turns:
+            spoken = (i for i, m in enumerate(messages) if m.role == "assistant" and m.trained)
+            messages = messages[: next(spoken, len(messages))]
+        if not messages:
+            return 0, 0
+        return self._template.words_of(messages, text.prompt, dialogue.tools)
 
     def ended(self, response: tuple[str, ...]) -> bool:
         """Whether a response's text holds its end already, so that no EOS is to be added."""
@@ -196,24 +195,36 @@ class Format:
         stem = text.rstrip()
         return stem if stem.endswith(self._ends) else text
 
-    def apply(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def apply(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = ""
+    ) -> str:
         """What the chat template makes of messages.
 
         Raises:
             AlignkitError: The template refuses them.
         """
-        said = [{"role": each.role, "content": each.content} for each in messages]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                said,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # a template is a program: it raises what it likes
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise AlignkitError(f"prompt_format=chat: the template failed ({reason})") from error
-        return str(text)
+        template = self._chat_of()
+        return template.apply(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+
+    def _chat_of(self) -> ChatTemplate:
+        assert self._template is not None, "only chat renders messages with a template"
+        return self._template
+
+
+def _continued(whole: str, turn: Turn, words: str) -> Turn:
+    """The assistant's turn without the words that it begins with, which are the prompt's.
+
+    Raises:
+        AlignkitError: The template makes something else of them.
+    """
+    for said in (words, words.strip()):
+        at = whole.find(said, turn.start, turn.end)
+        if at >= 0 and not whole[turn.start : at].strip():
+            return Turn(at + len(said), turn.end)
+    raise AlignkitError(
+        "prompt_format=chat: this chat template changes the assistant's words that the prompt "
+        "ends with, so no answer can go on with them; use prompt_format=boundary"
+    )
 
 
 def _all_turns(dialogue: Dialogue, start: int) -> Rendered:

@@ -14,6 +14,7 @@ MEANING = {
     "control_characters": "NUL and other control characters, or half of a surrogate pair",
     "unicode_oddities": "U+FFFD, invisible, direction-changing or private-use characters",
     "unread_fields": "a field that would change what is trained, and is not read",
+    "unwritten_tools": "tools that the chat template has no place for",
     "unwanted_answers": "marked as not to be trained on (`label` false, `weight` 0)",
     "differing_prompts": "the answers' prompts differ at the last `Assistant:`",
     "roles_inside_answer": "`Human:` or `Assistant:` opens an answer or a line of it",
@@ -38,8 +39,12 @@ class Policies:
         control_characters: Repaired by a space for a control character, U+FFFD for half a
             surrogate pair (which no tokenizer can encode, so there is no keeping it).
         unicode_oddities: Kept: nobody knows what was meant instead.
-        unread_fields: ``tool_calls``, ``tools``, a weight between 0 and 1, whatever a message
-            holds that is not known (see `alignkit.data.text.fields`). Kept, the field is ignored.
+        unread_fields: ``images``, ``tools`` without a chat template, a weight between 0 and 1,
+            whatever a message holds that is not known (see `alignkit.data.text.fields`). Kept, the
+            field is ignored.
+        unwritten_tools: Tools that may be called, where the tokenizer's chat template does not
+            write them. Kept, the text is without them, as transformers renders it. The other
+            formats have no place for any, so that there they are ``unread_fields``.
         unwanted_answers: Dropped, as whoever marked it asked.
         differing_prompts: In HH-RLHF one side holds a stray turn, so the split falls in the
             wrong place. Both sides are split where they still agree; repaired, the answer then
@@ -68,6 +73,7 @@ class Policies:
     control_characters: Literal["drop", "repair", "error"] = "repair"
     unicode_oddities: Literal["keep", "drop", "error"] = "keep"
     unread_fields: Literal["keep", "drop", "error"] = "error"
+    unwritten_tools: Literal["keep", "drop", "error"] = "keep"
     unwanted_answers: Literal["drop", "error"] = "drop"
     differing_prompts: Literal["keep", "drop", "repair", "error"] = "repair"
     roles_inside_answer: Literal["keep", "drop", "repair", "error"] = "repair"

@@ -75,11 +75,17 @@ def _instruction(row: Columns) -> dict[str, Any]:
 
 
 def _conversation(row: Columns) -> dict[str, Any]:
-    return {"messages": row["conversations"]}
+    return {"messages": _with_system(row)}
+
+
+def _with_system(row: Columns) -> Any:
+    """ShareGPT's conversation, after the system's message where a column holds one."""
+    spoken = row["conversations"]
+    return [*_asked(row, "")[:-1], *spoken] if isinstance(spoken, list) else spoken
 
 
 def _conversation_asks(row: Columns) -> dict[str, Any]:
-    asked = row["conversations"]
+    asked = _with_system(row)
     last = asked[-1] if isinstance(asked, list) and asked else None
     speaker = last.get("from", last.get("role")) if isinstance(last, Mapping) else None
     if speaker in ("gpt", "assistant"):
@@ -120,7 +126,7 @@ def _ranked(
 
 
 _PAIRS = (
-    _ranked("ShareGPT preference pairs", "conversations", _conversation_asks),
+    _ranked("ShareGPT preference pairs", "conversations", _conversation_asks, _SYSTEM),
     _ranked("Orca preference pairs", "question", _question, _SYSTEM),
     _ranked("Alpaca preference pairs", "instruction", _instruction, (*_INPUT, *_SYSTEM)),
 )
@@ -143,7 +149,7 @@ SFT = (
     _WHOLE._replace(needs=("chosen",), also=("rejected",)),
     _PROMPTED._replace(needs=("prompt", "chosen"), also=("rejected",)),
     _LISTED,
-    Shape("ShareGPT conversations", ("conversations",), _conversation),
+    Shape("ShareGPT conversations", ("conversations",), _conversation, _SYSTEM),
     *(
         _answered("Alpaca instructions", ("instruction",), _instruction, name, (*_INPUT, *_SYSTEM))
         for name in ("output", "response", "answer", "completion")

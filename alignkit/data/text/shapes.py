@@ -16,28 +16,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Message, RowError, last_label, split_last
-from alignkit.data.text.fields import is_set, read_weight, unread_columns
+from alignkit.data.text.dialogue import (
+    ASSISTANT,
+    Message,
+    RowError,
+    last_label,
+    split_last,
+    turns,
+)
+from alignkit.data.text.fields import is_set, unread_columns
+from alignkit.data.text.messages import ROLES, as_messages, named, read_tools, transcript
 from alignkit.data.text.recognise import PREFERENCE, SFT, Columns, Shape, readings
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-_TOOL_ROLES = ("tool", "function", "function_call", "observation", "tool_call", "tool_response")
-_LABELS = {"user": HUMAN, "assistant": ASSISTANT}
-
-PREFERENCE_COLUMNS = frozenset(("prompt", "chosen", "rejected", "responses"))
+PREFERENCE_COLUMNS = frozenset(("prompt", "chosen", "rejected", "responses", "tools"))
 SFT_COLUMNS = PREFERENCE_COLUMNS | {"messages", "completion", "label", "margin"}
 """The columns that are read, or rightly left: of ranked answers SFT takes the first."""
 
 
 class Side(NamedTuple):
-    """One dialogue split into prompt and answer.
+    r"""One dialogue split into prompt and answer.
+
+    ``Side("\n\nHuman: What is 2 + 2?\n\nAssistant:", " 4")`` is the least of one.
 
     Attributes:
         prompt: As in `Dialogue`, as for ``starts`` and ``messages``.
@@ -48,6 +47,8 @@ class Side(NamedTuple):
         trained: Whether the answer may be trained on.
         whole: Whether prompt and answer were one text, as HH-RLHF publishes them.
         unread: What of the row would change what is trained, and is not read.
+        fields: Of the answer, as in `Message`.
+        continued: As in `Dialogue`, as for ``tools``.
         shape: The name of the shape that the row was read as.
     """
 
@@ -59,7 +60,18 @@ class Side(NamedTuple):
     trained: bool = True
     whole: bool = False
     unread: tuple[str, ...] = ()
+    fields: str = ""
+    continued: str = ""
+    tools: str = ""
     shape: str = ""
+
+    @property
+    def reply(self) -> Message:
+        """The answer as a message."""
+        if self.content is None:
+            said = (self.continued + self.answer).strip()
+            return Message("assistant", said, self.trained, self.fields)
+        return Message("assistant", self.content, self.trained, self.fields)
 
 
 Sides = Callable[[Mapping[str, Any]], list[Side]]
@@ -155,18 +167,22 @@ def last_trained(side: Side) -> Side:
     for at in range(len(side.messages) - 1, -1, -1):
         message = side.messages[at]
         if message.role == "assistant" and message.trained:
-            return side_of((*side.messages[:at], message))._replace(unread=side.unread)
+            before = side_of((*side.messages[:at], message))
+            return before._replace(unread=side.unread, tools=side.tools)
     return side
 
 
 def side_of(messages: Sequence[Message]) -> Side:
     """Messages as a side, the last one its answer."""
     *asked, answer = messages
-    prompt, starts = _transcript(asked)
-    return Side(prompt, f" {answer.content}", starts, tuple(asked), answer.content, answer.trained)
+    prompt, starts = transcript(asked)
+    side = Side(prompt, f" {answer.content}", starts, tuple(asked), answer.content, answer.trained)
+    return side._replace(fields=answer.fields)
 
 
 def _with_columns(side: Side, row: Mapping[str, Any], read: frozenset[str]) -> Side:
+    if is_set(row.get("tools")):
+        side = side._replace(tools=read_tools(row["tools"]))
     if row.keys() <= read:
         return side
     said = [side.prompt] if side.messages is None else [each.content for each in side.messages]
@@ -177,7 +193,7 @@ def _whole(value: Any, key: str) -> Side:
     """A whole dialogue, prompt and answer in one."""
     if isinstance(value, str):
         return Side(*split_last(value), whole=True)
-    messages, unread = _messages(value, key)
+    messages, unread = as_messages(value, key)
     if not messages or messages[-1].role != "assistant":
         raise RowError(f"`{key}` must end with a message of the assistant")
     return side_of(messages)._replace(unread=unread)
@@ -192,7 +208,7 @@ def _joined(prompt: Any, answer: Any, key: str) -> Side:
     if isinstance(answer, str):
         text, reply = _spaced(answer), Message("assistant", _unspaced(answer))
     else:
-        messages, unread = _messages(answer, key)
+        messages, unread = as_messages(answer, key)
         if len(messages) != 1 or messages[0].role != "assistant":
             raise RowError(
                 f"`{key}` must be text, one message of the assistant, or a conversation that "
@@ -201,10 +217,18 @@ def _joined(prompt: Any, answer: Any, key: str) -> Side:
         (reply,) = messages
         text = f" {reply.content}"
     side = _asked(prompt)
+    if side.continued:
+        # The space that joins them is the answer's, or no token boundary would fall there.
+        stem = side.continued.rstrip(" ")
+        text = _spaced(side.continued[len(stem) :] + (answer if isinstance(answer, str) else text))
+        prompt_text = side.prompt.removesuffix(side.continued) + stem
+        side = side._replace(prompt=prompt_text, continued=stem)
+        reply = reply._replace(content=stem + text)
     return side._replace(
         answer=text,
         content=reply.content,
         trained=reply.trained,
+        fields=reply.fields,
         unread=tuple(dict.fromkeys((*side.unread, *unread))),
     )
 
@@ -216,34 +240,36 @@ def _repeats(prompt: Any, answer: Any) -> bool:
         return label and answer.startswith(prompt)
     if not isinstance(answer, list) or len(answer) < 2:
         return False
-    before = [_named(message) for message in answer[:-1] if isinstance(message, Mapping)]
+    before = [named(message) for message in answer[:-1] if isinstance(message, Mapping)]
     if isinstance(prompt, str):
-        users = (each for each in before if _ROLES.get(str(each.get("role"))) == "user")
+        users = (each for each in before if ROLES.get(str(each.get("role"))) == "user")
         asked = [each.get("content") for each in users]
         return prompt in (asked[:1] + asked[-1:])
     given = prompt if isinstance(prompt, list) else []
-    return before == [_named(each) for each in given if isinstance(each, Mapping)]
-
-
-def _named(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message by the names of its fields here, where it has ShareGPT's."""
-    if "from" not in message or "value" not in message or message.get("role") is not None:
-        return message
-    named = {"from": "role", "value": "content"}
-    return {named.get(name, name): message[name] for name in message if name != "content"}
+    return before == [named(each) for each in given if isinstance(each, Mapping)]
 
 
 def _asked(prompt: Any) -> Side:
     """A prompt that came apart, as a side without its answer."""
     if not isinstance(prompt, str):
-        messages, unread = _messages(prompt, "prompt")
-        text, starts = _transcript(messages)
+        messages, unread = as_messages(prompt, "prompt")
+        if messages and messages[-1].role == "assistant" and not messages[-1].fields:
+            *messages_before, begun = messages
+            text, starts = transcript(messages_before)
+            asked = Side(f"{text} {begun.content}", "", starts, tuple(messages_before))
+            return asked._replace(continued=begun.content, unread=unread)
+        text, starts = transcript(messages)
         return Side(text, "", starts, messages, unread=unread)
     body = prompt.rstrip(" ")
     if last_label(body) == len(body):
         # The label's trailing space belongs to the answer, or no token boundary would fall there.
         return Side(body, "")
-    text, starts = _transcript([Message("user", prompt)])
+    spoken = turns(prompt)
+    if len(spoken) > 1 and not prompt[: spoken[0].start].strip():
+        role, words, _ = spoken[-1]
+        if f"{role}:" == ASSISTANT:
+            return Side(prompt, "", continued=words[int(words[:1] == " ") :])
+    text, starts = transcript([Message("user", prompt)])
     return Side(text, "", starts, (Message("user", _unspaced(prompt)),))
 
 
@@ -258,43 +284,3 @@ def _unspaced(text: str) -> str:
     """
     joined = text[:1] == " " and not text[1:2].isspace()
     return text[int(joined) :].rstrip()
-
-
-def _messages(value: Any, key: str) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """Checked messages, and those of their fields that are not understood."""
-    if not isinstance(value, list):
-        raise RowError(f"`{key}` must be text or a list of messages, not {type(value).__name__}")
-    messages: list[Message] = []
-    unread: list[str] = []
-    for message in value:
-        if not isinstance(message, Mapping):
-            raise RowError(f"`{key}` must hold messages with `role` and `content`")
-        message = _named(message)
-        role, content = message.get("role"), message.get("content")
-        if role in _TOOL_ROLES:
-            raise RowError(f"`{key}` holds tool calls (role `{role}`), which are not read yet")
-        trained, others = read_weight(message)
-        if not isinstance(role, str) or not isinstance(content, str):
-            beside = f" (beside {', '.join(others)})" if others else ""
-            raise RowError(f"`{key}` has a message whose `role` or `content` is not text{beside}")
-        if role not in _ROLES:
-            raise RowError(f"`{key}` has the unknown role {role[:40]!r}")
-        if role == "system" and messages:
-            raise RowError(f"`{key}` has a system message that is not the first")
-        messages.append(Message(_ROLES[role], content, trained))
-        unread += [each for each in others if each not in unread]
-    return tuple(messages), tuple(unread)
-
-
-def _transcript(messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
-    """Messages as an HH-RLHF prompt that asks for an answer, and where its turns begin."""
-    text = ""
-    starts = []
-    for message in messages:
-        if message.role in _LABELS:
-            starts.append(len(text))
-            text += f"\n\n{_LABELS[message.role]} {message.content}"
-        else:
-            text += message.content
-    starts.append(len(text))
-    return f"{text}\n\n{ASSISTANT}", tuple(starts)

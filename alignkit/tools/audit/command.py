@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignkit.data.text.policies import MEANING
-from alignkit.models.text_format import PromptFormat
+from alignkit.models.text_format import PromptChoice
 from alignkit.tools.audit.page import page, sentences
 from alignkit.tools.audit.scan import Kind, scan
 from alignkit.utils.atomic import check_output, write_atomically
@@ -29,7 +29,7 @@ def audit(
     columns: dict[str, str] | None = None,
     tokenizer: str | None = None,
     max_length: int = 512,
-    prompt_format: PromptFormat = "boundary",
+    prompt_format: PromptChoice = "auto",
     examples: int = 3,
     json: str | None = None,
     html: str | None = None,
@@ -45,7 +45,8 @@ def audit(
         tokenizer: A Hub id or a local directory. Without one, lengths are estimated as a token
             for every four bytes, and the boundary defects are not counted.
         max_length: Most tokens of a prompt with one answer, EOS included; of a document, for text.
-        prompt_format: How dialogues become text; see `alignkit.data.text.formats`.
+        prompt_format: How dialogues become text; see `alignkit.data.text.formats`. ``auto``
+            chooses as the data modules do, by the rows and the tokenizer's chat template.
         examples: How many examples of each defect to show.
         json: Write the report to this file: counts as numbers under ``rows`` and each defect's
             name, and the rows, by line number from 1, under ``row_numbers`` by the same names.

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Literal
 
+from alignkit.data.encode.choose import choose_format
 from alignkit.data.encode.chunks import chunks
 from alignkit.data.encode.columns import named_row
 from alignkit.data.read.rows import BadRow, Rows, Source
@@ -14,9 +15,10 @@ from alignkit.data.text.recognise import (
     check_columns,
     kind_of,
 )
+from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
-from alignkit.models.text_format import PromptFormat
+from alignkit.models.text_format import PromptChoice
 from alignkit.tools.audit.findings import Findings
 from alignkit.tools.audit.scanners import DialogueScanner, Numbered, TextScanner
 
@@ -34,7 +36,7 @@ def scan(
     columns: Mapping[str, str] | None,
     tokenizer: str | None,
     max_length: int,
-    prompt_format: PromptFormat,
+    prompt_format: PromptChoice,
     examples: int,
 ) -> Findings:
     """Read every row of a data set once, and return what was found.
@@ -54,19 +56,24 @@ def scan(
         if split in (None, name)
         for source in offered[name]
     ]
+    settled_kind = _detect_kind(sources[0]) if kind == "auto" else kind
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    settled_format: str = prompt_format
+    if prompt_format == "auto" and loaded is not None and settled_kind != "text":
+        sides = preference_sides if settled_kind == "preference" else sft_sides
+        settled_format = choose_format(loaded, sources, sides).prompt_format
     found = Findings(
         {
             "path": path,
-            "kind": _detect_kind(sources[0]) if kind == "auto" else kind,
+            "kind": settled_kind,
             "tokenizer": tokenizer,
             "unit": "tokens" if tokenizer else "estimated tokens",
             "max_length": max_length,
-            "prompt_format": prompt_format,
+            "prompt_format": settled_format,
         }
     )
     if splits is None and (told := not_read(path)):
         found.files.append(told)
-    loaded = load_tokenizer(tokenizer) if tokenizer else None
     scanner = (TextScanner if found.settings["kind"] == "text" else DialogueScanner)(
         found, loaded, examples
     )

@@ -36,7 +36,7 @@ from alignkit.data.text.shapes import (
     sft_sides,
 )
 from alignkit.data.text.templated import Templated
-from alignkit.models.text_format import SPECIALS
+from alignkit.models.text_format import SPECIALS, PromptFormat
 from alignkit.tools.audit.findings import Findings
 
 _SNIPPET = 200
@@ -66,7 +66,10 @@ class DialogueScanner:
         preference = found.settings["kind"] == "preference"
         self._sides: Sides = preference_sides if preference else sft_sides
         self._columns = PREFERENCE_COLUMNS if preference else SFT_COLUMNS
-        prompt_format = found.settings["prompt_format"]
+        # Without a tokenizer, ``auto`` stays open: nobody knows what has a place for tools.
+        self._open = found.settings["prompt_format"] == "auto"
+        settled = "boundary" if self._open else found.settings["prompt_format"]
+        prompt_format: PromptFormat = settled
         self._templated: Templated | None = None
         if prompt_format == "raw":
             self._sides = reader(self._sides)
@@ -94,6 +97,7 @@ class DialogueScanner:
             shape = sides[0].shape
             self._found.tally.read_as(shape)
             self._found.tally.columns |= row.keys() - self._columns - columns_of(shape)
+            sides = self._judge_tools(sides, number)
             self._judge(sides, number)
             if self._templated is not None:
                 sides = list(self._templated.settle(sides, judge, number))
@@ -104,7 +108,21 @@ class DialogueScanner:
         if self._encoder:
             self._encoder.encode(drafts)
         for draft in drafts:
-            self._measure(draft)
+            if draft.refusal:
+                self._found.add("bad_rows", draft.line, draft.refusal, self._limit)
+            else:
+                self._measure(draft)
+
+    def _judge_tools(self, sides: list[Side], number: int) -> list[Side]:
+        """Return a row's sides with tools that the format has no place for among the unread."""
+        written = self._encoder.writes_tools if self._encoder else self._open
+        if written or not any(side.tools for side in sides):
+            return sides
+        if self._encoder and self._encoder.prompt_format == "chat":
+            text = _snippet("unwritten_tools", sides)
+            self._found.add("unwritten_tools", number, text, self._limit)
+            return sides
+        return [side._replace(unread=(*side.unread, "`tools`")) for side in sides]
 
     def _judge(self, sides: Sequence[Side], number: int) -> None:
         names = defects(sides)

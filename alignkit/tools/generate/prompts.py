@@ -54,7 +54,7 @@ def as_prompts(
                 "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
                 "rendered already", index, sign.told, kind,
             )  # fmt: skip
-        dialogue = Dialogue(side.prompt, (), side.starts, side.messages)
+        dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
         prompts.append(form.render(dialogue).prompt)
     return prompts
 
