@@ -68,8 +68,8 @@ class DialogueScanner:
         self._columns = PREFERENCE_COLUMNS if preference else SFT_COLUMNS
         # Without a tokenizer, ``auto`` stays open: nobody knows what has a place for tools.
         self._open = found.settings["prompt_format"] == "auto"
-        settled = "boundary" if self._open else found.settings["prompt_format"]
-        prompt_format: PromptFormat = settled
+        settled: PromptFormat = found.settings["prompt_format"]
+        prompt_format = "boundary" if self._open else settled
         self._templated: Templated | None = None
         if prompt_format == "raw":
             self._sides = reader(self._sides)
