@@ -16,7 +16,7 @@ from alignkit.data.text.policies import Tally
 from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.engine import Example
 from alignkit.models.text_format import TextFormat
-from alignkit.tools.generate.request import ask
+from alignkit.tools.generate.request import answer_questions
 from alignkit.tools.generate.sampling import Sampling
 from tests.data.tokenizers import KINDS
 
@@ -78,7 +78,7 @@ def fed_to_the_model(
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    list(ask(model, tokenizer, [question], Sampling(), asked))
+    list(answer_questions(model, tokenizer, [question], Sampling(), asked))
     return [int(i) for i in fed[0][0]]
 
 
