@@ -178,7 +178,7 @@ def test_a_template_that_cannot_be_split_is_split_by_its_marks(
     (example,), _ = encode(chat, {"messages": talk}, **options)
     (response,) = example.responses
     turn = "<user>Weather?\n<assistant>Sun.<|endoftext|>"
-    assert chat.decode([*example.prompt, *response]) == f"{turn}\n{turn}"
+    assert chat.decode([*example.prompt, *response]) == turn + turn
     flags = example.scored[0] if example.scored else [True] * len(response)
     kept = [token for token, flag in zip(response, flags, strict=True) if flag]
     assert chat.decode(kept) == "Sun.<|endoftext|>" * (2 if all_turns else 1)
