@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from alignkit.engine import PackedBatch, Packing, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
+from alignkit.lora.adapter import adapter_layers
+from alignkit.lora.inject import base_parameter_count
 from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
@@ -180,7 +182,9 @@ class AlignmentModule(TrainerSupport):
             apply_settings(self._resumed, self.trainer, self._settings, self.hparams)
         self._resumed = None
         trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
+        layers = adapter_layers(self.model).values()
+        adapters = sum(p.numel() for layer in layers for p in layer.adapters.parameters())
+        total = base_parameter_count(self.model) + adapters
         lightened = getattr(self.model, "lightened", "no norms or MLPs lightened")
         if self.trainer.is_global_zero:
             log.info(
