@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from alignkit.data import PreferenceDataModule, SFTDataModule, TextDataModule
-from alignkit.data.text.recognise import PREFERENCE, SFT, document_of
+from alignkit.data.text.known_shapes import PREFERENCE, SFT
+from alignkit.data.text.recognise import document_of
 from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.tools.audit.command import audit
 from tests.data.conftest import write_jsonl
@@ -37,7 +38,7 @@ def test_the_rows_are_read_as_the_page_says(
                 side.answer.strip(), "fruit"
             )
             assert asked in side.prompt or "Add the numbers.\n2 and 2" in side.prompt
-            assert side.trained == row.get("label", True)
+            assert side.trained == (row.get("label", True) in (True, "yes"))
     path = write_jsonl(tmp_path / "a.jsonl", rows * 9)
     report = audit(str(path))
     assert (report["kind"], report["bad_rows"]) == (kind, 0)

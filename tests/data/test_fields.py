@@ -162,10 +162,8 @@ TALK = {"messages": [USER, says("Apple.")]}
             {"tools": '[{"name": "f"}]'},
             {"tool_calls": [{"name": "f"}]},
             {"function_call": {"name": "f"}},
-            {"system": "Answer in French."},
             {"input": "Only citrus."},
             {"images": ["a.png"]},
-            {"label": 0},
             {"kto_tag": False},
             {"isDesirable": False},
             {"Weight": 0},
@@ -175,7 +173,13 @@ TALK = {"messages": [USER, says("Apple.")]}
             {"history": [["a", "b"]]},
         )
     ]
-    + [(PAIR, {"label": False}), (PAIR, {"label": 1}), (PAIR, {"margin": 0.7})],
+    + [
+        (PAIR, {"label": 0}),
+        (PAIR, {"label": False}),
+        (PAIR, {"label": 1}),
+        (SFT, {"label": "maybe"}),
+        (PAIR, {"margin": 0.7}),
+    ],
 )
 def test_a_column_that_changes_what_is_trained_is_refused(
     tokenizer: Any, row: dict[str, Any], columns: dict[str, Any]

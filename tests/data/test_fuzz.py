@@ -112,6 +112,15 @@ def csv_of(rows: list[dict[str, str]]) -> bytes:
     return text.getvalue().encode()
 
 
+def arrow_of(rows: list[dict[str, str]]) -> bytes:
+    import pyarrow as pa
+
+    table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
 def test_a_thousand_mutated_files(encoders: dict[str, Any], tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
@@ -128,10 +137,12 @@ def test_a_thousand_mutated_files(encoders: dict[str, Any], tmp_path: Path) -> N
         "parquet": table.read_bytes(),
         "json": json.dumps(rows, indent=1).encode(),
         "csv": csv_of(rows[:6]),
+        "arrow": arrow_of(rows[:6]),
+        "txt": lines,
     }
     refused = kept = placed = 0
     for number in range(1000):
-        suffix = rng.choice(["jsonl"] * 6 + ["jsonl.gz", "parquet", "json", "csv"])
+        suffix = rng.choice(["jsonl"] * 6 + ["jsonl.gz", "parquet", "json", "csv", "arrow", "txt"])
         path = tmp_path / f"{number}.{suffix}"
         path.write_bytes(mutate(originals[suffix], rng))
         encoder = encoders[rng.choice(list(encoders))]
@@ -160,6 +171,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 KEYS = ["chosen", "rejected", "prompt", "responses", "messages", "completion", "text"]
+KEYS += ["system", "scores", "conversations", "question", "label", "tools", "answers"]
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool", ""]), "content": VALUES}
 )

@@ -45,9 +45,24 @@ _CONTEXT: dict[str, tuple[Any, ...]] = {
 """Columns that say more about a dialogue than its prompt and answers."""
 
 
+_YES = ("true", "1", "1.0", "yes", "y", "good", "desirable")
+_NO = ("false", "0", "0.0", "no", "n", "bad", "undesirable")
+
+
 def is_set(value: Any) -> bool:
     """Whether a field says anything; sets with columns of several shapes leave many empty."""
     return value is not None and value not in ("", "[]", "{}", [], {})
+
+
+def truth_of(value: Any) -> bool | None:
+    """Tell whether a value says yes or no, as itself, as 1 or 0, or in words; ``None`` for neither.
+
+    Example:
+        >>> truth_of("True"), truth_of(0), truth_of("maybe")
+        (True, False, None)
+    """
+    told = str(value).strip().lower()
+    return True if told in _YES else False if told in _NO else None
 
 
 def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:

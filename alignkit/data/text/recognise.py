@@ -1,4 +1,4 @@
-"""The shapes that rows come in, recognised by their columns, and the reading of each.
+"""Recognise the shape that a row comes in by its columns, and read the row by it.
 
 A reading is the same row in the columns that `alignkit.data.text.shapes` understands: a prompt,
 messages and answers. Of the shapes whose columns a row has, those that need fewer of the same go;
@@ -7,169 +7,27 @@ where several are left and say different things, the row is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import is_set
+from alignkit.data.text.known_shapes import PREFERENCE, SFT, SPOKEN, Columns, Shape
+from alignkit.data.text.speakers import plain_messages
 from alignkit.errors import AlignkitError
-
-Columns = Mapping[str, Any]
 
 TEXT_COLUMNS = ("text", "content")
 """The columns that hold a document."""
 
 
-class Shape(NamedTuple):
-    """One shape of row.
-
-    Attributes:
-        name: What people call it, for one row or many.
-        needs: The columns that make it.
-        read: The columns of the same row that are understood, from those that it has.
-        also: Columns that ``read`` takes where they are set.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    read: Callable[[Columns], dict[str, Any]] = lambda row: {}
-    also: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """All that it reads."""
-        return frozenset((*self.needs, *self.also))
-
-
-_SYSTEM = ("system", "system_prompt")
-_INPUT = ("input", "context")
-_SPOKEN = frozenset(("prompt", "messages", "completion", "chosen", "rejected", "responses"))
-"""What is said in a row, in the columns that are understood."""
-
-
-def _asked(row: Columns, text: str) -> list[dict[str, str]]:
-    """A question as messages, after the system's where there is one."""
-    system = [row[name] for name in _SYSTEM if is_set(row.get(name))]
-    if len(system) > 1:
-        raise RowError("the row has both `system` and `system_prompt`; name one in data.columns")
-    return [{"role": "system", "content": each} for each in system] + [
-        {"role": "user", "content": text}
-    ]
-
-
-def _prompt(row: Columns) -> dict[str, Any]:
-    return {"prompt": row["prompt"]}
-
-
-def _question(row: Columns) -> dict[str, Any]:
-    return {"prompt": _asked(row, row["question"])}
-
-
-def _instruction(row: Columns) -> dict[str, Any]:
-    """The instruction, and on the next line what it is about."""
-    given = [row[name] for name in _INPUT if is_set(row.get(name))]
-    if not all(isinstance(each, str) for each in (row["instruction"], *given)):
-        raise RowError("`instruction` and `input` must be text")
-    return {"prompt": _asked(row, "\n".join([row["instruction"], *given]))}
-
-
-def _conversation(row: Columns) -> dict[str, Any]:
-    return {"messages": _with_system(row)}
-
-
-def _with_system(row: Columns) -> Any:
-    """ShareGPT's conversation, after the system's message where a column holds one."""
-    spoken = row["conversations"]
-    return [*_asked(row, "")[:-1], *spoken] if isinstance(spoken, list) else spoken
-
-
-def _conversation_asks(row: Columns) -> dict[str, Any]:
-    asked = _with_system(row)
-    last = asked[-1] if isinstance(asked, list) and asked else None
-    speaker = last.get("from", last.get("role")) if isinstance(last, Mapping) else None
-    if speaker in ("gpt", "assistant"):
-        raise RowError("`conversations` ends with the answer that `chosen` should hold")
-    return {"prompt": asked}
-
-
-def _answered(
-    title: str,
-    columns: tuple[str, ...],
-    ask: Callable[[Columns], dict[str, Any]],
-    answer: str,
-    also: tuple[str, ...],
-) -> Shape:
-    """A shape whose question is read by ``ask`` and whose one answer stands in a column."""
-
-    def read(row: Columns) -> dict[str, Any]:
-        return {**ask(row), "completion": row[answer]}
-
-    return Shape(title, (*columns, answer), read, also)
-
-
-def _ranked(
-    name: str, column: str, ask: Callable[[Columns], dict[str, Any]], also: tuple[str, ...] = ()
-) -> dict[str, Shape]:
-    """The shape of pairs, for preference training and for SFT, which takes the chosen answer."""
-
-    def pair(row: Columns) -> dict[str, Any]:
-        return {**ask(row), "chosen": row["chosen"], "rejected": row["rejected"]}
-
-    def best(row: Columns) -> dict[str, Any]:
-        return {**ask(row), "chosen": row["chosen"]}
-
-    return {
-        "preference": Shape(name, (column, "chosen", "rejected"), pair, also),
-        "sft": Shape(name, (column, "chosen"), best, (*also, "rejected")),
-    }
-
-
-_PAIRS = (
-    _ranked("ShareGPT preference pairs", "conversations", _conversation_asks, _SYSTEM),
-    _ranked("Orca preference pairs", "question", _question, _SYSTEM),
-    _ranked("Alpaca preference pairs", "instruction", _instruction, (*_INPUT, *_SYSTEM)),
-)
-_PROMPTED = Shape("prompts with chosen and rejected answers", ("prompt", "chosen", "rejected"))
-_WHOLE = Shape("dialogues with chosen and rejected ends", ("chosen", "rejected"))
-_LISTED = Shape("prompts with ranked responses", ("prompt", "responses"))
-
-PREFERENCE = (_WHOLE, _PROMPTED, _LISTED, *(pair["preference"] for pair in _PAIRS))
-"""Shapes with two answers or more to a prompt."""
-
-SFT = (
-    Shape("messages", ("messages",)),
-    Shape("KTO messages", ("messages", "label")),
-    Shape("prompts with completions", ("prompt", "completion")),
-    Shape("KTO prompts with completions", ("prompt", "completion", "label")),
-    *(
-        _answered(f"prompts with {name}s", ("prompt",), _prompt, name, ())
-        for name in ("response", "answer")
-    ),
-    _WHOLE._replace(needs=("chosen",), also=("rejected",)),
-    _PROMPTED._replace(needs=("prompt", "chosen"), also=("rejected",)),
-    _LISTED,
-    Shape("ShareGPT conversations", ("conversations",), _conversation, _SYSTEM),
-    *(
-        _answered("Alpaca instructions", ("instruction",), _instruction, name, (*_INPUT, *_SYSTEM))
-        for name in ("output", "response", "answer", "completion")
-    ),
-    *(
-        _answered(f"questions with {name}s", ("question",), _question, name, _SYSTEM)
-        for name in ("answer", "response")
-    ),
-    *(pair["sft"] for pair in _PAIRS),
-)
-"""Shapes with an answer to imitate."""
-
-
 def check_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
-    """A map of columns as ``data.columns`` gives it; ``None`` where it names none.
+    """Return a map of columns as ``data.columns`` gives it; ``None`` where it names none.
 
     Raises:
         AlignkitError: A name that no shape has, or a column that stands for two.
     """
-    known = {*TEXT_COLUMNS, "label", *_SPOKEN}
+    known = {*TEXT_COLUMNS, "label", *SPOKEN}
     known = known.union(*(shape.columns for shape in (*PREFERENCE, *SFT)))
     for name in columns or {}:
         if name not in known:
@@ -184,7 +42,7 @@ def check_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
 
 
 def renamed(row: Columns, columns: Mapping[str, str] | None) -> Columns:
-    """A row by the names that are understood, where ``data.columns`` says what stands for them.
+    """Return a row by the names that are understood, as ``data.columns`` says what stands for each.
 
     Raises:
         RowError: A column that is named is missing.
@@ -199,14 +57,21 @@ def renamed(row: Columns, columns: Mapping[str, str] | None) -> Columns:
 
 
 class Reading(NamedTuple):
-    """A row in the columns that are understood, and the shape it came in."""
+    """Hold a row in the columns that are understood, and the shape it came in.
+
+    Example:
+        >>> (found,) = readings({"question": "2 + 2?", "answer": "4"}, SFT)
+        >>> found.shape.name, found.row
+        ('questions with answers', {'prompt': [{'role': 'user', 'content': '2 + 2?'}],
+        'completion': '4'})
+    """
 
     shape: Shape
     row: Columns
 
 
 def readings(row: Columns, shapes: tuple[Shape, ...]) -> list[Reading]:
-    """The readings of a row, one for each shape it may be.
+    """Return the readings of a row, one for each shape it may be.
 
     Raises:
         RowError: It has none; the nearest shape is named with what is missing.
@@ -221,13 +86,13 @@ def readings(row: Columns, shapes: tuple[Shape, ...]) -> list[Reading]:
 
 @lru_cache(maxsize=64)
 def columns_of(name: str) -> frozenset[str]:
-    """The columns that the shapes of a name read."""
+    """Return the columns that the shapes of a name read."""
     found = (shape.columns for shape in (*PREFERENCE, *SFT) if shape.name == name)
     return frozenset(column for columns in found for column in columns)
 
 
 def kind_of(row: Columns) -> str:
-    """What a row is for: ``preference``, ``sft`` or ``text``."""
+    """Tell what a row is for: ``preference``, ``sft`` or ``text``."""
     there = frozenset(name for name in row if row[name] is not None)
     if _matching(there, PREFERENCE) or {"rejected", "responses"} & row.keys():
         return "preference"
@@ -237,7 +102,7 @@ def kind_of(row: Columns) -> str:
 
 
 def document_of(row: Columns) -> str:
-    """A row's document.
+    """Return a row's document.
 
     Raises:
         RowError: It has none, or two.
@@ -251,11 +116,15 @@ def document_of(row: Columns) -> str:
 
 
 def _canonical(row: Columns, shape: Shape) -> Columns:
+    """Return a row in the columns that are understood, its speakers by the names that are."""
     read = shape.read(row)
-    others = _SPOKEN - shape.columns
-    gone = others | shape.columns if read else others
+    others = SPOKEN - shape.columns
+    gone = others | (shape.columns - {"label"}) if read else others
     kept = row if gone.isdisjoint(row) else {name: row[name] for name in row if name not in gone}
-    return {**kept, **read} if read else kept
+    found = {**kept, **read} if read else kept
+    spoken = {name: found[name] for name in SPOKEN if isinstance(found.get(name), list | dict)}
+    plain = {name: plain_messages(value) for name, value in spoken.items()}
+    return {**found, **plain} if plain != spoken else found
 
 
 @lru_cache(maxsize=1024)
@@ -272,7 +141,7 @@ def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
     there = frozenset(name for name in row if row[name] is not None)
 
     def near(shape: Shape) -> tuple[int, int]:
-        """More of its columns first, then fewer missing."""
+        """Put more of its columns first, then fewer missing."""
         present = len(there & shape.columns)
         return present, -len(set(shape.needs) - there)
 
@@ -288,7 +157,7 @@ def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
 
 
 def _elsewhere(row: Columns, shapes: tuple[Shape, ...], kind: str) -> str:
-    """Which other data module would read the row; empty for none."""
+    """Say which other data module would read the row; empty for none."""
     there = frozenset(name for name in row if row[name] is not None)
     fitting = _matching(there, shapes)
     return f"; as {fitting[0].name} it is for {kind} data module" if fitting else ""

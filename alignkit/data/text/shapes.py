@@ -24,9 +24,10 @@ from alignkit.data.text.dialogue import (
     split_last,
     turns,
 )
-from alignkit.data.text.fields import is_set, unread_columns
+from alignkit.data.text.fields import is_set, truth_of, unread_columns
+from alignkit.data.text.known_shapes import PREFERENCE, SFT, Columns, Shape
 from alignkit.data.text.messages import ROLES, as_messages, named, read_tools, transcript
-from alignkit.data.text.recognise import PREFERENCE, SFT, Columns, Shape, readings
+from alignkit.data.text.recognise import readings
 
 PREFERENCE_COLUMNS = frozenset(("prompt", "chosen", "rejected", "responses", "tools"))
 SFT_COLUMNS = PREFERENCE_COLUMNS | {"messages", "completion", "label", "margin"}
@@ -96,11 +97,14 @@ def sft_sides(row: Mapping[str, Any]) -> list[Side]:
 
 
 def with_label(side: Side, row: Mapping[str, Any]) -> Side:
-    """A side of SFT with what KTO's ``label`` says of it."""
+    """Return a side of SFT with what KTO's ``label`` says, in words where it is text."""
     label = row.get("label")
-    if is_set(label) and not isinstance(label, bool):
-        side = side._replace(unread=(*side.unread, "`label` that is not true or false"))
-    return side._replace(trained=side.trained and label is not False)
+    if not is_set(label):
+        return side
+    truth = truth_of(label)
+    if truth is None:
+        return side._replace(unread=(*side.unread, "`label` that is not true or false"))
+    return side._replace(trained=side.trained and truth)
 
 
 def columns_read(sides: Sides) -> frozenset[str] | None:

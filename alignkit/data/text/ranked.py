@@ -1,0 +1,90 @@
+"""Put answers in the order of their scores, whatever they and the scores are called."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignkit.data.text.dialogue import RowError
+
+SCORES = ("scores", "ratings", "rewards")
+"""Columns with a number for each answer, the higher the better."""
+
+RANKS = ("ranks", "rankings")
+"""Columns with a number for each answer, the lower the better."""
+
+_TEXTS = ("text", "response", "content", "answer", "completion", "output", "generation", "value")
+_SCORE = ("score", "rating", "overall_score", "reward", "quality")
+_RANK = ("rank", "ranking")
+
+
+def best_first(answers: Any, scores: Any = None, *, lower_is_better: bool = False) -> Any:
+    """Return answers in the order of their scores, one of each score.
+
+    Where two answers have the same score nobody prefers one, and the first is taken. Where all
+    have, the first is there twice, which is found as a pair of identical answers.
+
+    Args:
+        answers: Texts, messages, or ``{"text": …, "score": …}`` by any of the names above.
+            Without scores they are in order already.
+        scores: A number for each, where they stand in a column of their own.
+        lower_is_better: Whether these are ranks.
+
+    Example:
+        >>> best_first([{"text": "5", "score": 1}, {"text": "4", "score": 9.5}])
+        ['4', '5']
+
+    Raises:
+        RowError: A score is missing or no number.
+    """
+    if not isinstance(answers, list):
+        return answers
+    if scores is None:
+        numbers = _own_numbers(answers)
+        if numbers is None:
+            return [_text(each) for each in answers]
+    else:
+        if not isinstance(scores, list) or len(scores) != len(answers):
+            raise RowError("the row has not one score for each of its `responses`")
+        numbers = [_number(each) * (-1 if lower_is_better else 1) for each in scores]
+    if len(answers) < 2:
+        return [_text(each) for each in answers]
+    first_of: dict[float, Any] = {}
+    for answer, number in zip(answers, numbers, strict=True):
+        first_of.setdefault(number, _text(answer))
+    ordered = [first_of[number] for number in sorted(first_of, reverse=True)]
+    return ordered if len(ordered) > 1 else ordered * 2
+
+
+def _own_numbers(answers: Sequence[Any]) -> list[float] | None:
+    """Return the numbers that answers carry, the higher the better; ``None`` where none does."""
+    for name in (*_SCORE, *_RANK):
+        if any(isinstance(each, Mapping) and each.get(name) is not None for each in answers):
+            sign = -1 if name in _RANK else 1
+            return [
+                sign * _number(each.get(name) if isinstance(each, Mapping) else None)
+                for each in answers
+            ]
+    return None
+
+
+def _text(answer: Any) -> Any:
+    """Return an answer's text; a message, or what is text already, stays."""
+    if not isinstance(answer, Mapping) or answer.get("role") or answer.get("from"):
+        return answer
+    found = [name for name in _TEXTS if isinstance(answer.get(name), str)]
+    if len(found) != 1:
+        told = " and ".join(f"`{name}`" for name in found) or "none"
+        raise RowError(f"an answer of `responses` must hold one text, as `text` (it has {told})")
+    return answer[found[0]]
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise RowError(f"the score {str(value)[:20]!r} of an answer is no number")
+    return number
