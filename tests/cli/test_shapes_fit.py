@@ -18,6 +18,7 @@ SHAPES = {
     "alpaca.json": "sft",
     "kto_messages.json": "sft",
     "sharegpt_preference.json": "dpo",
+    "sharegpt_tools.json": "sft",
     "ultrafeedback.jsonl": "dpo",
 }
 

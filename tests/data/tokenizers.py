@@ -77,6 +77,15 @@ def llama_2() -> PreTrainedTokenizerBase:
     return _fast(core, LLAMA_2, bos_token="<s>", eos_token="</s>")
 
 
+def llama_2_metaspace() -> PreTrainedTokenizerBase:
+    """The same space from the pre-tokenizer, as newer files have it, before the first word."""
+    tokenizer = llama_2()
+    backend: Any = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    return tokenizer
+
+
 def adds_both() -> PreTrainedTokenizerBase:
     """BOS and EOS around every text; its template writes neither BOS nor EOS."""
     core = _byte_level("<s>", "</s>")
@@ -88,7 +97,9 @@ def adds_both() -> PreTrainedTokenizerBase:
     return _fast(core, template, bos_token="<s>", eos_token="</s>")
 
 
-KINDS = {each.__name__: each for each in (gpt2, llama_3, gemma, llama_2, adds_both)}
+KINDS = {
+    each.__name__: each for each in (gpt2, llama_3, gemma, llama_2, llama_2_metaspace, adds_both)
+}
 
 
 def _fast(core: Tokenizer, template: str, **options: Any) -> PreTrainedTokenizerBase:

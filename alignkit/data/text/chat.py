@@ -143,6 +143,10 @@ class ChatTemplate:
             return self.upto_end(whole, start)
         words = messages[at].content.strip()
         found = whole.find(words, start) if words and not messages[at].fields else -1
+        if found >= 0 and words in whole[found + 1 :]:  # it may be the frame that holds them
+            end = self._end_by_sample(messages, at, whole, tools)
+            if end is not None and end >= start + len(words):
+                return self._closed(whole, end)
         if found >= 0 and not self._end.search(whole, start, found):
             return self._closed(whole, found + len(words))
         alone = self.apply(messages[: at + 1], add_generation_prompt=False, tools=tools)
@@ -152,6 +156,15 @@ class ChatTemplate:
         # Another token may end the last message than those before it.
         end = found + len(words)
         return self._closed(whole, end) if found >= 0 and whole[:end] == alone[:end] else None
+
+    def _end_by_sample(
+        self, messages: Sequence[Message], at: int, whole: str, tools: str
+    ) -> int | None:
+        """Where a message's words end: before what follows other words in their place."""
+        sample = [*messages[:at], messages[at]._replace(content=_SAMPLE), *messages[at + 1 :]]
+        text = self.apply(sample, add_generation_prompt=False, tools=tools)
+        _, found, rest = text.rpartition(_SAMPLE)
+        return len(whole) - len(rest) if found and whole.endswith(rest) else None
 
     def _closed(self, whole: str, end: int) -> int:
         """Where a message ends whose words do: behind the token that follows them, if any."""

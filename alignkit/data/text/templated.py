@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.text.chat import ChatTemplate
 from alignkit.data.text.chat_templates import own_template
 from alignkit.data.text.defects import Judge
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Message
-from alignkit.data.text.formats import Format
 from alignkit.data.text.shapes import Side
 from alignkit.errors import AlignkitError
 from alignkit.models.tokenizer import special_tokens
@@ -177,17 +177,21 @@ def _own_headers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
         Both without white space and special tokens; ``None`` without a template, or where it
         writes nothing else.
     """
-    if own_template(tokenizer) is None:
+    template = own_template(tokenizer)
+    if template is None:
         return None
-    asked = Format("chat", tokenizer)
     try:
-        text = asked.apply([Message("user", _QUESTION)], add_generation_prompt=True)
+        text = ChatTemplate(tokenizer, template).apply(
+            [Message("user", _QUESTION)], add_generation_prompt=True
+        )
     except AlignkitError:
         return None
     before, _, after = text.partition(_QUESTION)
     edges = re.compile("|".join([*map(re.escape, special_tokens(tokenizer)), r"\n"]))
     header, label = (edges.split(part.strip())[-1].strip() for part in (before, after))
-    return (header, label) if min(len(header), len(label)) > 2 else None
+    if min(len(header), len(label)) <= 2 or label.isalnum():  # words that people write
+        return None
+    return header, label
 
 
 def _telling(tokens: Iterable[str]) -> list[str]:
