@@ -184,10 +184,11 @@ def test_raw_shapes_and_limits() -> None:
     ):
         with pytest.raises(AlignkitError, match=f"rows.jsonl:1: .*{told}"):
             encode(tokenizer, row, prompt_format="raw")
-    unwanted = {"prompt": "Q: ", "completion": "a", "label": False}
-    examples, tally = encode(tokenizer, unwanted, sides=sft_sides, prompt_format="raw")
-    assert (examples, tally.counts["unwanted_answers"]) == ([], 1)
-    for name, value in (("weight", 0.5), ("label", 0)):
+    for label in (False, 0):
+        unwanted = {"prompt": "Q: ", "completion": "a", "label": label}
+        examples, tally = encode(tokenizer, unwanted, sides=sft_sides, prompt_format="raw")
+        assert (examples, tally.counts["unwanted_answers"]) == ([], 1)
+    for name, value in (("weight", 0.5), ("label", 2)):
         row = {"prompt": "Q: ", "completion": "a", name: value}
         with pytest.raises(AlignkitError, match=f"`{name}`"):
             encode(tokenizer, row, sides=sft_sides, prompt_format="raw")
