@@ -107,6 +107,7 @@ def _columnar_rows(path: Path, kind: str, batches: Callable[[IO[bytes]], Iterato
             file = unpacked
         try:
             for batch in batches(file):
+                batch.validate(full=True)  # offsets of a damaged file would be read out of bounds
                 for row in batch.to_pylist():
                     yield place.line, row
                     place.line += 1
