@@ -1,4 +1,4 @@
-"""Low-rank adaptation of transformers models, exchangeable with PEFT."""
+"""Adapt transformers models by low rank (LoRA), with adapters that PEFT reads and writes."""
 
 from alignkit.lora.combine import combine_adapters
 from alignkit.lora.config import LoRAConfig

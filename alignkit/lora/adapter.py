@@ -1,4 +1,4 @@
-"""What every adapted module shares: a frozen base, named adapters, one of them active."""
+"""Define an adapted module: a frozen base and named adapters, of which one at most is active."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class Adapter(nn.Module):
-    """One adapter's parameters on one module, all fp32.
+    """Hold one adapter's parameters on one module, all in fp32.
 
     Attributes:
-        config: With the module's own ``r`` and ``alpha``.
-        lora_A, lora_B: [I, R] and [R, O].
+        config: The config, with the module's own ``r`` and ``alpha``.
+        lora_A, lora_B: The low-rank factors, [I, R] and [R, O].
         start_A, start_B: The frozen first A and B, where the start is subtracted.
-        magnitude: [O], DoRA's.
+        magnitude: [O], the magnitude of each output, with DoRA.
         bias: [O], a trained copy of the base's bias.
     """
 
@@ -35,7 +35,7 @@ class Adapter(nn.Module):
             self.register_parameter(name, nn.Parameter(value, requires_grad=name not in FROZEN))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
-        """Move as the model moves, but stay fp32 when the model is cast to half precision."""
+        """Move with the model, but stay in fp32 when the model is cast to half precision."""
 
         def keep_fp32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -59,7 +59,7 @@ class Adapter(nn.Module):
 
 
 class AdapterLayer(nn.Module):
-    """A module with adapters beside it.
+    """Define a module that has adapters beside its frozen base.
 
     Attributes:
         base: The wrapped module; `inject_lora` freezes it.
@@ -114,11 +114,11 @@ class AdapterLayer(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the base holds the active adapter's merged parameters."""
+        """Tell whether the base holds the active adapter's merged parameters."""
         return len(self.originals) > 0
 
     def merge(self) -> None:
-        """Put the active adapter into the base, keeping the parameters it replaces."""
+        """Merge the active adapter into the base, and keep the parameters that it replaces."""
         adapter = self.current()
         if adapter is None or self.merged:
             return
@@ -127,17 +127,17 @@ class AdapterLayer(nn.Module):
             setattr(self.base, name, nn.Parameter(value, requires_grad=False))
 
     def unmerge(self) -> None:
-        """Put the very parameters back that `merge` replaced."""
+        """Put back the parameters that `merge` replaced, the same objects."""
         for name, original in self.originals.items():
             setattr(self.base, name, original)
         self.originals = nn.ParameterDict()
 
     def extra_repr(self) -> str:
-        """Say which adapter is in use."""
+        """Show which adapter is in use, and whether it is merged."""
         return f"active={self.active!r}, merged={self.merged}"
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the base, so that code reading ``norm.eps`` or ``head.weight`` still works."""
+        """Return an attribute of the base, so that code that reads ``norm.eps`` still works."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -147,10 +147,10 @@ class AdapterLayer(nn.Module):
 
 
 class TrainedModule(AdapterLayer):
-    """A module some of whose own parameters train: ``modules_to_save`` and ``bias="all"``.
+    """Train some of a module's own parameters in full (``modules_to_save`` and ``bias="all"``).
 
     The trained copies are fp32 and stand in for the module's parameters during its forward pass,
-    rounded to their dtype; the originals stay, for when the adapter is off.
+    rounded to their dtype; the originals are kept, for when the adapter is off.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class TrainedModule(AdapterLayer):
         }
 
     def __getattr__(self, name: str) -> Any:
-        """Answer for the base, so that code reading ``norm.eps`` or ``head.weight`` still works."""
+        """Return a trained parameter, such as ``head.weight``, or an attribute of the base."""
         adapter = None if name in ("base", "adapters", "active") else self.current()
         trained = adapter.get(name) if adapter is not None else None
         return super().__getattr__(name) if trained is None else trained
@@ -212,6 +212,6 @@ def _walk(
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put a module at a path of the model without adapters, in place of what is there."""
+    """Replace the module at a path, as paths are in the model without adapters."""
     parent_path, _, name = path.rpartition(".")
     setattr(plain_modules(model)[parent_path], name, new)

@@ -1,4 +1,4 @@
-"""Several adapters added into one, exactly."""
+"""Add a weighted sum of several LoRA adapters as one further adapter, without approximation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def combine_adapters(model: Model, weights: Mapping[str, float], name: str) -> Model:
-    """Add a weighted sum of a model's adapters as a further one, and make it active.
+    """Add a weighted sum of a model's adapters as a further adapter, and make it active.
 
     ``ΔW = Σ w_i s_i A_i B_i`` holds exactly: the new A and B are the others' side by side, so the
-    new rank is the sum of theirs (PEFT's ``cat``). What adapters train as a whole moves from the
-    base by the weighted sum of their moves.
+    new rank is the sum of theirs (PEFT's ``cat``). A parameter that adapters train in full becomes
+    the base's plus the weighted sum of their differences from it.
 
     Args:
         model: A model with the adapters to mix.
@@ -78,7 +78,7 @@ def _mix(layer: AdapterLayer, parts: list[tuple[Adapter, float]]) -> dict[str, T
 def _config(
     model: nn.Module, configs: list[LoRAConfig], mixed: Mapping[str, Mapping[str, Tensor]]
 ) -> LoRAConfig:
-    """Describe the mixture, with α = r everywhere, so that the scale is 1."""
+    """Return the new adapter's config, with α = r everywhere, so that its scale is 1."""
     ranks = {
         path: values["lora_A"].shape[1] for path, values in mixed.items() if "lora_A" in values
     }

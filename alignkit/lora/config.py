@@ -1,4 +1,4 @@
-"""What to adapt and how: one frozen dataclass of plain values."""
+"""Define the settings of a LoRA adapter: what it adapts, and how, as plain values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ BiasMode = Literal["none", "all", "lora_only"]
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Low-rank adaptation, ``y = base(x) + s · x A B`` (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+    """Hold the settings of a LoRA adapter, ``y = base(x) + s · x A B``.
+
+    This is eq. 3 of Hu et al. 2021 (arXiv:2106.09685).
+
+    Example:
+        >>> config = LoRAConfig(r=8, alpha=16, targets=("q_proj",), rank_pattern={"q_proj": 4})
+        >>> config.scale
+        2.0
+        >>> config.for_module("model.layers.0.self_attn.q_proj").scale
+        4.0
 
     Attributes:
         r: Rank; A is [in, r], B is [r, out].
@@ -62,7 +71,7 @@ class LoRAConfig:
     untie: bool = False
 
     def __post_init__(self) -> None:
-        """Turn lists into tuples and refuse values that cannot work."""
+        """Turn lists into tuples, and refuse values that cannot work."""
         for name in ("targets", "exclude", "modules_to_save"):
             object.__setattr__(self, name, strings(getattr(self, name)))
             if not all(isinstance(entry, str) and entry for entry in getattr(self, name)):
@@ -74,7 +83,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What the product A B is multiplied by: α/r, or α/√r with ``use_rslora``."""
+        """Return the factor s of the product A B: α/r, or α/√r with ``use_rslora``."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def for_module(self, path: str) -> LoRAConfig:

@@ -1,8 +1,8 @@
-"""What an adapter's tensors mean: all beside them that decides the function they compute.
+"""Compare adapters by the settings that decide which function their tensors compute.
 
-Two adapters of equal names and shapes are one only if they also scale alike, take the same kind of
-start away and sit in the same places. Dropout and the random first draw are no part of it: they
-shape training, not the function.
+Two adapters whose tensors have equal names and shapes are the same only if they also have the same
+scale, subtract the same kind of start and adapt the same modules. Dropout and the random first
+draw do not count: they affect training, and not the function.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from alignkit.lora.layer import LowRankLayer
 from alignkit.lora.targets import resolve
 
 Identity = dict[str, dict[str, Any]]
-"""By module path, plain values: the module's own `_FIELDS`, or the parameters it trains whole."""
+"""By module path, the module's own `_FIELDS`, or names of the parameters it trains in full."""
 
 _FIELDS = ("r", "alpha", "use_rslora", "use_dora", "init", "bias")
 _SHOWN = 8
 
 
 def identity(model: nn.Module, config: LoRAConfig) -> Identity:
-    """Return what an adapter of a config does on a model, injected already or not.
+    """Return the settings of a config's adapter on a model, by module, injected already or not.
 
     Raises:
         AlignkitError: The config does not fit the model.
@@ -54,7 +54,7 @@ def active_identity(model: nn.Module) -> Identity | None:
 
 
 def difference(theirs: Identity | None, ours: Identity | None) -> str | None:
-    """Say how two adapters differ, naming both values and what to pass.
+    """Describe how two adapters differ, with both values and the option to pass.
 
     Args:
         theirs: Of the checkpoint or adapter that was given; ``None`` for training in full.
@@ -82,7 +82,7 @@ def difference(theirs: Identity | None, ours: Identity | None) -> str | None:
 
 
 def _at(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Say how two adapters differ in one module."""
+    """Describe how two adapters differ in one module."""
     a, b = _meaning(there), _meaning(here)
     if a == b:
         return None
@@ -104,7 +104,7 @@ def _at(path: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str | N
 
 
 def _meaning(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a module's settings decides its function: α and r as the scale they give."""
+    """Return the settings that decide a module's function, with α and r as the scale they give."""
     if "trained" in values:
         return dict(values)
     r, alpha = values["r"], values["alpha"]

@@ -1,4 +1,4 @@
-"""How an adapter starts: A and B, and for some starts the frozen product that is taken away.
+"""Draw or compute an adapter's first A and B, whose product some methods subtract from W.
 
 Shape letters: I input width, O output width, R rank.
 """
@@ -15,16 +15,26 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.config import LoRAConfig
 
 SUBTRACTED = ("pissa", "olora")
-"""Starts whose product is taken away from the weight."""
+"""Values of ``init`` whose first product A B is subtracted from the weight."""
 
 
 class Start(NamedTuple):
-    """An adapter's first A [I, R] and B [R, O], and whether their product must be taken away.
+    """Hold an adapter's first A and B, and whether their product is subtracted from the weight.
 
-    PiSSA and OLoRA start from a part of the weight itself, so the base must give that part up for
-    the layer's output to start unchanged. PEFT subtracts it from the weight, for good; alignkit
-    keeps the weight as it is and a frozen copy of A and B to subtract in the forward pass, so that
-    the adapter can be turned off exactly and a bf16 base loses nothing to rounding.
+    PiSSA and OLoRA start from a part of the weight itself. This part must be subtracted, so that
+    the layer's output is unchanged at the start. PEFT subtracts it from the weight permanently.
+    alignkit keeps the weight as it is, and subtracts a frozen copy of A and B in the forward pass.
+    The adapter can thus be turned off exactly, and a bf16 base loses nothing to rounding.
+
+    Example:
+        >>> first = start(LoRAConfig(r=2), torch.ones(5, 3))
+        >>> first.a_IR.shape, first.b_RO.shape, first.subtract
+        (torch.Size([5, 2]), torch.Size([2, 3]), False)
+
+    Attributes:
+        a_IR: [I, R], in fp32.
+        b_RO: [R, O], in fp32.
+        subtract: Whether the product is subtracted.
     """
 
     a_IR: Tensor
@@ -67,10 +77,11 @@ def start(config: LoRAConfig, weight_IO: Tensor) -> Start:
 
 
 def _pissa(weight_IO: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Principal singular directions, ``s A B = U_r S_r V_rᵀ`` (arXiv:2404.02948, eq. 2 and 3).
+    """Compute PiSSA's start, ``s A B = U_r S_r V_rᵀ`` (arXiv:2404.02948, eq. 2 and 3).
 
-    Decomposes [O, I] as PEFT does: readers of a saved adapter repeat the decomposition, and only
-    the same one gives the same rounding where singular values lie close together.
+    The matrix is decomposed as [O, I], as PEFT does: readers of a saved adapter repeat the
+    decomposition, and only the same one gives the same rounding where singular values lie close
+    together.
     """
     v, s, uh = torch.linalg.svd(weight_IO.t(), full_matrices=False)
     root = (s[:r] / scale).sqrt()
@@ -78,7 +89,10 @@ def _pissa(weight_IO: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _olora(weight_IO: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """``Wᵀ = Q R``: B is Q's first r columns, A R's first r rows (arXiv:2406.01775, sec. 3)."""
+    """Compute OLoRA's start from ``Wᵀ = Q R`` (arXiv:2406.01775, sec. 3).
+
+    B is Q's first r columns, and A is R's first r rows.
+    """
     q, upper = torch.linalg.qr(weight_IO.t())
     return upper[:r].t(), q[:, :r].t()
 
@@ -86,10 +100,11 @@ def _olora(weight_IO: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
 def _orthogonal(
     inputs: int, outputs: int, r: int, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """A and B non-zero with ``A B = 0``: they span the two halves of one random rotation.
+    """Draw A and B that are not zero but have the product ``A B = 0``.
 
-    As PEFT's ``orthogonal`` (Datta Nimmaturi, "Rethinking LoRA initialisation",
-    datta0.github.io/posts/rethink-lora-init), entries scaled by 1/10.
+    They span the two halves of one random rotation, with entries scaled by 1/10, as in PEFT's
+    ``orthogonal`` (Datta Nimmaturi, "Rethinking LoRA initialisation",
+    datta0.github.io/posts/rethink-lora-init).
     """
     q, _ = torch.linalg.qr(torch.randn(r, r, **options))
     a_IR = torch.randn(inputs, r // 2, **options) @ q[0::2] / 10

@@ -1,4 +1,4 @@
-"""Put adapters into a model, choose between them, and count and group what trains."""
+"""Put LoRA adapters into a model, choose the active one, and count and group what trains."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def inject_lora(
     *,
     linear: type[LoRALinear] = LoRALinear,
 ) -> Model:
-    """Freeze a model and give it a new adapter, which becomes the active and only trained one.
+    """Add a new LoRA adapter to a model and freeze the rest; the adapter becomes the active one.
 
     Args:
         model: Any module with linear layers, usually a transformers causal LM. Changed in place.
-        config: What to adapt; GPT-2's attention with rank 8 by default.
+        config: What to adapt and how; by default ``all-linear`` with rank 8.
         name: Letters, digits, ``-`` and ``_``; further adapters on one base take further names.
         linear: The class of adapted linear layers: a subclass of `LoRALinear` is a variant of your
             own. What its factors mean, ``x W + s · x A B``, has to stay, as checkpoints and exports
@@ -103,7 +103,7 @@ def inject_lora(
 
 
 def _refuse_to_save(*_: object, **__: object) -> None:
-    """Stand in for ``save_pretrained``, which would write layers no reader finds by their names."""
+    """Refuse ``save_pretrained``, which would write layers under names that no reader knows."""
     raise AlignkitError(
         "save_pretrained: the model has adapters; write it with "
         "alignkit.models.export.export(model, directory, to='merged') or to='peft'"
@@ -169,7 +169,7 @@ def require_adapter(model: nn.Module, name: str | None = None) -> str:
 
 
 def set_adapter(model: nn.Module, name: str | None, trainable: bool = True) -> None:
-    """Use one adapter and no other; ``None`` for the base alone.
+    """Set the active adapter of a model; ``None`` for the base alone.
 
     Args:
         model: A model with adapters.
@@ -193,7 +193,7 @@ def set_adapter(model: nn.Module, name: str | None, trainable: bool = True) -> N
 
 @contextmanager
 def adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the block with the base model exactly as it was before any adapter, merged or not."""
+    """Run the block with the base model alone, exactly as it was before any adapter."""
     layers = adapter_layers(model)
     active = {path: layer.active for path, layer in layers.items()}
     try:
@@ -248,7 +248,7 @@ def base_parameter_count(model: nn.Module) -> int:
 def lora_parameter_groups(
     model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Group the trainable parameters for LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
+    """Divide the trainable parameters into groups for LoRA+ (Hayou et al. 2024, arXiv:2402.12354).
 
     B of every linear layer learns ``ratio`` times as fast as everything else: ``η_B = λ η_A``, λ
     about 2⁴ in the paper. In an embedding it is A that starts at zero, so neither is sped up.

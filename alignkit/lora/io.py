@@ -1,4 +1,4 @@
-"""Save adapters to PEFT's directory format and load them from it, strictly."""
+"""Save adapters in PEFT's format, and load them from it; files that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def save_adapter(
     plain: bool = False,
     header: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Write one adapter as PEFT does, for PEFT and whatever else reads its format.
+    """Write one adapter as a directory in PEFT's format.
 
     Args:
         model: A model with adapters.
@@ -183,7 +183,19 @@ def adapter_config(
 
 
 class Fitting(NamedTuple):
-    """An adapter that fits a model: its config, its modules, and its tensors' shapes and values."""
+    """Hold an adapter read from files, once it is known to fit a model.
+
+    Example:
+        >>> fitting = Fitting(LoRAConfig(), {}, {"lora_A": (8, 3)}, {"lora_A": torch.ones(8, 3)})
+        >>> fitting.given["lora_A"].shape == fitting.expected["lora_A"]
+        True
+
+    Attributes:
+        config: Its config.
+        targets: Its low-rank modules by path, each with its own config.
+        expected: The shapes of its tensors, by PEFT's names.
+        given: Their values.
+    """
 
     config: LoRAConfig
     targets: dict[str, LoRAConfig]
@@ -192,7 +204,7 @@ class Fitting(NamedTuple):
 
 
 def _fitting(model: nn.Module, files: AdapterFiles, untie: bool) -> Fitting:
-    """Return what an adapter's files mean on a model, whose config and tensors must agree."""
+    """Check that an adapter's config and tensors fit a model, and return both."""
     config = _config_on(model, files, untie)
     targets = resolve(model, config)
     expected = peft_shapes(model, config, targets, trained_parameters(model, config, targets))
@@ -202,7 +214,7 @@ def _fitting(model: nn.Module, files: AdapterFiles, untie: bool) -> Fitting:
 
 
 def _config_on(model: nn.Module, files: AdapterFiles, untie: bool) -> LoRAConfig:
-    """Read PEFT's settings as ours on a model: without what matches nothing, and untied if so."""
+    """Convert PEFT's settings to ours for a model, without the entries that match nothing."""
     config = config_from_peft(files.config, files.config_path)
     saved = saved_names(model, config.modules_to_save, to_peft=False)
     config = pruned(model, dataclasses.replace(config, untie=untie, modules_to_save=saved))
@@ -217,7 +229,7 @@ def _config_on(model: nn.Module, files: AdapterFiles, untie: bool) -> LoRAConfig
 
 
 def base_name(model: nn.Module) -> str | None:
-    """Return where the model says it came from, ``None`` where it does not."""
+    """Return the base model's name or path by its config; ``None`` where there is none."""
     return getattr(getattr(model, "config", None), "_name_or_path", None) or None
 
 
@@ -227,10 +239,11 @@ def _without_base(
     expected: Mapping[str, tuple[int, ...]],
     where: str,
 ) -> dict[str, Tensor]:
-    """Drop what PEFT writes beside an adapter: base weights, if they are this base's, and copies.
+    """Remove the base weights and copies that PEFT writes beside an adapter.
 
-    PEFT saves whole embeddings where one is adapted, and with ``bias="all"`` the biases of
-    ``modules_to_save`` under the names of its wrappers a second and third time.
+    Base weights must be those of this base. PEFT saves whole embeddings where one is adapted, and
+    with ``bias="all"`` the biases of ``modules_to_save`` under the names of its wrappers a second
+    and third time.
     """
     kept: dict[str, Tensor] = {}
     modules = plain_modules(model)

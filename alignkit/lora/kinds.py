@@ -1,4 +1,4 @@
-"""Which modules are linear layers: ``x Wᵀ + b`` of a ``weight`` and at most a ``bias``."""
+"""Tell which modules LoRA can adapt: linear layers, ``x Wᵀ + b``, and plain embeddings."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer whose ``weight`` is packed: the product is its own business.
+    """Define a linear layer whose ``weight`` is quantized, and which computes its own product.
 
     Attributes:
-        quantization: What it is packed as, ``nf4``.
-        dtype: Of the weight that it stands for.
+        quantization: The quantized format, such as ``nf4``.
+        dtype: The dtype of the weight that it stands for.
     """
 
     quantization: ClassVar[str]
@@ -28,14 +28,14 @@ class QuantizedLinear(nn.Linear):
 
 
 _FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
-"""What a forward pass may raise that was written for other inputs: then it is no linear layer."""
+"""Errors of a forward pass that was written for other inputs; such a module is not linear."""
 
 
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module computes ``x W + b`` and nothing else.
 
     `torch.nn.Linear` and transformers' ``Conv1D`` do. A subclass of either (FalconLinear) does if
-    it is seen to: a router that returns a choice of experts beside its logits is none.
+    a test shows it: a router that returns a choice of experts beside its logits does not.
     """
     if type(module) in (nn.Linear, Conv1D) or isinstance(module, QuantizedLinear):
         return True
@@ -60,7 +60,7 @@ def stores_rows_of_outputs(module: nn.Module) -> bool:
 
 
 def _is_seen_linear(module: nn.Module) -> bool:
-    """Run a small twin of a module beside the matrix product it should be."""
+    """Compare the output of a small copy of a module with the matrix product it should be."""
     if set(module._parameters) - {"weight", "bias"} or module._buffers or module._modules:
         return False
     draw = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Adapted linear layers and embeddings.
+"""Adapt linear layers and embeddings by low rank (LoRA and DoRA).
 
 Shape letters: I input width, O output width, R rank, V vocabulary.
 """
@@ -27,7 +27,7 @@ _READS_BASES: ContextVar[bool] = ContextVar("reads_bases", default=False)
 
 @contextmanager
 def weights_read_from_bases() -> Iterator[None]:
-    """Within the block a layer's ``weight`` is its base's, which is what PEFT's layers answer."""
+    """Run the block so that every layer returns its base's ``weight``, as PEFT's layers do."""
     token = _READS_BASES.set(True)
     try:
         yield
@@ -36,7 +36,7 @@ def weights_read_from_bases() -> Iterator[None]:
 
 
 class LowRankLayer(AdapterLayer):
-    """An adapter layer whose base has one weight matrix W [I, O], to which s A B is added.
+    """Add ``s A B`` to the one weight matrix W [I, O] of a base module.
 
     Args:
         base: The module to adapt.
@@ -86,7 +86,7 @@ class LowRankLayer(AdapterLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in effect, in the base's layout and dtype, with the adapter's gradient.
+        """Return the weight in effect, in the base's layout and dtype, differentiable in A and B.
 
         For code that reads a layer's weight instead of calling the layer, as kernels of Mamba do:
         the adapter acts there too, without its dropout.
@@ -105,7 +105,7 @@ class LowRankLayer(AdapterLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias in effect; ``None`` where the base has none."""
+        """Return the bias in effect; ``None`` where the base has none."""
         adapter = self.current()
         trained = adapter.get("bias") if adapter is not None and not self.merged else None
         if trained is not None:
@@ -126,7 +126,7 @@ class LowRankLayer(AdapterLayer):
         return self.original("weight")
 
     def _delta(self, adapter: Adapter) -> Tensor:
-        """``s A B`` [I, O] in fp32, without a start that is taken away."""
+        """Return ``s A B`` [I, O] in fp32, less the start that PiSSA and OLoRA subtract."""
         a_IR, b_RO = adapter.factors()
         return a_IR @ (b_RO * adapter.config.scale)
 
@@ -157,7 +157,7 @@ class LowRankLayer(AdapterLayer):
 
 
 class LoRALinear(LowRankLayer):
-    """Low-rank adaptation of a linear layer (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+    """Adapt a linear layer by low rank (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
     ``y = x W + b + s · dropout(x) A B`` with W frozen; A [I, R] ~ N(0, 0.01²) and B [R, O] = 0 at
     the start, both fp32; s = α/R. With DoRA (arXiv:2402.09353, eq. 5)
@@ -177,12 +177,12 @@ class LoRALinear(LowRankLayer):
 
     @property
     def in_features(self) -> int:
-        """I."""
+        """Return the input width I."""
         return self._sizes()[0]
 
     @property
     def out_features(self) -> int:
-        """O."""
+        """Return the output width O."""
         return self._sizes()[1]
 
     def _sizes(self) -> tuple[int, ...]:
@@ -207,7 +207,7 @@ class LoRALinear(LowRankLayer):
         return self._general(adapter, x, bias, dropout)
 
     def _general(self, adapter: Adapter, x: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-        """Dropout, DoRA and packed weights, by plain autograd."""
+        """Compute the layer with dropout, DoRA or quantized weights, by plain autograd."""
         scale = adapter.config.scale
         dropped = functional.dropout(x, dropout) if dropout else x
         y = self._frozen(adapter, x)
@@ -224,7 +224,7 @@ class LoRALinear(LowRankLayer):
         return y if bias is None else y + bias.to(y.dtype)
 
     def _frozen(self, adapter: Adapter, x: Tensor) -> Tensor:
-        """``x W``, less the subtracted start."""
+        """Return ``x W``, less the start that PiSSA and OLoRA subtract."""
         if isinstance(self.base, QuantizedLinear):
             y: Tensor = self.base(x)
             y = y if self.base.bias is None else y - self.base.bias.to(y.dtype)
@@ -237,7 +237,7 @@ class LoRALinear(LowRankLayer):
 
 
 class LoRAEmbedding(LowRankLayer):
-    """Low-rank adaptation of an embedding: row ``i`` becomes ``W[i] + s · A[i] B``.
+    """Adapt an embedding by low rank: row ``i`` becomes ``W[i] + s · A[i] B``.
 
     A [V, R] starts at 0 and B [R, O] ~ N(0, 1), as in the LoRA paper's code and PEFT: from the
     first step on, the gradient of a token's row of A is its own. ``dropout`` has no meaning for
@@ -253,12 +253,12 @@ class LoRAEmbedding(LowRankLayer):
 
     @property
     def num_embeddings(self) -> int:
-        """V."""
+        """Return the vocabulary size V."""
         return self.weight_io().shape[0]
 
     @property
     def embedding_dim(self) -> int:
-        """O."""
+        """Return the output width O."""
         return self.weight_io().shape[1]
 
     def start(self, config: LoRAConfig) -> Start:
@@ -274,7 +274,7 @@ class LoRAEmbedding(LowRankLayer):
         return Start(a_VR, torch.randn(config.r, weight_VO.shape[1], **options), subtract=False)
 
     def adapted(self, adapter: Adapter, ids: Tensor) -> Tensor:
-        """Embed token ids [...]; returns [..., O] in the base's dtype."""
+        """Apply base and adapter to token ids [...]; returns [..., O] in the base's dtype."""
         a_VR, b_RO = adapter.factors()
         base = self.base(ids)
         rows = functional.embedding(ids, a_VR, self.base.padding_idx)  # type: ignore[arg-type]
@@ -287,5 +287,5 @@ class LoRAEmbedding(LowRankLayer):
 
 
 def _product(x: Tensor, a_IR: Tensor, b_RO: Tensor, scale: float) -> Tensor:
-    """``s · x A B``, with A and s B rounded to x's dtype."""
+    """Return ``s · x A B``, with A and s B rounded to x's dtype."""
     return (x @ a_IR.to(x.dtype)) @ (b_RO * scale).to(x.dtype)

@@ -1,4 +1,4 @@
-"""The adapted matrix product as one autograd node, for the common case (no dropout, no DoRA).
+"""Compute LoRA's matrix product as one autograd node, without dropout and without DoRA.
 
 Plain autograd of ``x W + s x A B`` keeps more than it needs and adds the two input gradients in a
 pass of their own. Here the low-rank product is accumulated into the base product in place, in both

@@ -1,4 +1,4 @@
-"""Fold adapters into the base and take them out again, and mix several into one."""
+"""Merge adapters into the base weights, undo that, and measure what it changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def merge_lora(model: Model) -> Model:
-    """Fold the active adapter into the base weights, for inference at the base's cost.
+    """Merge the active adapter into the base weights, for inference at the base's cost.
 
     The replaced weights are kept, so that `unmerge_lora` gives back the very same bits whatever the
     dtype; until then the adapted weights take twice their memory. A merged adapter does not train.
@@ -43,20 +43,20 @@ def merge_lora(model: Model) -> Model:
 
 
 def unmerge_lora(model: Model) -> Model:
-    """Undo `merge_lora`, bit for bit; a model that is not merged is left as it is."""
+    """Undo `merge_lora` exactly; a model that is not merged is left as it is."""
     for layer in adapter_layers(model).values():
         layer.unmerge()
     return model
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Whether an adapter is folded into the model's weights."""
+    """Tell whether an adapter is merged into the model's weights."""
     return any(layer.merged for layer in adapter_layers(model).values())
 
 
 @contextmanager
 def merged_plain(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is a plain transformers model: merged, without any wrapper."""
+    """Run the block with the model merged and without wrappers, as plain transformers has it."""
     was_merged = is_merged(model)
     layers = adapter_layers(model)
     outer_first = sorted(layers, key=len)
@@ -74,7 +74,12 @@ def merged_plain(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How far merging moves a model's logits: rounding to the base's dtype, and nothing else.
+    """Hold how far merging changes a model's logits, by rounding to the base's dtype alone.
+
+    Example:
+        >>> print(MergeReport(largest=0.0125, mean=0.001, scale=9.5, tokens=64, flipped=1))
+        largest logit change 0.0125 (logits up to 9.5),
+        most probable token changed at 1 of 64 positions
 
     Attributes:
         largest: Largest absolute change of a logit.

@@ -1,8 +1,8 @@
-"""What ``all-linear`` adapts of a model, and what it leaves out and why.
+"""List what the target ``all-linear`` adapts in a model, and what it leaves out and why.
 
-Adapted are the linear layers of the language model that are called as layers, but for the output
-head and routers. Everything else that holds a matrix is told by name, so that nobody takes a model
-for adapted whole whose experts are not.
+It adapts the linear layers of the language model that are called as layers, except the output head
+and routers. Everything else that holds a matrix is listed by name, so that it is plain, for
+example, where a model's experts are not adapted.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ _SHOWN = 12
 
 @dataclass(frozen=True)
 class Parts:
-    """The matrices of a model, sorted by what ``all-linear`` does with them.
+    """List a model's matrices that ``all-linear`` adapts, and those that it leaves out.
+
+    Example:
+        >>> found = Parts(("layers.0.self_attn.q_proj",), {"layers.0.mlp.gate": ROUTER})
+        >>> print(found)
+        mlp.gate (routers)
 
     Attributes:
         adapted: Paths of the linear layers that are adapted, in the model's order.
         left_out: What is not, each with the reason: paths of layers that could be named as
-            targets, or of parameters. Norms, embeddings and the output head are not told.
-
-    Example: ``Parts(("model.layers.0.self_attn.q_proj", …), {"model.layers.0.mlp.gate": ROUTER,
-    "model.layers.0.mlp.experts.gate_up_proj": EXPERTS, …})`` of a Qwen3-MoE.
+            targets, or of parameters. Norms, embeddings and the output head are not listed.
     """
 
     adapted: tuple[str, ...]
@@ -57,7 +59,7 @@ class Parts:
 
 
 def parts(model: nn.Module, head: str | None) -> Parts:
-    """Sort a model's matrices into those ``all-linear`` adapts and those it leaves out.
+    """Divide a model's matrices into those that ``all-linear`` adapts and those it leaves out.
 
     Args:
         model: With or without adapters.
@@ -142,7 +144,7 @@ def _source(cls: type[nn.Module]) -> str:
 
 
 def _towers(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    """Return the paths of what a backbone holds beside its text decoder."""
+    """Return the paths of a backbone's other parts than its text decoder, such as vision towers."""
     if not isinstance(model, PreTrainedModel):
         return []
     paths = {id(module): path for path, module in modules.items()}
@@ -168,7 +170,7 @@ def _is_within(path: str, outer: str) -> bool:
 
 
 def _kind(path: str) -> str:
-    """``model.layers.0.mlp.gate`` → ``mlp.gate``: the same in every block."""
+    """Return a path's part after the block, ``mlp.gate`` of ``model.layers.0.mlp.gate``."""
     parts_of_path = path.split(".")
     last = max((i for i, part in enumerate(parts_of_path) if part.isdecimal()), default=-1)
     return ".".join(parts_of_path[last + 1 :] or parts_of_path)

@@ -1,4 +1,4 @@
-"""Adapter files: read with suspicion, written whole or not at all."""
+"""Read and write PEFT's adapter files; damaged files are refused, and writes are atomic."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ CONFIG_KEY = "adapter_config"
 
 
 class AdapterFiles(NamedTuple):
-    """What a directory or file holds.
+    """Hold the content of an adapter's directory or file.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as place:
+        ...     path = Path(place, "adapter.safetensors")
+        ...     write_tensors(path, {"lora_A": torch.ones(2, 3)}, {CONFIG_KEY: '{"r": 2}'})
+        ...     read_adapter(path).config
+        {'r': 2}
 
     Attributes:
         config: PEFT's settings.
-        tensors: By PEFT's names, on the CPU.
-        header: Of the tensors' file.
+        tensors: The tensors by PEFT's names, on the CPU.
+        header: The header of the tensors' file.
         config_path: Where the settings are, for messages.
         tensors_path: Where the tensors are, for messages.
     """
@@ -101,7 +109,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 over names, dtypes, shapes and bytes."""
+    """Return a SHA-256 over the names, dtypes, shapes and bytes of tensors."""
     total = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()

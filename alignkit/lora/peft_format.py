@@ -1,4 +1,4 @@
-"""PEFT's directory format: its config's fields and its tensors' names, both ways.
+"""Convert configs and tensor names to PEFT's directory format and back.
 
 PEFT keeps A as [R, I] and B as [O, R] for Linear and Conv1D alike; alignkit's are [I, R] and
 [R, O], so every matrix is transposed on the way.
@@ -234,7 +234,7 @@ def _read(raw: Mapping[str, Any]) -> LoRAConfig:
 
 
 def _plain(config: LoRAConfig) -> LoRAConfig:
-    """Double the rank of a config with a subtracted start, at the same scale."""
+    """Return a config of twice the rank and the same scale, where a start is subtracted."""
     if config.init not in SUBTRACTED:
         return config
     factor = math.sqrt(2) if config.use_rslora else 2
@@ -251,11 +251,12 @@ def _plain(config: LoRAConfig) -> LoRAConfig:
 def saved_names(
     model: nn.Module, names: tuple[str, ...] | str, *, to_peft: bool
 ) -> tuple[str, ...]:
-    """Translate ``modules_to_save``: alignkit's names end at a dot, PEFT's anywhere.
+    """Convert the names of ``modules_to_save`` between alignkit's rule and PEFT's.
 
-    ``norm`` is ``model.norm`` here and every ``input_layernorm`` too in PEFT; where the two rules
-    disagree on a model, whole paths say what is meant under either. From PEFT, names that match
-    nothing are dropped, as PEFT does.
+    alignkit's names match a path's end at a dot, PEFT's at any letter: ``norm`` is ``model.norm``
+    here, and every ``input_layernorm`` too in PEFT. Where the two rules disagree on a model, whole
+    paths are returned, which mean the same under both. From PEFT, names that match nothing are
+    removed, as PEFT does.
     """
     paths = [path for path in plain_modules(model) if path]
     if not to_peft:
@@ -278,7 +279,7 @@ def _targets_from_peft(value: Any, layers: Any, layers_pattern: Any) -> tuple[st
 
 
 def _patterns_from_peft(value: Any) -> tuple[str, ...]:
-    """PEFT reads a string as one regular expression over whole paths and a list as endings."""
+    """Convert PEFT's names: a string is one expression over whole paths, a list holds endings."""
     if not isinstance(value, str):
         return tuple(sorted(value))
     if value == ALL_LINEAR or is_regex(value):

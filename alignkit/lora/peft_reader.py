@@ -1,4 +1,4 @@
-"""How PEFT reads an adapter: which modules its names mean to it, at which rank and scale.
+"""Check that PEFT reads an adapter as alignkit does: same modules, same ranks and scales.
 
 PEFT warns of tensors it does not find and goes on, so what it would miss is refused here, before
 anything is written. It is no dependency; its rules are repeated here and held against it in tests.
@@ -117,7 +117,7 @@ def _is_renamed(path: str, renamings: list[WeightRenaming]) -> bool:
 def ways_to_target(
     model: nn.Module, config: LoRAConfig, adapted: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield what may name the modules to PEFT: as they were asked for, or as they came out."""
+    """Yield settings that may name the adapted modules to PEFT, the config's own first."""
     if not any(is_regex(t) or t == ALL_LINEAR for t in (*config.targets, *config.exclude)):
         yield {
             "target_modules": list(config.targets),
@@ -145,7 +145,7 @@ def is_read(model: nn.Module, raw: Mapping[str, Any], adapted: Mapping[str, LoRA
 
 
 def _is_targeted(raw: Mapping[str, Any], path: str) -> bool:
-    """Repeat PEFT's ``check_target_module_exists`` for lists of names."""
+    """Tell whether PEFT adapts a module, as its ``check_target_module_exists`` does for lists."""
     if _is_named(raw["exclude_modules"] or (), path):
         return False
     for name in raw["modules_to_save"] or ():
@@ -171,7 +171,7 @@ def _is_named(names: Iterable[str], path: str) -> bool:
 
 
 def _portable_targets(model: nn.Module, paths: list[str]) -> list[str]:
-    """Name modules by their paths' last parts where that is exact, else by whole paths."""
+    """Return the last parts of modules' paths where they are exact, and whole paths elsewhere."""
     endings = sorted({path.rpartition(".")[2] for path in paths})
     meant = {path for path in adaptable_paths(model) if any(matches(end, path) for end in endings)}
     return endings if meant == set(paths) else sorted(paths)

@@ -1,4 +1,4 @@
-"""Regular expressions that others wrote, matched in bounded time.
+"""Compare module paths with regular expressions of a config, in bounded time.
 
 Python's own matcher backtracks: ``(a+)+b`` takes years on a path of sixty letters and cannot be
 interrupted meanwhile. Here a pattern is matched by sets of positions: where a part of it can end,
@@ -21,7 +21,7 @@ _LONGEST = 10_000
 _DEEPEST = 40
 _SHOWN = 100
 _MOST_STEPS = 50_000
-"""Of one match. Real patterns take some hundred."""
+"""The most steps of one match. Real patterns take some hundred."""
 
 _FLAGS = re.UNICODE | re.VERBOSE | re.IGNORECASE | re.DOTALL | re.MULTILINE
 _REFUSED = {
@@ -41,7 +41,7 @@ _CATEGORIES = {
 
 
 class _Text:
-    """A path under match, and the steps taken on it."""
+    """Hold a path that is matched, and count the steps taken on it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -50,7 +50,7 @@ class _Text:
 
 
 _Part = Callable[[_Text, int], int]
-"""From a start to every position where a part of the pattern can end, as the bits of a number."""
+"""A function from a start to all positions where a part can end, as the bits of a number."""
 
 
 class _TooManySteps(Exception):
@@ -58,7 +58,7 @@ class _TooManySteps(Exception):
 
 
 class Pattern:
-    """A regular expression over module paths, in the syntax of `re`.
+    """Compile a regular expression over module paths, in the syntax of `re`.
 
     Args:
         text: The expression.
@@ -150,7 +150,7 @@ def compiled(text: str, where: str) -> Pattern:
 
 
 def _kept(ends: _Part) -> _Part:
-    """Find a part's ends from a start once a match."""
+    """Keep the ends of a part from each start, so that one match finds them once."""
 
     def kept(text: _Text, start: int) -> int:
         key = id(kept), start
@@ -216,7 +216,7 @@ def _character(meant: re.Pattern[str]) -> _Part:
 
 
 def _one_character(name: str, argument: Any) -> str:
-    """Write a node that stands for one character as a regular expression of its own."""
+    """Write a node that matches one character as a regular expression of its own."""
     if name == "LITERAL":
         return re.escape(chr(argument))
     if name == "NOT_LITERAL":

@@ -1,4 +1,4 @@
-"""The adapters' tensors alone, by stable names, and their strict way back."""
+"""Return the adapters' tensors by stable names, and load them into a model that they fit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy tensors from `adapter_state_dict` into a model with the same adapters.
+    """Load tensors of `adapter_state_dict` into a model with the same adapters.
 
     Raises:
         AlignkitError: Names or shapes differ, or a tensor holds NaN or infinity; the model is then

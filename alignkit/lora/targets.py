@@ -1,4 +1,4 @@
-"""Which modules of a model a config means."""
+"""Find the modules of a model that a LoRA config targets."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def resolve(model: nn.Module, config: LoRAConfig) -> dict[str, LoRAConfig]:
 
 
 def pruned(model: nn.Module, config: LoRAConfig) -> LoRAConfig:
-    """Drop entries that match nothing, which PEFT allows as long as one target matches."""
+    """Remove entries that match nothing, which PEFT allows as long as one target matches."""
     paths = adaptable_paths(model)
 
     def used(patterns: tuple[str, ...] | str) -> tuple[str, ...]:
@@ -129,14 +129,14 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 
 def matches(pattern: str, path: str, where: str = "LoRAConfig") -> bool:
-    """Whether a target pattern names a path: a regular expression whole, a name at its end."""
+    """Tell whether a pattern names a path: an expression the whole path, a name its end."""
     if _REGEX_CHARACTERS.search(pattern):
         return compiled(pattern, where).fullmatch(path)
     return _ends(pattern, path)
 
 
 def is_regex(pattern: str) -> bool:
-    """Whether a target is read as a regular expression."""
+    """Tell whether a target is read as a regular expression."""
     return _REGEX_CHARACTERS.search(pattern) is not None
 
 
@@ -179,7 +179,7 @@ def near(pattern: str, paths: list[str]) -> str:
 
 
 def _or_what_else(target: str, model: nn.Module) -> str:
-    """Say what a target names that cannot be adapted: a parameter, or a module of another kind."""
+    """Describe what a target names that cannot be adapted: a parameter, or another module."""
     if target == ALL_LINEAR:
         return ""
     modules = plain_modules(model)
@@ -197,7 +197,7 @@ def _or_what_else(target: str, model: nn.Module) -> str:
 
 
 def _suffixes(path: str) -> list[str]:
-    """``a.0.b.c`` → ``b.c``, ``c``: the endings that name a module in every block."""
+    """Return the endings that name a module in every block: ``b.c`` and ``c`` of ``a.0.b.c``."""
     parts = path.split(".")
     last_index = max((i for i, part in enumerate(parts) if part.isdecimal()), default=-1)
     names = parts[last_index + 1 :] or parts
