@@ -17,15 +17,15 @@ HOME = Path(alignkit.__file__).parent
 VERBS = """
     Adapt Add Aggregate Align Apply Ask Attend Audit Begin Build Cast Check Choose Clear Clip
     Close Collect Compare Compile Compute Connect Continue Convert Count Decide Declare Define
-    Divide Do Draw End Exclude Exit Explain Find Flush Forget Generate Give Handle Hold Ignore
-    Install Keep Lay Let Limit List Load Log Look Make Measure Minimise Move Multiply Normalise
-    Open Parse Prepare Print Provide Put Query Raise Read Rebuild Record Refuse Register Remove
-    Replace Report Reset Restart Restore Restrict Return Rewind Run Save Scale Score Set Shorten
-    Show Split Stand Start Stay Stop Store Sum Take Tell Track Train Turn Unpack Warn Write
-    Yield
+    Describe Divide Do Draw Encode End Exclude Exit Explain Find Flush Forget Generate Give
+    Handle Hash Hold Ignore Install Keep Lay Let Limit List Load Log Look Make Measure Minimise
+    Move Multiply Normalise Open Parse Prepare Print Provide Put Query Raise Read Rebuild
+    Recognise Record Refuse Register Remove Render Replace Report Reset Restart Restore Restrict
+    Return Rewind Run Save Scale Score Set Shorten Show Split Stand Start Stay Stop Store Sum
+    Take Tell Track Train Turn Unpack Warn Write Yield
     """
 # Packages whose docstrings are still to be brought to this form.
-PENDING = ("data", "lora")
+PENDING = ("lora",)
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef
 
 

@@ -53,7 +53,7 @@ _INPUT = ("input", "context")
 
 
 class _Question(NamedTuple):
-    """A way to ask: what it is called, the columns that make it, and how it is read."""
+    """Hold one form of a question: its name, the columns that make it, and how it is read."""
 
     name: str
     needs: tuple[str, ...]

@@ -157,7 +157,7 @@ def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
 
 
 def _elsewhere(row: Columns, shapes: tuple[Shape, ...], kind: str) -> str:
-    """Say which other data module would read the row; empty for none."""
+    """Tell which other data module would read the row; empty for none."""
     there = frozenset(name for name in row if row[name] is not None)
     fitting = _matching(there, shapes)
     return f"; as {fitting[0].name} it is for {kind} data module" if fitting else ""
