@@ -97,5 +97,5 @@ def head(source: Source, count: int) -> Source:
 
 
 def tail(source: Source, count: int) -> Source:
-    """Return what follows the first rows of a source."""
+    """Return a source without its first rows."""
     return Source(source.name, source.digest, lambda: islice(source.rows(), count, None))

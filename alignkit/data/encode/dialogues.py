@@ -202,7 +202,7 @@ class DialogueEncoder:
         return not draft.refusal and draft.length > self.max_length
 
     def _finish(self, draft: Draft, judge: Judge) -> None:
-        """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
+        """Apply the policies that need ids, and cut a prompt that is still too long on its left."""
         if draft.refusal:
             judge.refuse("bad_rows", draft.line, draft.refusal)
         for name in rendered_defects(draft):

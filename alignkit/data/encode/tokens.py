@@ -94,9 +94,9 @@ class TextEncoder:
     def fingerprint(self) -> str:
         """Hash everything that decides the ids.
 
-        Of the tokenizer's files where it came from a directory, since writing a tokenizer out
-        takes far longer than reading them; of the tokenizer itself otherwise. What may have been
-        changed since it was read counts as it is now.
+        The tokenizer's files are hashed where it came from a directory, since writing a tokenizer
+        out takes far longer than reading them. Otherwise the tokenizer itself is hashed. What may
+        have been changed since it was read counts as it is now.
         """
         versions = f"{transformers.__version__} {tokenizers.__version__}"
         digest = xxhash.xxh3_128(f"{versions} {self.eos} {self.bos}".encode())
@@ -119,7 +119,7 @@ class TextEncoder:
     def reads_words_apart(self) -> bool:
         r"""Tell whether text splits into words left to right, and each word into tokens alone.
 
-        So it is for a byte-level BPE with GPT-2's pattern, which looks no further back than where
+        This holds for a byte-level BPE with GPT-2's pattern, which looks no further back than where
         a word begins and joins no line break to a letter after it. Then the tokens of a text from
         a line's first letter on depend on that letter and what follows alone, and a prompt's
         last line is enough to tell whether an answer changes the prompt's tokens.

@@ -217,7 +217,7 @@ class _Opener:
             self._unknown = str(error)
 
     def open(self, source: Source) -> _Part:
-        """Encode a source, or open what an earlier run made of the same by the same code."""
+        """Encode a source, or open the set that an earlier run made of it with the same code."""
         home, identity = self._address(source)
 
         def build(writer: StoreWriter) -> dict[str, Any]:

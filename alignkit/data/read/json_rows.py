@@ -74,7 +74,7 @@ class _Array:
         self._decode = json.JSONDecoder().raw_decode
 
     def values(self) -> Iterator[Any]:
-        """Yield each value."""
+        """Yield each value of the array."""
         self._next()
         self._at += 1  # the bracket that made this an array
         if self._next() != "]":

@@ -44,7 +44,7 @@ class Place:
 
 @contextmanager
 def damage_told(path: Path, place: Place) -> Iterator[None]:
-    """Turn what reading raises into one line with the place.
+    """Turn errors of reading a file into one line with the place.
 
     Raises:
         AlignkitError: The file cannot be read on: compressed data is damaged, or text is no UTF-8.

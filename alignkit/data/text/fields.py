@@ -118,7 +118,7 @@ def unread_columns(
 
 
 def _known_as(name: str) -> str:
-    """Return what a column is known by: isDesirable as ``desirable``, loss_weights as weight."""
+    """Return a column's usual name: ``desirable`` for isDesirable, ``weight`` for loss_weights."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.-]+", "_", name).lower().removeprefix("is_")
     return "weight" if words.rpartition("_")[2] in ("weight", "weights") else words
 

@@ -36,7 +36,7 @@ LABELS = {"user": HUMAN, "assistant": ASSISTANT, "tool": "Tool:"}
 
 
 def as_messages(value: Any, key: str) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """Check messages, and name those of their fields that are not understood.
+    """Check messages, and list those of their fields that are not understood.
 
     Args:
         value: A list of mappings with ``role`` and ``content``, or ShareGPT's ``from`` and

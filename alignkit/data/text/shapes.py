@@ -240,7 +240,10 @@ def _joined(prompt: Any, answer: Any, key: str) -> Side:
 
 
 def _repeats(prompt: Any, answer: Any) -> bool:
-    """Tell whether an answer repeats its prompt, and so is the whole conversation."""
+    """Tell whether an answer repeats its prompt, and so is the whole conversation.
+
+    A prompt that is text is the conversation's first or last question.
+    """
     if isinstance(answer, str):
         label = isinstance(prompt, str) and last_label(prompt) == len(prompt)
         return label and answer.startswith(prompt)
@@ -284,7 +287,7 @@ def _spaced(answer: str) -> str:
 
 
 def _unspaced(text: str) -> str:
-    """Return text as a message's content, without a joining space before or space behind.
+    """Return text as a message's content, without one space in front and any at its end.
 
     More than one space in front is an indentation, which stays.
     """
