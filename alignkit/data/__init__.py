@@ -1,4 +1,4 @@
-"""Data that is right: parsed, audited, encoded once, dealt by token budget, resumed exactly."""
+"""Read data sets, check their rows, encode them once and deal them to ranks in batches."""
 
 from alignkit.data.base import AlignmentDataModule
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler

@@ -1,4 +1,4 @@
-"""What the data modules share: an encoded set for each split, and its batches dealt to ranks."""
+"""Define what data modules share: an encoded set for each split, dealt to ranks in batches."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from alignkit.utils.interrupts import ignore_signals
 
 
 class AlignmentDataModule(LightningDataModule):
-    """Encoded examples as packed batches; a leaf says how rows become examples.
+    """Give encoded examples as packed batches; a subclass says how rows become examples.
 
     The training split is dealt in random order by `TokenBudgetBatchSampler`; a run resumes from
     a checkpoint at the very batch it would have had next. Validation and test examples are each
@@ -115,7 +115,7 @@ class AlignmentDataModule(LightningDataModule):
 
     @abstractmethod
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
-        """How this module's rows become examples."""
+        """Return the encoder that turns this module's rows into examples."""
 
     def prepare_data(self) -> None:
         """Encode what is not cached yet; Lightning calls this in one process of each machine."""
@@ -131,7 +131,7 @@ class AlignmentDataModule(LightningDataModule):
             self._load()
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Packed batches in random order, from the position of a resumed checkpoint."""
+        """Return packed training batches in random order, from a resumed checkpoint's position."""
         overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = TokenBudgetBatchSampler(
             self._set("train").lengths,
@@ -155,15 +155,15 @@ class AlignmentDataModule(LightningDataModule):
         return self.loader(self._set("train"), batch_sampler=sampler, collate_fn=collate)
 
     def val_dataloader(self) -> DataLoader[PackedBatch]:
-        """Packed batches of the validation split, every example once over all ranks."""
+        """Return packed batches of the validation split, every example once over all ranks."""
         return self._evaluation("validation")
 
     def test_dataloader(self) -> DataLoader[PackedBatch]:
-        """Packed batches of the test split, every example once over all ranks."""
+        """Return packed batches of the test split, every example once over all ranks."""
         return self._evaluation("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """The training position: epoch, micro-batches done in it, and the plan they belong to."""
+        """Return the training position: the epoch, its micro-batches done, and their plan."""
         if self.trainer is None:
             return {}
         begun: int = self.trainer.fit_loop.epoch_progress.current.started  # type: ignore[attr-defined]
@@ -179,7 +179,7 @@ class AlignmentDataModule(LightningDataModule):
         self._position = state_dict
 
     def take_position(self) -> dict[str, Any]:
-        """The position to resume at, once; empty in a fresh run.
+        """Return the position to resume at, once; it is empty in a fresh run.
 
         Raises:
             AlignkitError: The run goes on in the middle of an epoch of other data.
@@ -197,7 +197,7 @@ class AlignmentDataModule(LightningDataModule):
         return position
 
     def rows_of_batch(self, number: int) -> list[tuple[str, int]]:
-        """The source and line of each example in a micro-batch of this rank's current epoch.
+        """Return the source and line of each example in a micro-batch of this rank's epoch.
 
         Args:
             number: Which of the epoch's micro-batches, from 0.
@@ -207,7 +207,7 @@ class AlignmentDataModule(LightningDataModule):
         return [examples.place(index) for index in self._sampler.batch(number)]
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
-        """The sources of each split that are to be encoded."""
+        """Find the sources of each split that are to be encoded."""
         return find_splits(place, splits=self.splits, hashes=self._hashes)
 
     def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
@@ -222,7 +222,7 @@ class AlignmentDataModule(LightningDataModule):
         return self.loader(self._set(split), batch_sampler=sampler, collate_fn=collate)
 
     def loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        """A loader with this module's workers."""
+        """Return a data loader with this module's number of workers."""
         workers = options.pop("num_workers", self.num_workers)
         if not self.sized and isinstance(dataset, ExampleSet):
             dataset = Unsized(dataset)

@@ -1,4 +1,4 @@
-"""Data modules for dialogues: prompts with one answer (SFT) or with ranked ones (preferences)."""
+"""Provide data modules for dialogues: prompts with one answer (SFT) or with ranked answers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HH_RLHF = "Anthropic/hh-rlhf"
 
 
 class DialogueDataModule(AlignmentDataModule):
-    """Dialogues with answers; a leaf says which of a row's answers it takes.
+    """Provide dialogues with answers; a subclass says which of a row's answers it takes.
 
     Args:
         tokenizer: See `AlignmentDataModule`, as for every argument not named here.
@@ -70,11 +70,11 @@ class DialogueDataModule(AlignmentDataModule):
         self._found: dict[str, dict[str, list[Source]]] = {}
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
-        """The sources of each split; what `row_encoder` found already is not looked for again."""
+        """Find the sources of each split, unless `row_encoder` has found them already."""
         return self._found.pop(place, None) or super().find_splits(place)
 
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
-        """One example a row, its answers sharing the prompt."""
+        """Return an encoder that makes one example a row, whose answers share the prompt."""
         return DialogueEncoder(
             tokenizer,
             self.sides,
@@ -86,7 +86,7 @@ class DialogueDataModule(AlignmentDataModule):
         )
 
     def _resolve_format(self, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-        """The prompt format, chosen by the training rows where it is ``auto``."""
+        """Return the prompt format, chosen by the training rows where it is ``auto``."""
         if self.prompt_format != "auto":
             return self.prompt_format
         choice = choose_format(tokenizer, self._sources(), self.sides, self.columns)
@@ -95,14 +95,14 @@ class DialogueDataModule(AlignmentDataModule):
         return choice.prompt_format
 
     def _sources(self) -> Iterator[Source]:
-        """The sources of the training rows; of others where a place has none."""
+        """Yield the sources of the training rows, or of others where a place has none."""
         for place in weights_of(self.path):
             found = self._found[place] = self.find_splits(place)
             yield from found.get("train") or next(iter(found.values()))
 
 
 class PreferenceDataModule(DialogueDataModule):
-    """Prompts with ranked answers, the best first: pairs, or any k ≥ 2.
+    """Provide prompts with k ≥ 2 ranked answers, the best first; pairs have two.
 
     Args:
         tokenizer: See `DialogueDataModule`, as for every argument not named here.
@@ -114,7 +114,7 @@ class PreferenceDataModule(DialogueDataModule):
 
 
 class SFTDataModule(DialogueDataModule):
-    """Prompts with the answer to imitate: of pairs, the chosen one.
+    """Provide prompts with the answer to imitate, which is the chosen one of a pair.
 
     Args:
         tokenizer: See `DialogueDataModule`, as for every argument not named here.
@@ -138,7 +138,7 @@ class SFTDataModule(DialogueDataModule):
 
 
 class HHSFTDataModule(SFTDataModule):
-    """HH-RLHF's chosen answers: `SFTDataModule` with its path.
+    """Provide the chosen answers of HH-RLHF: `SFTDataModule` with its path.
 
     Args:
         tokenizer: See `AlignmentDataModule`.
@@ -151,7 +151,7 @@ class HHSFTDataModule(SFTDataModule):
 
 
 class HHPreferenceDataModule(PreferenceDataModule):
-    """HH-RLHF's pairs: `PreferenceDataModule` with its path.
+    """Provide the pairs of HH-RLHF: `PreferenceDataModule` with its path.
 
     Args:
         tokenizer: See `AlignmentDataModule`.

@@ -1,4 +1,4 @@
-"""Data modules for documents: language modelling."""
+"""Provide data modules for documents, which train language models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPENWEBTEXT = "stas/openwebtext-10k"
 
 
 class TextDataModule(AlignmentDataModule):
-    """Documents as rows of ``block_size`` tokens, tokenized once.
+    """Provide documents as rows of ``block_size`` tokens, tokenized once.
 
     Args:
         tokenizer: See `AlignmentDataModule`, as for every argument not named here.
@@ -66,7 +66,7 @@ class TextDataModule(AlignmentDataModule):
         self.columns = check_columns(columns)
 
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> DocumentEncoder:
-        """Rows of documents."""
+        """Return the encoder that turns documents into rows of tokens."""
         return DocumentEncoder(
             tokenizer,
             block_size=self.block_size,
@@ -76,7 +76,7 @@ class TextDataModule(AlignmentDataModule):
         )
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
-        """What is to be encoded beforehand: with ``streaming``, all but the training split."""
+        """Find what to encode beforehand; with ``streaming``, all but the training split."""
         splits = find_splits(
             place, splits=self.splits, streaming=self.streaming, hashes=self._hashes
         )
@@ -89,7 +89,7 @@ class TextDataModule(AlignmentDataModule):
         return splits
 
     def train_dataloader(self) -> DataLoader[PackedBatch]:
-        """Packed batches: in random order, or as they stream in."""
+        """Return packed training batches, in random order or in the order of the stream."""
         if not self.streaming:
             return super().train_dataloader()
         self.setup()
@@ -126,12 +126,12 @@ class TextDataModule(AlignmentDataModule):
         return self.loader(stream, num_workers=min(self.num_workers, 1), batch_size=None)
 
     def rows_of_batch(self, number: int) -> list[tuple[str, int]]:
-        """The source and line of each example in a micro-batch; a stream is read again for it."""
+        """Return the source and line of each example in a micro-batch; a stream is read again."""
         return self._reading.rows(number) if self._reading else super().rows_of_batch(number)
 
 
 class OpenWebTextDataModule(TextDataModule):
-    """OpenWebText-10k: `TextDataModule` with its path.
+    """Provide the documents of OpenWebText-10k: `TextDataModule` with its path.
 
     Args:
         tokenizer: See `AlignmentDataModule`.

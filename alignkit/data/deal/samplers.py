@@ -1,4 +1,4 @@
-"""Batches by token budget, dealt evenly to ranks and micro-batches."""
+"""Divide examples into batches by token budget, evenly over ranks and micro-batches."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ATTEMPTS = 64
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
-    """Yields the micro-batches of one rank, each a list of example indices.
+    """Yield the micro-batches of one rank, each a list of example indices.
 
     An epoch is a random order cut into *steps* of up to ``tokens_per_batch · world · accumulate``
     tokens; a step's examples are dealt, the longest first, to the lightest of its
@@ -110,12 +110,12 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> TokenBudgetBatchSampler:
-        """Itself: where Lightning looks for ``set_epoch``."""
+        """Return itself, since Lightning looks for ``set_epoch`` here."""
         return self
 
     @cached_property
     def fingerprint(self) -> Plan:
-        """What a position in an epoch is worth nothing without, name to value."""
+        """Return the plan that a position in an epoch belongs to, name to value."""
         return {
             **self._content,
             "tokens_per_batch": self._budget,
@@ -136,7 +136,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return next(self._batches_from(number))
 
     def set_epoch(self, epoch: int) -> None:
-        """Plan another epoch; a start offset belongs to the epoch it was loaded for."""
+        """Draw the plan of another epoch; a start offset belongs to the epoch it was loaded for."""
         if epoch == self.epoch:
             return
         self.epoch = epoch
@@ -145,14 +145,14 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             self._order, self._cuts = self._plan(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and position: the micro-batches yielded so far, skipped ones included.
+        """Return the epoch and the micro-batches yielded in it, skipped ones included.
 
         A loader with workers runs ahead of training; its owner knows better where training is.
         """
         return {"epoch": self.epoch, "batches": self._yielded, "plan": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position; the next iteration starts there.
+        """Move to a position; the next iteration starts there.
 
         Between two epochs anything may change, which is logged.
 
@@ -172,7 +172,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self._start = self._yielded = 0 if finished else batches
 
     def __len__(self) -> int:
-        """Micro-batches of one whole epoch of this rank, whatever the start offset."""
+        """Count this rank's micro-batches in one whole epoch, whatever the start offset."""
         if self._equal:
             last = self._micro_batches(self._cuts[-1] - self._cuts[-2])
             return (self._steps - 1) * self._accumulate + last
@@ -186,7 +186,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             yield batch
 
     def _batches_from(self, start: int) -> Iterator[list[int]]:
-        """The epoch's micro-batches of this rank without the first ``start``."""
+        """Yield the epoch's micro-batches of this rank without the first ``start``."""
         order, cuts = self._order, self._cuts
         for step in range(start // self._accumulate, len(cuts) - 1):
             members = order[cuts[step] : cuts[step + 1]]
@@ -198,11 +198,11 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
                     yield batch
 
     def _micro_batches(self, examples: int) -> int:
-        """Micro-batches of a step: fewer than usual where the whole epoch has too few examples."""
+        """Count a step's micro-batches, fewer than usual where the epoch has too few examples."""
         return max(1, min(self._accumulate, examples // self._world))
 
     def _plan(self, epoch: int) -> tuple[NDArray[np.int64], list[int]]:
-        """An order and where its steps begin and end, with as many steps as epoch 0 has."""
+        """Draw an order and the bounds of its steps, with as many steps as epoch 0 has."""
         for attempt in range(_ATTEMPTS if epoch else 1):
             order = self._draw(epoch, attempt)
             cuts = self._cut(order)
@@ -224,7 +224,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return order.astype(np.int64)
 
     def _cut(self, order: NDArray[np.int64]) -> list[int]:
-        """Greedily cut an order into steps."""
+        """Split an order greedily into steps."""
         bins = self._world * self._accumulate
         if self._examples is not None:
             cuts = [*range(0, len(order), self._examples), len(order)]
@@ -277,7 +277,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         return max(loads) <= self._budget
 
     def _deal(self, members: NDArray[np.int64], bins: int) -> list[list[int]]:
-        """Deal examples to ``bins`` micro-batches, the longest first to the lightest."""
+        """Divide examples among ``bins`` micro-batches, the longest first to the lightest."""
         if bins == 1:
             return [members.tolist()]
         sizes = self._sizes[members]

@@ -1,4 +1,4 @@
-"""Text that is larger than the disk: read, encoded and packed as training goes."""
+"""Encode and pack text while training reads it, for data sets larger than the disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Encode = Callable[[Source, Tally], Iterable[tuple[int, Example]]]
 
 
 class ExampleStream(IterableDataset[PackedBatch]):
-    """Packed batches from sources read over and over, in order, without end.
+    """Yield packed batches from sources read over and over, in order, without end.
 
     Every rank reads all rows and encodes its own, each ``world_size``-th one, so ranks never
     wait for one another's data and none runs out. Nothing is cached: resuming encodes again
@@ -57,7 +57,7 @@ class ExampleStream(IterableDataset[PackedBatch]):
             yield collate([example for _, example in batch])
 
     def rows(self, number: int) -> list[tuple[str, int]]:
-        """The source and line of each example of a batch; reads the stream again up to it."""
+        """Return the source and line of each example of a batch, by reading the stream again."""
         return [place for place, _ in next(islice(self._batches(), number, None))]
 
     def _batches(self) -> Iterator[list[_Placed]]:
@@ -97,5 +97,5 @@ def head(source: Source, count: int) -> Source:
 
 
 def tail(source: Source, count: int) -> Source:
-    """Return what follows the first rows of a source."""
+    """Return a source without its first rows."""
     return Source(source.name, source.digest, lambda: islice(source.rows(), count, None))

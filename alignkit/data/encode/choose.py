@@ -1,4 +1,4 @@
-"""Chooses what `prompt_format: auto` is: the chat template for messages, or HH-RLHF's form."""
+"""Choose the format for `prompt_format: auto`: the chat template, or HH-RLHF's text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ _ROWS = 100
 
 
 class Choice(NamedTuple):
-    """A prompt format and why it was chosen, in a few words."""
+    """Hold a prompt format and why it was chosen, in a few words.
+
+    Example:
+        >>> choice = Choice("boundary", "the tokenizer gpt2 has no chat template")
+        >>> choice.prompt_format
+        'boundary'
+    """
 
     prompt_format: PromptFormat
     why: str
@@ -31,7 +37,7 @@ def choose_format(
     sides: Sides,
     columns: Mapping[str, str] | None = None,
 ) -> Choice:
-    """Choose by the first hundred rows that can be read; most of them decide.
+    """Choose the prompt format that most of the first hundred readable rows fit.
 
     A row is one of messages where it says who speaks (`Side.messages`), in whatever shape; text
     with HH-RLHF's labels in it is not.
@@ -56,7 +62,7 @@ def choose_format(
 def _read(
     sources: Iterable[Source], sides: Sides, columns: Mapping[str, str] | None
 ) -> Iterator[Sequence[Side]]:
-    """The sides of every row that can be read; what others lack is told when they are encoded."""
+    """Yield the sides of every readable row; other rows are reported when they are encoded."""
     for source in sources:
         for _, row in source.rows():
             row = named_row(row, columns)

@@ -1,4 +1,4 @@
-"""Rows in chunks, and work on the next chunk while the last one is used."""
+"""Split rows into chunks, and prepare the next chunk while the last one is used."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _Item = TypeVar("_Item")
 
 
 def chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Lists of up to ``size`` items, in order."""
+    """Yield lists of up to ``size`` items, in order."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
 
 
 def one_ahead(work: Callable[[_Item], object], items: Iterable[_Item]) -> Iterator[_Item]:
-    """The items in order, each once ``work`` has dealt with it, in a thread.
+    """Yield the items in order, each once ``work`` has finished with it in a thread.
 
     While the caller uses an item, the next one is worked on. ``work`` should leave Python to the
     caller most of the time, as a tokenizer does.

@@ -1,4 +1,4 @@
-"""What a cached set depends on beside its data: the code that made it, known by its content.
+"""Hash the code that makes an encoded set, so that a cached set is reused only for the same code.
 
 alignkit's own code is known by one digest of its source files. Of a user's reader or encoder the
 code itself is looked at, with whatever it captures, refers to and inherits, so that two functions
@@ -35,12 +35,12 @@ _BOOKKEEPING = {
 
 
 class UnknownContentError(Exception):
-    """Something whose content cannot be told, so that nothing may be cached by it."""
+    """Report an object whose content cannot be hashed, so that nothing may be cached by it."""
 
 
 @cache
 def package_digest() -> str:
-    """Hash of the sources that make token ids; the version where they are not files."""
+    """Hash the sources that make token ids; without source files, give the version."""
     digest = xxhash.xxh3_128()
     paths = [path for name in _SOURCES for path in _python_files(os.path.join(_HOME, name))]
     for path in paths:  # of every start's time this is a third of a millisecond, without pathlib
@@ -51,7 +51,7 @@ def package_digest() -> str:
 
 
 def code_identity(*things: Any) -> str:
-    """Hash of functions, classes or objects by what they are made of.
+    """Hash functions, classes or objects by what they are made of.
 
     Args:
         *things: alignkit's own are known by their names, since `package_digest` covers them;
@@ -67,7 +67,7 @@ def code_identity(*things: Any) -> str:
 
 
 def is_own(function: Callable[..., Any]) -> bool:
-    """Whether a function or class is alignkit's, whatever names it goes by."""
+    """Tell whether a function or class is alignkit's, whatever names it goes by."""
     if isinstance(function, FunctionType):  # `functools.wraps` changes its module's name
         return Path(function.__code__.co_filename).is_relative_to(_HOME)
     return _own_name(getattr(function, "__module__", None))
@@ -87,7 +87,7 @@ def _python_files(path: str) -> list[str]:
 
 
 class _Content:
-    """Walks through objects and hashes what they consist of."""
+    """Hash objects by walking through what they consist of."""
 
     def __init__(self) -> None:
         self.digest = xxhash.xxh3_128()
@@ -96,7 +96,7 @@ class _Content:
         self._modules: set[tuple[str, frozenset[str]]] = set()
 
     def add(self, thing: Any) -> None:
-        """Add one object with all it refers to.
+        """Add one object to the hash, with all it refers to.
 
         Raises:
             UnknownContentError: It, or a part of it, cannot be taken apart.
@@ -188,7 +188,7 @@ class _Content:
                 self.add(value)
 
     def _add_module(self, module: ModuleType | None, names: frozenset[str]) -> None:
-        """A module by its source; a user's own also by what code with ``names`` finds there."""
+        """Add a module by its source; a user's own also by what ``names`` refer to in it."""
         name = module.__name__ if module else ""
         self._tell("module", name)
         file = getattr(module, "__file__", None)
@@ -233,7 +233,7 @@ def _cell(cell: Any) -> Any:
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names a function's code may look up, those of functions inside it included."""
+    """Return the names that a function's code may look up, with those of inner functions."""
     inner = (const for const in code.co_consts if isinstance(const, CodeType))
     return set(code.co_names).union(*map(_names, inner))
 
@@ -243,7 +243,7 @@ def _standard(module: str) -> bool:
 
 
 def _installed(file: str | None) -> bool:
-    """Whether a file came with Python or a package: its own content is enough to tell it."""
+    """Tell whether a file came with Python or a package, so that hashing the file is enough."""
     path = file or ""
     parts = path.split(os.sep)
     packages = "site-packages" in parts or "dist-packages" in parts

@@ -1,4 +1,4 @@
-"""Rows by the names that are read, where their columns have others."""
+"""Give a row's columns the names that are read, where the row has others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from alignkit.data.text.recognise import renamed
 
 
 def named_row(row: Row, columns: Mapping[str, str] | None) -> Row:
-    """A row by the names that are understood, or why it cannot be."""
+    """Return a row with the column names that are read, or why it cannot be."""
     if columns is None or isinstance(row, BadRow):
         return row
     try:

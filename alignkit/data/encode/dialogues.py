@@ -1,4 +1,4 @@
-"""Dialogues to examples: policies, ids, and truncation that knows turns."""
+"""Encode dialogues as examples: apply policies, tokenize, and drop whole turns if too long."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _CHUNK = 256
 
 
 class DialogueEncoder:
-    """Encodes dialogue rows, each as one `Example` whose responses share one prompt.
+    """Encode dialogue rows, each as one `Example` whose responses share one prompt.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -83,7 +83,7 @@ class DialogueEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything beside the rows that decides the examples."""
+        """Return everything beside the rows that decides the examples."""
         return {
             "tokens": self._encode_texts.fingerprint,
             "format": self._format.identity,
@@ -125,7 +125,7 @@ class DialogueEncoder:
         return {**tally.to_dict(), "systems": sorted(systems)[:2], "ends": sorted(ends)}
 
     def text_format(self, systems: Sequence[str], ends: Sequence[int]) -> TextFormat:
-        """What generation must know of the examples; see `TextFormat`."""
+        """Return what generation must know of the examples; see `TextFormat`."""
         return TextFormat(
             self._format.name,
             self.max_length,
@@ -136,7 +136,7 @@ class DialogueEncoder:
         )
 
     def drafts(self, source: Source, tally: Tally) -> Iterator[Draft]:
-        """The source's finished examples, in order; ``tally`` counts rows and defects."""
+        """Yield the source's finished drafts, in order; ``tally`` counts rows and defects."""
         judge = Judge(source.name, self.policies, tally)
         for drafts in one_ahead(self._tokenize, chunks(self._settled(source, judge), _CHUNK)):
             for draft in drafts:
@@ -147,12 +147,12 @@ class DialogueEncoder:
                 yield draft
 
     def _tokenize(self, drafts: Sequence[Draft]) -> None:
-        """All that needs the tokenizer, which two threads may not use at once."""
+        """Run all that needs the tokenizer, which two threads may not use at once."""
         self.encode(drafts)
         self._drop_turns(drafts)
 
     def example(self, draft: Draft) -> Example:
-        """A finished draft as the engine takes it."""
+        """Return a finished draft as the example that the engine takes."""
         return Example(draft.prompt, draft.responses, draft.scored if self.masked else None)
 
     def _settled(self, source: Source, judge: Judge) -> Iterator[Draft]:
@@ -178,11 +178,11 @@ class DialogueEncoder:
                 continue
 
     def encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
-        """Fill in the ids of drafts; see `DraftIds`."""
+        """Compute the ids of drafts; see `DraftIds`."""
         self._ids.fill(drafts, starts)
 
     def _drop_turns(self, drafts: Sequence[Draft]) -> None:
-        """Drop old turns, whole, from the dialogues that are too long.
+        """Remove old turns, whole, from the dialogues that are too long.
 
         A dialogue restarts at a later turn of the human, as every published one starts with one;
         what is left is encoded again, so its ids are those of its text.
@@ -202,7 +202,7 @@ class DialogueEncoder:
         return not draft.refusal and draft.length > self.max_length
 
     def _finish(self, draft: Draft, judge: Judge) -> None:
-        """Apply the policies that need ids, and cut the left of a last prompt that is too long."""
+        """Apply the policies that need ids, and cut a prompt that is still too long on its left."""
         if draft.refusal:
             judge.refuse("bad_rows", draft.line, draft.refusal)
         for name in rendered_defects(draft):
@@ -232,7 +232,7 @@ def read_row(
     judge: Judge,
     line: int,
 ) -> list[Side]:
-    """The sides of a row.
+    """Read the sides of a row, and apply the policy for a bad row.
 
     Raises:
         AlignkitError: The row is bad and its policy is ``error``.

@@ -1,4 +1,4 @@
-"""Documents to rows of tokens, for language modelling."""
+"""Encode documents as rows of tokens, for language modelling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CHUNK = 64
 
 
 class DocumentEncoder:
-    """Encodes ``{"text": …}`` rows as rows of ``block_size`` tokens.
+    """Encode ``{"text": …}`` rows as rows of ``block_size`` tokens.
 
     Args:
         tokenizer: A fast tokenizer; what it puts before a text begins every document, and its EOS
@@ -58,7 +58,7 @@ class DocumentEncoder:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything beside the documents that decides the rows."""
+        """Return everything beside the documents that decides the rows."""
         return {
             "tokens": self._encode.fingerprint,
             "block_size": self._block_size,
@@ -75,11 +75,11 @@ class DocumentEncoder:
         return {**tally.to_dict(), "systems": [], "ends": [self._encode.eos]}
 
     def text_format(self, systems: Sequence[str], ends: Sequence[int]) -> TextFormat:
-        """What generation must know of the rows; see `TextFormat`."""
+        """Return what generation must know of the rows; see `TextFormat`."""
         return TextFormat("text", self._block_size, ends=(self._encode.eos,))
 
     def examples(self, source: Source, tally: Tally) -> Iterator[tuple[int, Example]]:
-        """The source's rows of tokens, with the line of each one's first document."""
+        """Yield the source's rows of tokens, each with the line of its first document."""
         documents = self._documents(source, tally)
         for line, example in rows(documents, self._block_size, self._packing):
             tally.add("examples", line)
@@ -106,7 +106,7 @@ class DocumentEncoder:
 
 
 def _text(row: Row, judge: Judge, line: int) -> str:
-    """A row's text.
+    """Return a row's text.
 
     Raises:
         AlignkitError: The row has a defect whose policy is ``error``.

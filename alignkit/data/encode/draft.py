@@ -1,4 +1,4 @@
-"""An example on its way from text to ids, and what only its ids can tell."""
+"""Hold an example while it is turned from text into ids, and find defects in its ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from alignkit.data.text.formats import Rendered
 
 @dataclass
 class Draft:
-    """An example on its way from text to ids, such as ``Draft(1, Dialogue(prompt, (" 4",)))``.
+    """Hold an example while it is turned from text into ids.
+
+    Example:
+        >>> draft = Draft(1, Dialogue("2 + 2?", (" 4",)), prompt=[8, 9], responses=[[4, 0]])
+        >>> draft.answer_length, draft.length
+        (2, 4)
 
     Attributes:
         line: Its line in the source.
@@ -48,17 +53,17 @@ class Draft:
 
     @property
     def answer_length(self) -> int:
-        """Tokens of the longest response."""
+        """Count the tokens of the longest response."""
         return max(len(response) for response in self.responses)
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt with the longest response."""
+        """Count the tokens of the prompt with the longest response."""
         return len(self.prompt) + self.answer_length
 
 
 def rendered_defects(draft: Draft) -> list[str]:
-    """The defects that an encoded draft has and its text had not.
+    """Return the defects that an encoded draft has and its text had not.
 
     A template or a tokenizer may strip or normalise what made two answers differ.
     """

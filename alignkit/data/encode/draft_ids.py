@@ -1,4 +1,4 @@
-"""Drafts to ids: a text is encoded as one, which proves where prompt and answer meet."""
+"""Encode drafts as token ids, and check that an answer changes no ids of its prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from alignkit.errors import AlignkitError
 
 
 class DraftIds:
-    """Renders drafts and fills in their ids.
+    """Render drafts and compute their token ids.
 
     Args:
         encode: The tokenizer's.
@@ -29,13 +29,13 @@ class DraftIds:
 
     @cached_property
     def _lead(self) -> str:
-        """What precedes every answer, where it is enough of the prompt for the boundary proof."""
+        """Return the label before every answer, where it is enough for the boundary proof."""
         simple = self._format.name == "boundary" and not self._masked
         apart = simple and self._encode.reads_words_apart
         return f"\n\n{ASSISTANT}" if apart else ""
 
     def fill(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
-        """Fill in the ids, each prompt once, with the boundary proof.
+        """Compute the ids, each prompt once, with the boundary proof.
 
         Args:
             drafts: What to encode, from their dialogues.
@@ -130,20 +130,20 @@ class DraftIds:
                 draft.scored.append([flag for piece in flags for flag in piece])
 
     def tokens_of(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """Which ids stand for a part of a text and for nothing else."""
+        """Return the range of ids that stand for a part of a text and nothing else."""
         places = self._encode.offsets(text, specials=self._format.specials)
         inside = [i for i, (at, upto) in enumerate(places) if start <= at and upto <= end]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many ids two lists begin with alike."""
+    """Count the ids that two lists begin with alike."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _growing(text: Rendered) -> Iterator[str]:
-    """The prompt, and for each response the prompt with ever more of its pieces."""
+    """Yield the prompt, and for each response the prompt with one more of its pieces each time."""
     yield text.prompt
     for response in text.responses:
         yield from accumulate((text.prompt + response[0], *response[1:]))

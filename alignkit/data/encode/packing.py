@@ -1,4 +1,4 @@
-"""Documents to rows of ``block_size`` tokens: end to end, or packed without splitting them."""
+"""Put documents into rows of ``block_size`` tokens, end to end or packed whole."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOW = 8192
 def rows(
     documents: Iterable[Document], block_size: int, packing: Packing
 ) -> Iterator[tuple[int, Example]]:
-    """Rows of up to ``block_size`` tokens, each with the line of its first document.
+    """Yield rows of up to ``block_size`` tokens, each with the line of its first document.
 
     Args:
         documents: In order, each with its EOS.
@@ -71,7 +71,9 @@ def _best_fit(documents: Iterable[Document], size: int) -> Iterator[tuple[int, E
 
 
 def _pack(pieces: Sequence[Document], size: int) -> Iterator[tuple[int, Example]]:
-    """Best-fit decreasing (Johnson 1973): the longest first, each into the fullest row it fits.
+    """Put the longest document first, each into the fullest row that it fits.
+
+    This is best-fit decreasing (Johnson 1973).
 
     A row is one example without a prompt whose responses are its documents: the engine shows no
     response another, so documents share a row without sharing a context.

@@ -1,4 +1,4 @@
-"""Text to token ids, the one way alignkit does it, in batches."""
+"""Encode text as token ids, in batches, the same way for training and generation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignkit.models.tokenizer import added_around
 
 
 class TextEncoder:
-    """Encodes plain text with a fast tokenizer, without padding or truncation.
+    """Encode plain text with a fast tokenizer, without padding or truncation.
 
     Text is taken as text: ``<|endoftext|>`` written in a document becomes ordinary tokens, never
     an end of sequence in the middle of an answer.
@@ -55,7 +55,7 @@ class TextEncoder:
             )
 
     def __call__(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
-        """Ids of each text, without BOS or EOS.
+        """Return the ids of each text, without BOS or EOS.
 
         Args:
             texts: Any number of texts, encoded in parallel.
@@ -66,11 +66,11 @@ class TextEncoder:
         return [encoding.ids for encoding in encodings]
 
     def prompts(self, texts: Sequence[str], kind: TextKind) -> list[list[int]]:
-        """Ids of rendered prompts, as training and generation alike feed them to a model."""
+        """Return the ids of rendered prompts, as training and generation feed them to a model."""
         return [self.led(ids, kind) for ids in self(texts, specials=kind in SPECIALS)]
 
     def led(self, ids: list[int], kind: TextKind) -> list[int]:
-        """A text's ids behind what is to precede them.
+        """Return a text's ids behind the BOS that is to precede them.
 
         A chat template writes its own BOS, or means none: transformers encodes what it renders
         without adding any. Raw text may have been rendered by one.
@@ -79,24 +79,24 @@ class TextEncoder:
         return ids if kind == "chat" or has_it else [*self.bos, *ids]
 
     def offsets(self, text: str, *, specials: bool = False) -> list[tuple[int, int]]:
-        """Where each token of a text begins and ends in it, in characters."""
+        """Return where each token of a text begins and ends in it, in characters."""
         self._take_text(specials)
         found: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
         return found
 
     def _take_text(self, specials: bool) -> None:
-        """Undo what the tokenizer's last user left set; transformers sets it anew."""
+        """Reset what the tokenizer's last user left set; transformers sets it anew."""
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = not specials
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides the ids.
+        """Hash everything that decides the ids.
 
-        Of the tokenizer's files where it came from a directory, since writing a tokenizer out
-        takes far longer than reading them; of the tokenizer itself otherwise. What may have been
-        changed since it was read counts as it is now.
+        The tokenizer's files are hashed where it came from a directory, since writing a tokenizer
+        out takes far longer than reading them. Otherwise the tokenizer itself is hashed. What may
+        have been changed since it was read counts as it is now.
         """
         versions = f"{transformers.__version__} {tokenizers.__version__}"
         digest = xxhash.xxh3_128(f"{versions} {self.eos} {self.bos}".encode())
@@ -117,9 +117,9 @@ class TextEncoder:
 
     @cached_property
     def reads_words_apart(self) -> bool:
-        r"""Whether text splits into words left to right, and words into tokens each for itself.
+        r"""Tell whether text splits into words left to right, and each word into tokens alone.
 
-        So it is for a byte-level BPE with GPT-2's pattern, which looks no further back than where
+        This holds for a byte-level BPE with GPT-2's pattern, which looks no further back than where
         a word begins and joins no line break to a letter after it. Then the tokens of a text from
         a line's first letter on depend on that letter and what follows alone, and a prompt's
         last line is enough to tell whether an answer changes the prompt's tokens.
@@ -149,7 +149,7 @@ class TextEncoder:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, text: str, prompt_format: PromptFormat = "boundary"
 ) -> list[int]:
-    """The ids a prompt has in training, for generation to be fed the same.
+    """Return the ids a prompt has in training, for generation to be fed the same.
 
     Args:
         tokenizer: A fast one.

@@ -1,4 +1,4 @@
-"""What encoders hand their examples to."""
+"""Define what encoders hand their examples to."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from alignkit.batch import Example
 
 
 class ExampleWriter(Protocol):
-    """Takes examples one by one, in order.
+    """Take examples one by one, in order.
 
     Attributes:
         examples: How many it has taken.

@@ -1,4 +1,4 @@
-"""Encoded sets kept between runs, addressed by everything that decides their content."""
+"""Keep encoded sets between runs, each under a hash of everything that decides its content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """Where encoded sets are kept: the argument, ``$ALIGNKIT_CACHE``, or ``~/.cache/alignkit``."""
+    """Return the cache folder: the argument, ``$ALIGNKIT_CACHE``, or ``~/.cache/alignkit``."""
     return Path(cache_dir or os.environ.get("ALIGNKIT_CACHE") or "~/.cache/alignkit").expanduser()
 
 

@@ -1,4 +1,4 @@
-"""What a position in the data is worth nothing without, and what differs where it does not hold.
+"""Compare the data plan of a checkpoint with this run's, before a run resumes mid-epoch.
 
 A *plan* is a small dict of plain values, name to value: everything that decides which example
 comes when. It travels in the checkpoint beside the position, so that a refusal can name what
@@ -47,7 +47,7 @@ def check_plan(saved: object, plan: Plan) -> None:
 
 
 def differences(saved: object, plan: Plan) -> str:
-    """What differs between a checkpoint's plan and this run's; empty where nothing does."""
+    """Tell what differs between a checkpoint's plan and this run's; empty for nothing."""
     if not isinstance(saved, Mapping) or not saved:
         return "the checkpoint does not say what data it saw (an older alignkit wrote it)"
     derived, told = _changes(saved, plan)
@@ -59,7 +59,7 @@ def differences(saved: object, plan: Plan) -> str:
 
 
 def _changes(saved: Mapping[str, Any], plan: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs, those entries apart that have lists of their own: derived ones, others."""
+    """List what differs, as derived entries and as others, without sources and settings."""
     before, after = _flat(saved), _flat(plan)
     derived: list[str] = []
     others: list[str] = []

@@ -1,4 +1,4 @@
-"""The splits of a data path as encoded sets: found, encoded or opened, counted, and cut to size."""
+"""Open the splits of a data path as encoded sets, and encode those that are not cached."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _unshared: list[tempfile.TemporaryDirectory[str]] = []
 
 
 class _Part(NamedTuple):
-    """Examples of one source: where they come from, where they lie, and which are taken."""
+    """Hold the examples of one source: their source, their store, and which are taken."""
 
     source: Source
     store: Store
@@ -36,12 +36,12 @@ class _Part(NamedTuple):
 
 
 class RowEncoder(Protocol):
-    """Turns a source's rows into examples."""
+    """Turn a source's rows into examples."""
 
     masked: bool
 
     def text_format(self, systems: Sequence[str], ends: Sequence[int]) -> TextFormat:
-        """What generation must know of the examples.
+        """Return what generation must know of the examples.
 
         Args:
             systems: The system messages of the training examples, an empty one for none.
@@ -50,7 +50,7 @@ class RowEncoder(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything beside the rows that decides the examples, as JSON values."""
+        """Return everything beside the rows that decides the examples, as JSON values."""
 
     def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
         """Encode a source; returns its counts as `Tally.to_dict`, ``systems`` and ``ends``."""
@@ -58,7 +58,12 @@ class RowEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """What a data path holds.
+    """Hold the encoded splits of a data path.
+
+    Example:
+        >>> opened = Splits({}, [(90, 90)], {"rows": 90.0}, TextFormat("text", 8), {})
+        >>> opened.stats
+        {'rows': 90.0}
 
     Attributes:
         sets: The examples of ``train``, ``validation`` and ``test``.
@@ -161,7 +166,7 @@ def _content(part: _Part) -> dict[str, str]:
 def _fill_in(
     found: Mapping[str, list[_Part]], val_fraction: float, seed: int
 ) -> dict[str, list[_Part]]:
-    """The parts of each split; a validation or test split that is missing is made.
+    """Return the parts of each split, and make a validation or test split that is missing.
 
     Without either, a share of the training examples is held out; one of them stands for both.
     """
@@ -179,7 +184,7 @@ def _fill_in(
 
 
 def _hold_out(count: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which of ``count`` examples stay and which are held out, both in order."""
+    """Draw which of ``count`` examples stay and which are held out, both in order."""
     held_out = np.zeros(count, np.bool_)
     order = np.random.default_rng(seed).permutation(count)
     held_out[order[: max(1, round(share * count))]] = True
@@ -187,7 +192,7 @@ def _hold_out(count: int, share: float, seed: int) -> tuple[NDArray[np.int64], N
 
 
 class _Opener:
-    """Opens sources as encoded sets, from the cache where what makes them is known.
+    """Open sources as encoded sets, from the cache where the code that makes them is known.
 
     Args:
         encoder: Turns rows into examples.
@@ -212,7 +217,7 @@ class _Opener:
             self._unknown = str(error)
 
     def open(self, source: Source) -> _Part:
-        """Encode a source, or open what an earlier run made of the same by the same code."""
+        """Encode a source, or open the set that an earlier run made of it with the same code."""
         home, identity = self._address(source)
 
         def build(writer: StoreWriter) -> dict[str, Any]:
@@ -226,7 +231,7 @@ class _Opener:
         return _Part(source, store, np.arange(len(store), dtype=np.int64))
 
     def _address(self, source: Source) -> tuple[Path, dict[str, Any]]:
-        """The cache and the identity of an encoded set in it."""
+        """Return the cache folder and the identity of a source's encoded set in it."""
         unknown = self._unknown
         try:
             reader = None if is_own(source.rows) else code_identity(source.rows)

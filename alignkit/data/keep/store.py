@@ -1,4 +1,4 @@
-"""The encoded set on disk: flat arrays, memory-mapped, checked before they are trusted.
+"""Store encoded examples on disk as flat arrays, and check them before they are mapped.
 
 A store is a directory:
 
@@ -47,11 +47,11 @@ _CHECKED_WHOLE = 2**31
 
 
 class StoreError(Exception):
-    """A store that is half-written or damaged, and how one can tell."""
+    """Report a store that is half-written or damaged, and what shows it."""
 
 
 class StoreWriter:
-    """Writes a store example by example, holding none of it in memory.
+    """Write a store example by example, with only a small buffer in memory.
 
     Args:
         directory: An empty directory.
@@ -71,7 +71,7 @@ class StoreWriter:
         self.examples = 0
 
     def add(self, example: Example, line: int) -> None:
-        """Append one example, read from ``line`` of its source."""
+        """Add one example, read from ``line`` of its source."""
         pending = self._pending
         parts = [example.prompt, *example.responses]
         for part in parts:
@@ -120,7 +120,7 @@ class StoreWriter:
 
 
 class Store:
-    """A store opened for reading; picklable, so that workers map the same files.
+    """Read a store; it can be pickled, so that workers map the same files.
 
     Args:
         directory: What a `StoreWriter` finished.
@@ -172,19 +172,19 @@ class Store:
 
     @property
     def lines(self) -> NDArray[np.int64]:
-        """[E] int64, the line each example came from."""
+        """Return the line each example came from, [E] int64."""
         lines: NDArray[np.int64] = self._arrays["lines"]
         return lines
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """[E] int64, tokens of each example, its prompt counted once."""
+        """Return the tokens of each example, its prompt counted once, [E] int64."""
         starts = np.asarray(self._arrays["segments"])[np.asarray(self._arrays["examples"])]
         lengths: NDArray[np.int64] = np.diff(starts)
         return lengths
 
     def __getitem__(self, index: int) -> Example:
-        """One example; its ids are views of the mapped file, int32."""
+        """Return one example; its ids are views of the mapped file, int32."""
         arrays = self._arrays
         first, last = arrays["examples"][index], arrays["examples"][index + 1]
         bounds = arrays["segments"][first : last + 1].tolist()
@@ -198,7 +198,7 @@ class Store:
 
 
 class _Arrays(dict[str, NDArray[Any]]):
-    """A store's arrays, each mapped when it is first asked for."""
+    """Hold a store's arrays, each mapped when it is first asked for."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class _Arrays(dict[str, NDArray[Any]]):
 
 
 class ExampleSet(Dataset[Example]):
-    """Chosen examples of one encoded set or several, end to end.
+    """Hold chosen examples of one encoded set or several, end to end.
 
     Args:
         stores: Where the examples are.
@@ -231,12 +231,12 @@ class ExampleSet(Dataset[Example]):
 
     @property
     def sizes(self) -> list[int]:
-        """How many examples come from each store."""
+        """Count the examples that come from each store."""
         return [len(each) for each in self._chosen]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """[E] int64, tokens of each example, its prompt counted once."""
+        """Return the tokens of each example, its prompt counted once, [E] int64."""
         parts = [s.lengths[c] for s, c in zip(self._stores, self._chosen, strict=True)]
         return np.concatenate(parts)
 
@@ -256,7 +256,7 @@ class ExampleSet(Dataset[Example]):
 
 
 class Unsized(Dataset[Example]):
-    """Examples that do not tell how many they are."""
+    """Hold examples without a length, so that no loader can ask for one."""
 
     def __init__(self, examples: ExampleSet) -> None:
         self._examples = examples
@@ -266,7 +266,7 @@ class Unsized(Dataset[Example]):
 
 
 def _measure(path: Path, *, whole: bool = False) -> dict[str, Any]:
-    """Size and checksums of a file.
+    """Compute the size and the checksums of a file.
 
     A file too large to be read whole at every start is checked by its size and by the checksum
     of sixteen blocks spread over it; ``whole`` reads it all the same. It is read rather than

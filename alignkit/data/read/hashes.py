@@ -1,4 +1,4 @@
-"""Content hashes of files, remembered between runs as long as a file is not touched.
+"""Compute content hashes of files, and keep them between runs while a file is unchanged.
 
 Reading 10 GB only to find out that they are still the same would make every start wait. As git
 does for its working tree, a hash is taken over from the last run while the file's size, inode and
@@ -26,7 +26,7 @@ _SETTLED_NS = 2_000_000_000
 
 
 class FileHashes:
-    """Hashes files, each once.
+    """Compute the hash of each file once, and keep it in the cache.
 
     Args:
         cache: The cache's directory; nothing is remembered where it cannot be written.
@@ -73,6 +73,6 @@ def add_file(digest: xxhash.xxh3_128 | xxhash.xxh3_64, path: Path) -> None:
 
 
 def _state(path: Path) -> list[int]:
-    """Size and inode, then when it was written and when it changed, in nanoseconds."""
+    """Return a file's size and inode, and when it was written and changed, in nanoseconds."""
     stat = path.stat()
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]

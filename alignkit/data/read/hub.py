@@ -58,7 +58,7 @@ def _load_hub(name: str, configuration: str, streaming: bool) -> Any:
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Look only at what was downloaded before where the Hub does not answer.
+    """Restrict the datasets library to earlier downloads where the Hub does not answer.
 
     The Hub's client would otherwise retry for 23 s a file before it looks there.
     """
@@ -85,7 +85,7 @@ def _hub_source(path: str, split: str, rows: Any) -> Source:
 
 
 def _hub_digest(path: str, rows: Any) -> str:
-    """Return what a Hub split's content is known by."""
+    """Return a digest of a Hub split's content."""
     if fingerprint := getattr(rows, "_fingerprint", None):
         return str(fingerprint)
     # A set read over the network has none, but its files' addresses hold their revision.

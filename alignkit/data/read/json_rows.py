@@ -1,4 +1,4 @@
-"""Rows of JSON: an object a line, or one array of objects; neither is ever held whole."""
+"""Read rows of JSON, an object a line or one array, without holding the whole file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _NEAR_THE_END = 16  # an error this close to what is read so far may be of what 
 
 
 def json_rows(path: Path) -> Rows:
-    """The rows of a ``.json`` file: an array's, or an object a line."""
+    """Yield the rows of a ``.json`` file, from an array or from an object a line."""
     with damage_told(path, Place()), open_bytes(path) as file:
         start = file.read(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
     return array_rows(path) if start.startswith(b"[") else line_rows(path)
 
 
 def line_rows(path: Path) -> Rows:
-    """The rows of a file with a JSON object a line, by line."""
+    """Yield the rows of a file with a JSON object a line, by line."""
     place = Place()
     found = False
     with damage_told(path, place), open_bytes(path) as file:
@@ -40,7 +40,7 @@ def line_rows(path: Path) -> Rows:
 
 
 def array_rows(path: Path) -> Rows:
-    """The rows of a JSON array, by number from 1.
+    """Yield the rows of a JSON array, by number from 1.
 
     Raises:
         AlignkitError: It is damaged: what follows cannot be told apart from the row it is in.
@@ -56,7 +56,7 @@ def array_rows(path: Path) -> Rows:
 
 
 class _Array:
-    """Takes an array apart, reading on as its values need it.
+    """Parse an array value by value, and read on as the values need it.
 
     Args:
         file: What is read.
@@ -74,7 +74,7 @@ class _Array:
         self._decode = json.JSONDecoder().raw_decode
 
     def values(self) -> Iterator[Any]:
-        """Yield each value."""
+        """Yield each value of the array."""
         self._next()
         self._at += 1  # the bracket that made this an array
         if self._next() != "]":
@@ -93,7 +93,7 @@ class _Array:
             raise self._broken("something follows the array")
 
     def _next(self) -> str:
-        """The next character that is no space, at which reading then stands; empty at the end."""
+        """Move to the next character that is no space, and return it; empty at the end."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in _SPACE:
@@ -110,7 +110,7 @@ class _Array:
         return bool(read)
 
     def _value(self) -> Any:
-        """The value at which reading stands.
+        """Parse the value at which reading stands.
 
         A value that is not whole yet is tried again on twice the text, so that a long one costs
         a small multiple of its length.
@@ -144,7 +144,7 @@ class _Array:
 
 
 def _read_line(file: IO[bytes]) -> bytes | BadRow:
-    """The next line, or why it was skipped; never more than `MAX_LINE_BYTES` in memory."""
+    """Read the next line, at most `MAX_LINE_BYTES` of it, or return why it was skipped."""
     raw = file.readline(MAX_LINE_BYTES + 1)
     if len(raw) <= MAX_LINE_BYTES:
         return raw
@@ -157,7 +157,7 @@ def _read_line(file: IO[bytes]) -> bytes | BadRow:
 
 
 def _parse_line(raw: bytes | BadRow, first: bool) -> Row | None:
-    """One line as a row, ``None`` where it is blank."""
+    """Parse one line as a row, ``None`` where it is blank."""
     if isinstance(raw, BadRow):
         return raw
     try:

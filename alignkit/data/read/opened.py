@@ -1,4 +1,4 @@
-"""Opening a file that may be compressed; damage in it is an error with its place."""
+"""Open files that may be compressed, and report damage in one with its place."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _DAMAGE = (OSError, EOFError, zlib.error)
 
 
 def bare_suffix(path: Path) -> str:
-    """What a file's name says of its content, whatever compresses it: ``.csv`` of ``a.csv.gz``."""
+    """Return a file's suffix without that of its compression: ``.csv`` of ``a.csv.gz``."""
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """The content of a file, decompressed as it is read."""
+    """Open the content of a file, which is decompressed as it is read."""
     stream: Any
     if path.suffix == ".gz":
         stream = gzip.GzipFile(path)
@@ -36,7 +36,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 class Place:
-    """How far reading has come, for errors: the line, or the row, that is read next."""
+    """Hold the number of the line or row that is read next, for error messages."""
 
     def __init__(self) -> None:
         self.line = 1
@@ -44,7 +44,7 @@ class Place:
 
 @contextmanager
 def damage_told(path: Path, place: Place) -> Iterator[None]:
-    """Turn what reading raises into one line with the place.
+    """Turn errors of reading a file into one line with the place.
 
     Raises:
         AlignkitError: The file cannot be read on: compressed data is damaged, or text is no UTF-8.

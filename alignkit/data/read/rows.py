@@ -1,4 +1,4 @@
-"""What reading gives: rows with the place of each one, and those that could not be read."""
+"""Define what reading gives: rows with their places, and rows that could not be read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ MAX_LINE_BYTES = 16 * 2**20
 
 
 class BadRow(NamedTuple):
-    """A row that could not be read, and why, in a few words."""
+    """Hold why a row could not be read, in a few words.
+
+    Example:
+        >>> BadRow("3 values for 2 columns").reason
+        '3 values for 2 columns'
+    """
 
     reason: str
 
@@ -22,7 +27,12 @@ Rows = Iterator[tuple[int, Row]]
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read again and again.
+    """Hold a name, a digest and a reader of rows that can be read again and again.
+
+    Example:
+        >>> source = Source("train.jsonl", "0f3c", lambda: iter([(1, {"text": "2 + 2 is 4."})]))
+        >>> list(source.rows())
+        [(1, {'text': '2 + 2 is 4.'})]
 
     Attributes:
         name: What a person calls it: the file's path, or ``hub-id[split]``.

@@ -65,7 +65,7 @@ def _entry(path: Path, name: str) -> list[Any]:
 
 
 def _plain(name: Any, path: Path) -> str:
-    """Return a name that stays in the directory.
+    """Check that a file name stays in its directory, and return it.
 
     Raises:
         AlignkitError: It does not, or it is no name.

@@ -72,7 +72,7 @@ def _offered(
 
 
 def not_read(path: str) -> str:
-    """Say what a path holds besides the splits that are read; empty for nothing."""
+    """Tell what a path holds besides the splits that are read; empty for nothing."""
     local = Path(path).expanduser()
     names = files_not_read(local) if local.is_dir() else []
     if not names:

@@ -90,7 +90,7 @@ def arrow_rows(path: Path) -> Rows:
 
 
 def _columnar_rows(path: Path, kind: str, batches: Callable[[IO[bytes]], Iterator[Any]]) -> Rows:
-    """Yield the rows of batches; a compressed file is unpacked beside, as it is read from its end.
+    """Yield the rows of a columnar file's batches; a compressed file is first unpacked.
 
     Raises:
         AlignkitError: The file is damaged, or holds no rows.

@@ -1,4 +1,4 @@
-"""A chat template as a function: messages to text, split where the assistant begins and ends.
+"""Render messages with a chat template, and find where each turn of the assistant stands.
 
 The whole conversation is rendered once, so what is fed in training is what
 ``apply_chat_template`` gives for it. A turn of the assistant begins where the template's
@@ -25,14 +25,20 @@ _SAMPLE = "the words of alignkit's question"
 
 
 class Turn(NamedTuple):
-    """Where the assistant's words begin and end in a rendered conversation, in characters."""
+    """Hold where the assistant's words begin and end in rendered text, in characters.
+
+    Example:
+        >>> turn = Turn(6, 8)
+        >>> "2 + 2=4."[turn.start : turn.end]
+        '4.'
+    """
 
     start: int
     end: int
 
 
 class ChatTemplate:
-    """Renders messages with a chat template and finds the assistant's turns in the text.
+    """Render messages with a chat template and find the assistant's turns in the text.
 
     Args:
         tokenizer: Its special tokens are those that the template writes.
@@ -57,7 +63,7 @@ class ChatTemplate:
     def apply(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = ""
     ) -> str:
-        """What the template makes of messages.
+        """Render messages with the template.
 
         Raises:
             AlignkitError: The template refuses them.
@@ -78,7 +84,7 @@ class ChatTemplate:
     def turns(
         self, messages: Sequence[Message], wanted: Sequence[int], tools: str = ""
     ) -> tuple[str, list[Turn]]:
-        """A conversation's text, and where some of its messages stand in it.
+        """Return a conversation's text, and where some of its messages stand in it.
 
         Args:
             messages: The conversation; its last message is the assistant's.
@@ -101,7 +107,7 @@ class ChatTemplate:
         return whole, turns
 
     def words_of(self, messages: Sequence[Message], text: str, tools: str) -> tuple[int, int]:
-        """Where the last message's content stands in a prompt that asks for an answer to it.
+        """Find the last message's content in a prompt that asks for an answer to it.
 
         Args:
             messages: At least one.
@@ -123,7 +129,7 @@ class ChatTemplate:
         return 0, 0
 
     def upto_end(self, text: str, start: int = 0) -> int:
-        """Where the assistant's message ends that is the last in a text: after its end token.
+        """Return where a text's last message, the assistant's, ends: after its end token.
 
         White space behind it, and another end token that closes the conversation, are not the
         assistant's. Without an end token that is the end of the text.
@@ -134,7 +140,7 @@ class ChatTemplate:
     def _end_of(
         self, messages: Sequence[Message], at: int, whole: str, start: int, tools: str
     ) -> int | None:
-        """Where the message ends whose turn starts at ``start``; ``None`` where it cannot be told.
+        """Return where the message ends whose turn starts at ``start``; ``None`` if unknown.
 
         In the middle of a conversation that is the end token right behind its words, or the
         words' end where the template writes none.
@@ -160,14 +166,14 @@ class ChatTemplate:
     def _end_by_sample(
         self, messages: Sequence[Message], at: int, whole: str, tools: str
     ) -> int | None:
-        """Where a message's words end: before what follows other words in their place."""
+        """Find where a message's words end, by rendering other words in their place."""
         sample = [*messages[:at], messages[at]._replace(content=_SAMPLE), *messages[at + 1 :]]
         text = self.apply(sample, add_generation_prompt=False, tools=tools)
         _, found, rest = text.rpartition(_SAMPLE)
         return len(whole) - len(rest) if found and whole.endswith(rest) else None
 
     def _closed(self, whole: str, end: int) -> int:
-        """Where a message ends whose words do: behind the token that follows them, if any."""
+        """Return where a message ends: behind the end token after its words, if any."""
         space = len(whole[end:]) - len(whole[end:].lstrip())
         close = self._end.match(whole, end + space)
         return close.end() if close else end
@@ -180,7 +186,7 @@ class ChatTemplate:
         whole: str,
         asked: str,
     ) -> list[Turn]:
-        """The turns by the template's own marks, of which there is one for each message.
+        """Return the turns by the template's own marks, of which each message has one.
 
         Raises:
             AlignkitError: It has none, or others.
@@ -212,7 +218,7 @@ class ChatTemplate:
         ]
 
     def _plain(self, message: Message) -> dict[str, Any]:
-        """A message as the template takes it."""
+        """Return a message as the template takes it."""
         plain = {"role": message.role, "content": message.content}
         if message.fields and (self._reads_calls or message.role == "tool"):
             plain.update(json.loads(message.fields))
@@ -220,6 +226,6 @@ class ChatTemplate:
 
 
 def _common(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Count the characters that two texts begin with alike."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -1,4 +1,4 @@
-"""Chat templates: a tokenizer's own, and those that say what our other formats write."""
+"""Give the chat template of a tokenizer, and templates that write our other formats."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STRIPPED_TEMPLATE = (
 
 
 def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template that a tokenizer uses where none is named; ``None`` without one."""
+    """Return the chat template that a tokenizer uses by default; ``None`` without one."""
     try:
         return str(tokenizer.get_chat_template())
     except ValueError:  # none, or several and no default among them
@@ -35,7 +35,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def template_of(text_format: TextFormat, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A chat template that renders prompts as a model was trained on them.
+    """Return a chat template that renders prompts as a model was trained on them.
 
     Returns:
         The one of ``chat``; for ``boundary`` and ``stripped`` one that writes HH-RLHF's labels,

@@ -1,4 +1,4 @@
-"""Finding a row's defects and applying the policies to them."""
+"""Find a row's defects and apply the policies to them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _ODD = re.compile("[\ufffd\ufeff\u200b-\u200f\u202a-\u202e\u2060-\u2069\ue000-\u
 
 
 class Dropped(Exception):
-    """A row goes, by policy; it has been counted."""
+    """Report that a row is dropped by a policy and has been counted."""
 
 
 class Judge:
-    """Applies the policies to the rows of one source.
+    """Apply the policies to the rows of one source.
 
     Args:
         source: The name that errors carry, ``source:line: …``.
@@ -106,7 +106,7 @@ class Judge:
         raise Dropped
 
     def settle(self, sides: Sequence[Side], line: int) -> Dialogue:
-        """One dialogue from a row's sides, by the policies.
+        """Make one dialogue from a row's sides, by the policies.
 
         Raises:
             AlignkitError: A defect whose policy is ``error``.
@@ -160,7 +160,7 @@ class Judge:
 
 
 def defects(sides: Sequence[Side]) -> list[str]:
-    """The defects of a row as it was published, by the names in `MEANING`."""
+    """List the defects of a row as it was published, by the names in `MEANING`."""
     answers = [side.answer for side in sides]
     prompts = {(side.prompt, _spoken(side.messages or ())) for side in sides}
     text = "\n".join([*(prompt for prompt, _ in prompts), *answers])
@@ -177,7 +177,7 @@ def defects(sides: Sequence[Side]) -> list[str]:
 
 
 def shared_prompt(sides: Sequence[Side]) -> list[Side]:
-    """The sides split where their dialogues part, at a turn of the assistant; none without one."""
+    """Split the sides at the assistant's turn where their dialogues part; none without one."""
     if all(side.whole for side in sides):
         texts = tuple(side.prompt + side.answer for side in sides)
         shared = common_prompt(texts)
@@ -221,12 +221,12 @@ def _readable_side(side: Side) -> Side:
 
 
 def readable(text: str) -> str:
-    """Text a tokenizer can encode: control characters as spaces, lone surrogates as U+FFFD."""
+    """Replace control characters by spaces and lone surrogates by U+FFFD, for the tokenizer."""
     return _UNREADABLE.sub(" ", _SURROGATE.sub("\ufffd", text))
 
 
 def character_defects(text: str) -> list[str]:
-    """Which defects of single characters a text has."""
+    """List the defects of single characters that a text has."""
     patterns = {"control_characters": _UNREADABLE}
     if not text.isascii():  # most text is, and none of it is odd
         patterns["unicode_oddities"] = _ODD
@@ -234,5 +234,5 @@ def character_defects(text: str) -> list[str]:
 
 
 def prompt_key(prompt: str) -> bytes:
-    """A short key by which equal prompts are found."""
+    """Return a short key by which equal prompts are found."""
     return hashlib.blake2b(prompt.encode("utf-8", "replace"), digest_size=16).digest()

@@ -1,4 +1,4 @@
-r"""HH-RLHF dialogues as plain functions: labels, turns, and the split into prompt and answer.
+r"""Read HH-RLHF dialogues: their labels, their turns, and the split into prompt and answer.
 
 A dialogue is published as one text, ``\n\nHuman: …\n\nAssistant: …``. Text is never rewritten
 on the way: a prompt ends right after its last ``Assistant:`` and the answer keeps the space that
@@ -29,11 +29,18 @@ _STRAY = re.compile(r"\n[ \t]*(Human|Assistant):")
 
 
 class RowError(ValueError):
-    """A row of the wrong shape; the message says what it lacks, without its place."""
+    """Report a row of the wrong shape; the message says what it lacks, without its place."""
 
 
 class Turn(NamedTuple):
-    """One turn of a dialogue: who speaks, what (spaces kept), and where its label begins."""
+    """Hold one turn of a dialogue: its speaker, its text, and where its label begins.
+
+    Spaces of the text are kept.
+
+    Example:
+        >>> Turn("Human", " What is 2 + 2?", 0).text
+        ' What is 2 + 2?'
+    """
 
     role: str
     text: str
@@ -41,7 +48,12 @@ class Turn(NamedTuple):
 
 
 class Message(NamedTuple):
-    """One message of a chat, such as ``Message("user", "What is 2 + 2?")``.
+    """Hold one message of a chat.
+
+    Example:
+        >>> message = Message("user", "What is 2 + 2?")
+        >>> message.role, message.trained
+        ('user', True)
 
     Attributes:
         role: ``system``, ``user``, ``assistant`` or ``tool``.
@@ -59,9 +71,12 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Dialogue:
-    r"""A prompt and the answers to it.
+    r"""Hold a prompt and the answers to it.
 
-    ``Dialogue("\n\nHuman: What is 2 + 2?\n\nAssistant:", (" 4", " 5"))`` holds two answers.
+    Example:
+        >>> dialogue = Dialogue("\n\nHuman: What is 2 + 2?\n\nAssistant:", (" 4", " 5"))
+        >>> [reply.content for reply in dialogue.said()]
+        ['4', '5']
 
     Attributes:
         prompt: The text up to and including the last ``Assistant:``.
@@ -85,18 +100,18 @@ class Dialogue:
     tools: str = ""
 
     def turn_starts(self) -> tuple[int, ...]:
-        """Offsets into the prompt at which a turn begins, the answer's own label last."""
+        """Return the offsets in the prompt at which a turn begins, the answer's own label last."""
         if self.starts is not None:
             return self.starts
         return tuple(turn.start for turn in turns(self.prompt))
 
     def since(self, start: int) -> str:
-        """The prompt from the turn at ``start`` on; text before the first turn stays."""
+        """Return the prompt from the turn at ``start`` on; text before the first turn stays."""
         first = (self.turn_starts() or (0,))[0] if start else 0
         return self.prompt[:first] + self.prompt[start:]
 
     def history(self, start: int = 0) -> list[Message]:
-        """The prompt as messages, from the turn at ``start`` on.
+        """Return the prompt as messages, from the turn at ``start`` on.
 
         The system's message, which is the text before the first turn, stays with a shortened
         dialogue.
@@ -114,7 +129,7 @@ class Dialogue:
         return [*messages[:led], *messages[led + dropped :]]
 
     def answered(self, start: int = 0) -> list[tuple[int, int]]:
-        """The parts of the prompt, from ``start`` on, that the assistant said to be trained on.
+        """Return the assistant's parts of the prompt that are trained on, from ``start`` on.
 
         Returns:
             Where each begins, right after its label, and where it ends.
@@ -127,7 +142,7 @@ class Dialogue:
         ]
 
     def said(self) -> tuple[Message, ...]:
-        """Each answer as a message."""
+        """Return each answer as a message."""
         return self.replies or tuple(
             Message("assistant", (self.continued + answer).strip()) for answer in self.answers
         )
@@ -150,7 +165,7 @@ def split_last(text: str) -> tuple[str, str]:
 
 
 def last_label(text: str) -> int | None:
-    """Where the label that opens the assistant's last turn ends; ``None`` without one."""
+    """Find the end of the label that opens the assistant's last turn; ``None`` without one."""
     at = len(text)
     # From the end: a split needs one label, and the text before it may be long.
     while (at := text.rfind(ASSISTANT, 0, at)) >= 0:
@@ -160,7 +175,7 @@ def last_label(text: str) -> int | None:
 
 
 def turns(text: str) -> list[Turn]:
-    """The turns of a dialogue, by the labels that follow an empty line.
+    """Return the turns of a dialogue, by the labels that follow an empty line.
 
     Text before the first label belongs to no turn. A label elsewhere in a line opens no turn:
     people write "Human:" in the middle of a sentence.
@@ -174,7 +189,7 @@ def turns(text: str) -> list[Turn]:
 
 
 def doubled_roles(prompt: str, messages: Sequence[Message] | None = None) -> bool:
-    """Whether someone speaks twice in a row, the answer to the prompt included."""
+    """Tell whether someone speaks twice in a row, the answer to the prompt included."""
     if messages is None:
         roles = [mark[1] for mark in _turn_marks(prompt)]
     else:
@@ -190,7 +205,7 @@ def _turn_marks(text: str) -> list[re.Match[str]]:
 
 
 def common_prompt(texts: tuple[str, ...]) -> str | None:
-    """The longest prompt that all dialogues share: their common start up to an ``Assistant:``.
+    """Return the longest prompt that all dialogues share, which ends with ``Assistant:``.
 
     Where prompts differ at the last label, one side usually holds a stray turn in the middle
     of its answer; this finds the prompt the two sides were really written for.
@@ -205,12 +220,12 @@ def common_prompt(texts: tuple[str, ...]) -> str | None:
 
 
 def holds_label(answer: str) -> bool:
-    """Whether a role's label opens the answer or a line of it."""
+    """Tell whether a role's label opens the answer or a line of it."""
     return bool(_LEADING.match(answer) or _STRAY.search(answer))
 
 
 def without_labels(answer: str) -> str:
-    """An answer of HH-RLHF without stray role labels.
+    """Return an answer of HH-RLHF without stray role labels.
 
     A label that opens the answer is taken off (``Assistant: Human: I think …`` is an answer
     mislabelled); at one that opens a later line the answer ends, since what follows is someone

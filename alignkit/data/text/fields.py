@@ -1,4 +1,4 @@
-"""Which fields of a row are read, which are harmless, and which would change what is trained.
+"""Tell which fields of a row are read, and which others would change what is trained.
 
 A message may hold what is listed here and nothing else: an unknown field of it is found, as it
 may be what a template renders or what masks a turn. Of a row's columns, those known to change
@@ -50,7 +50,7 @@ _NO = ("false", "0", "0.0", "no", "n", "bad", "undesirable")
 
 
 def is_set(value: Any) -> bool:
-    """Whether a field says anything; sets with columns of several shapes leave many empty."""
+    """Tell whether a field is not empty; data sets with many columns leave some empty."""
     return value is not None and value not in ("", "[]", "{}", [], {})
 
 
@@ -66,7 +66,7 @@ def truth_of(value: Any) -> bool | None:
 
 
 def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Whether a message may be trained on, and its fields that are not understood.
+    """Tell whether a message may be trained on, and list its fields that are not understood.
 
     ``weight`` is read where it is 0 or 1, ``train`` where it is true or false.
 
@@ -93,7 +93,7 @@ def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:
 def unread_columns(
     row: Mapping[str, Any], read: Collection[str], said: Sequence[str] | None
 ) -> list[str]:
-    """A row's columns that would change what is trained, and are not read.
+    """List a row's columns that would change what is trained, and are not read.
 
     Args:
         row: The row.
@@ -118,7 +118,7 @@ def unread_columns(
 
 
 def _known_as(name: str) -> str:
-    """Return what a column is known by: isDesirable as ``desirable``, loss_weights as weight."""
+    """Return a column's usual name: ``desirable`` for isDesirable, ``weight`` for loss_weights."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|[\s.-]+", "_", name).lower().removeprefix("is_")
     return "weight" if words.rpartition("_")[2] in ("weight", "weights") else words
 
@@ -128,6 +128,6 @@ def _same(value: Any, usual: Any) -> bool:
 
 
 def _shown(name: str, value: Any) -> str:
-    """A field by its name, and its value where that is a number or a truth."""
+    """Show a field by its name, and its value where that is a number or a truth."""
     shown = f" {value}" if isinstance(value, bool | int | float) else ""
     return f"`{name[:40]}`{shown}"

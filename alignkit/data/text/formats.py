@@ -1,4 +1,4 @@
-r"""How a dialogue becomes text for the tokenizer: four formats, one interface.
+r"""Render dialogues as text for the tokenizer, in one of four prompt formats.
 
 ``boundary`` (the default)
     The published text. The prompt ends right after ``Assistant:`` and the answer keeps its space,
@@ -36,7 +36,12 @@ from alignkit.models.tokenizer import end_tokens
 
 @dataclass(frozen=True)
 class Rendered:
-    """Texts to encode, such as ``Rendered("<user>2 + 2?</s><assistant>", (("4</s>",),))``.
+    """Hold the rendered texts of a prompt and its responses, which are to be encoded.
+
+    Example:
+        >>> text = Rendered("<user>2 + 2?</s><assistant>", (("4</s>",),))
+        >>> list(text.pieces())
+        ['<user>2 + 2?</s><assistant>', '4</s>']
 
     Attributes:
         prompt: What generation is fed.
@@ -51,14 +56,14 @@ class Rendered:
     blank: bool = False
 
     def pieces(self) -> Iterator[str]:
-        """Every text, the prompt first."""
+        """Yield every text, the prompt first."""
         yield self.prompt
         for response in self.responses:
             yield from response
 
 
 class Format:
-    """Renders dialogues, from any of their turns on.
+    """Render dialogues, from any of their turns on.
 
     Args:
         name: One of the formats above.
@@ -113,11 +118,11 @@ class Format:
 
     @property
     def identity(self) -> list[Any]:
-        """What the encoded set depends on beside the tokenizer's ids."""
+        """Return what the encoded set depends on beside the tokenizer's ids."""
         return [self.name, self.chat_template, self._all_turns]
 
     def restarts(self, dialogue: Dialogue) -> list[int]:
-        """Where a dialogue may start once old turns are dropped: at its later human turns."""
+        """Return where a dialogue may start once old turns are dropped: its later human turns."""
         if self.name == "raw":
             return []
         starts = dialogue.turn_starts()
@@ -125,12 +130,12 @@ class Format:
         return human[1:]
 
     def system(self, dialogue: Dialogue) -> str:
-        """What stands before the first turn; empty where nothing does, or no one could tell."""
+        """Return what stands before the first turn; empty where there is nothing, or no turn."""
         starts = dialogue.turn_starts()
         return dialogue.prompt[: starts[0]].strip() if starts else ""
 
     def render(self, dialogue: Dialogue, start: int = 0) -> Rendered:
-        """The dialogue's texts, its prompt from the character ``start`` on (a turn's start)."""
+        """Render the dialogue, its prompt from the character ``start`` on (a turn's start)."""
         if self.name == "chat":
             return self._chat(dialogue, start)
         if self.name == "stripped":
@@ -175,7 +180,7 @@ class Format:
         return Rendered(prompts.pop(), tuple(responses), blank=blank)
 
     def question(self, dialogue: Dialogue, start: int, text: Rendered) -> tuple[int, int]:
-        """Where the prompt's last question stands in its text, the same twice for nowhere."""
+        """Find the prompt's last question in its text; the same place twice for nowhere."""
         if self._template is None:
             return 0, 0
         messages = dialogue.history(start)
@@ -187,18 +192,18 @@ class Format:
         return self._template.words_of(messages, text.prompt, dialogue.tools)
 
     def ended(self, response: tuple[str, ...]) -> bool:
-        """Whether a response's text holds its end already, so that no EOS is to be added."""
+        """Tell whether a response's text holds its end already, so that no EOS is to be added."""
         return bool(self._ends) and response[-1].endswith(self._ends)
 
     def _upto_end(self, text: str) -> str:
-        """A text without the white space that follows a special token at its end."""
+        """Return a text without the white space that follows a special token at its end."""
         stem = text.rstrip()
         return stem if stem.endswith(self._ends) else text
 
     def apply(
         self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: str = ""
     ) -> str:
-        """What the chat template makes of messages.
+        """Render messages with the chat template.
 
         Raises:
             AlignkitError: The template refuses them.
@@ -212,7 +217,7 @@ class Format:
 
 
 def _continued(whole: str, turn: Turn, words: str) -> Turn:
-    """The assistant's turn without the words that it begins with, which are the prompt's.
+    """Return the assistant's turn without its first words, which are the prompt's.
 
     Raises:
         AlignkitError: The template makes something else of them.
@@ -228,7 +233,7 @@ def _continued(whole: str, turn: Turn, words: str) -> Turn:
 
 
 def _all_turns(dialogue: Dialogue, start: int) -> Rendered:
-    """The dialogue's text, cut after each label of the assistant and where its turn ends."""
+    """Split a dialogue's text after each label of the assistant and where its turn ends."""
     text = dialogue.prompt
     cuts = [at for turn in dialogue.answered(start) for at in turn]
     cuts.append(len(text))  # the turn that the answer continues

@@ -19,7 +19,7 @@ Read = Callable[[Columns], dict[str, Any]]
 
 
 class Shape(NamedTuple):
-    """Describe one shape of row.
+    """Describe one shape of row: its name, its columns, and how it is read.
 
     Example:
         >>> shape = Shape("riddles", ("riddle", "solution"),
@@ -41,7 +41,7 @@ class Shape(NamedTuple):
 
     @property
     def columns(self) -> frozenset[str]:
-        """Return all that it reads."""
+        """Return all columns that the shape reads."""
         return frozenset((*self.needs, *self.also))
 
 
@@ -53,7 +53,7 @@ _INPUT = ("input", "context")
 
 
 class _Question(NamedTuple):
-    """A way to ask: what it is called, the columns that make it, and how it is read."""
+    """Hold one form of a question: its name, the columns that make it, and how it is read."""
 
     name: str
     needs: tuple[str, ...]
@@ -72,7 +72,7 @@ def _system(row: Columns) -> list[dict[str, str]]:
 
 
 def _asking(column: str) -> Read:
-    """Return what reads a column as the user's message."""
+    """Return a function that reads a column as the user's message."""
 
     def read(row: Columns) -> dict[str, Any]:
         return {"prompt": [*_system(row), {"role": "user", "content": row[column]}]}
@@ -115,7 +115,7 @@ def _led(system: list[dict[str, str]], messages: Any) -> Any:
 
 
 def _talk(column: str) -> Read:
-    """Return what reads a column as a whole conversation."""
+    """Return a function that reads a column as a whole conversation."""
 
     def read(row: Columns) -> dict[str, Any]:
         return {"messages": _led(_system(row), plain_messages(row[column]))}
@@ -124,7 +124,7 @@ def _talk(column: str) -> Read:
 
 
 def _talk_asks(column: str) -> Read:
-    """Return what reads a column as a conversation that ends with a question."""
+    """Return a function that reads a column as a conversation that ends with a question."""
 
     def read(row: Columns) -> dict[str, Any]:
         asked = _talk(column)(row)["messages"]

@@ -1,4 +1,4 @@
-"""Messages as rows give them: roles, contents and calls of tools by whatever names they have."""
+"""Read messages from rows: roles, contents and tool calls, by whatever names they have."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LABELS = {"user": HUMAN, "assistant": ASSISTANT, "tool": "Tool:"}
 
 
 def as_messages(value: Any, key: str) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """Check messages, and name those of their fields that are not understood.
+    """Check messages, and list those of their fields that are not understood.
 
     Args:
         value: A list of mappings with ``role`` and ``content``, or ShareGPT's ``from`` and
@@ -65,7 +65,7 @@ def as_messages(value: Any, key: str) -> tuple[tuple[Message, ...], tuple[str, .
 
 
 def named(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message by the names of its fields here, where it has ShareGPT's."""
+    """Return a message with the field names used here, where it has ShareGPT's."""
     if "from" not in message or "value" not in message or message.get("role") is not None:
         return message
     names = {"from": "role", "value": "content"}
@@ -73,7 +73,7 @@ def named(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def transcript(messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
-    """Messages as an HH-RLHF prompt that asks for an answer, and where its turns begin."""
+    """Convert messages to an HH-RLHF prompt, and return where its turns begin."""
     text = ""
     starts = []
     for message in messages:
@@ -87,7 +87,7 @@ def transcript(messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
 
 
 def read_tools(value: Any) -> str:
-    """The tools of a row as JSON, each as ``{"type": "function", "function": {...}}``.
+    """Return a row's tools as JSON, each ``{"type": "function", "function": {...}}``.
 
     Raises:
         RowError: They are no list of JSON objects, nor its text.
@@ -103,7 +103,7 @@ def read_tools(value: Any) -> str:
 
 
 def _as_message(message: Mapping[str, Any], key: str) -> tuple[Message, list[str]]:
-    """One message, and its fields that are not understood."""
+    """Return one message, and its fields that are not understood."""
     role = message.get("role")
     trained, others = read_weight(message)
     if not isinstance(role, str):
@@ -133,7 +133,7 @@ def _as_message(message: Mapping[str, Any], key: str) -> tuple[Message, list[str
 
 
 def _calls(message: Mapping[str, Any], key: str) -> list[Any]:
-    """The calls of tools that a message makes, as OpenAI's ``tool_calls``."""
+    """Return the tool calls that a message makes, as OpenAI's ``tool_calls``."""
     role = message["role"]
     if role in _CALLS:
         call = _parsed(message.get("content"), role)
@@ -152,7 +152,7 @@ def _calls(message: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _as_call(call: Any, key: str) -> dict[str, Any]:
-    """One call, as ``{"type": "function", "function": {"name": …, "arguments": …}}``."""
+    """Return a call as ``{"type": "function", "function": {"name": …, "arguments": …}}``."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RowError(f"`{key}` has a call of a tool without a `name`")
@@ -160,7 +160,7 @@ def _as_call(call: Any, key: str) -> dict[str, Any]:
 
 
 def _call_text(call: Mapping[str, Any]) -> str:
-    """A call as text, for what has no place for calls."""
+    """Return a call as text, for formats that have no place for calls."""
     function = call["function"]
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
@@ -171,7 +171,7 @@ def _call_text(call: Mapping[str, Any]) -> str:
 
 
 def _parsed(value: Any, name: str) -> Any:
-    """A value, from JSON where it is text."""
+    """Return a value, parsed as JSON where it is text."""
     if not isinstance(value, str):
         return value
     try:
@@ -181,7 +181,7 @@ def _parsed(value: Any, name: str) -> Any:
 
 
 def _joined_parts(parts: Sequence[Any], key: str) -> str:
-    """The text of a content that comes in parts."""
+    """Return the text of a content that comes in parts."""
     texts = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"

@@ -1,4 +1,4 @@
-"""What is wrong with a row, and what to do about it: a policy per defect, and counts.
+"""Define the defects that a row may have and a policy for each, and count them.
 
 Nothing is dropped or changed without being counted, and the counts are logged once at the start
 of a run.
@@ -32,7 +32,13 @@ MEANING = {
 
 @dataclass(frozen=True)
 class Policies:
-    """What happens to a row with a defect: ``keep``, ``drop``, ``repair`` it, or ``error``.
+    """Declare what happens to a row with a defect: ``keep``, ``drop``, ``repair`` or ``error``.
+
+    Example:
+        >>> Policies(empty_answers="keep").empty_answers
+        'keep'
+        >>> choices("empty_answers")
+        ('keep', 'drop', 'error')
 
     Attributes:
         bad_rows: A row that is not JSON, is not UTF-8, lacks a key or has no ``Assistant:``.
@@ -95,12 +101,12 @@ class Policies:
 
 
 def choices(defect: str) -> tuple[str, ...]:
-    """The policies a defect allows."""
+    """Return the policies that a defect allows."""
     return get_args(Policies.__dataclass_fields__[defect].type)
 
 
 class Tally:
-    """Counts of rows by defect, the lines where they stand, and what is not read of them.
+    """Count rows by defect, with the lines where they stand and the columns not read.
 
     Args:
         lines_kept: How many line numbers to remember for each defect; ``None`` for all.
@@ -130,7 +136,7 @@ class Tally:
             self.shapes[shape] = self.shapes.get(shape, 0) + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """Return the counts, lines, columns and shapes as JSON can hold them."""
         return {
             "counts": self.counts,
             "lines": self.lines,

@@ -1,4 +1,4 @@
-"""Put answers in the order of their scores, whatever they and the scores are called."""
+"""Put ranked answers in the order of their scores, whatever names their fields have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that were rendered before: a prompt and answers as they are, for ``prompt_format: raw``."""
+"""Read rows that were rendered before, for ``prompt_format: raw``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from alignkit.data.text.shapes import (
 
 
 def reader(sides: Sides) -> Sides:
-    """What reads raw rows where ``sides`` reads the others; a reader of one's own stays."""
+    """Return the reader of raw rows that belongs to ``sides``; a user's own reader stays."""
     twins: dict[Sides, Sides] = {preference_sides: raw_preference_sides, sft_sides: raw_sft_sides}
     return twins.get(sides, sides)
 
 
 def raw_preference_sides(row: Mapping[str, Any]) -> list[Side]:
-    """The sides of ``prompt`` with ``chosen`` and ``rejected``, or with ranked ``responses``.
+    """Return the sides of ``prompt`` with ``chosen`` and ``rejected``, or ``responses``.
 
     Raises:
         RowError: A missing key, or a value that is not text.
@@ -43,7 +43,7 @@ def raw_preference_sides(row: Mapping[str, Any]) -> list[Side]:
 
 
 def raw_sft_sides(row: Mapping[str, Any]) -> list[Side]:
-    """The one side of ``prompt`` with ``completion``, or of any row above with its best answer.
+    """Return the side of ``prompt`` with ``completion``, or with a ranked row's best answer.
 
     Raises:
         RowError: As `raw_preference_sides`.

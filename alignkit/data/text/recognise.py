@@ -1,4 +1,4 @@
-"""Recognise the shape that a row comes in by its columns, and read the row by it.
+"""Recognise the shape of a row by its columns, and read the row accordingly.
 
 A reading is the same row in the columns that `alignkit.data.text.shapes` understands: a prompt,
 messages and answers. Of the shapes whose columns a row has, those that need fewer of the same go;
@@ -116,7 +116,7 @@ def document_of(row: Columns) -> str:
 
 
 def _canonical(row: Columns, shape: Shape) -> Columns:
-    """Return a row in the columns that are understood, its speakers by the names that are."""
+    """Return a row with the usual names of its columns and speakers."""
     read = shape.read(row)
     others = SPOKEN - shape.columns
     gone = others | (shape.columns - {"label"}) if read else others
@@ -141,7 +141,7 @@ def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
     there = frozenset(name for name in row if row[name] is not None)
 
     def near(shape: Shape) -> tuple[int, int]:
-        """Put more of its columns first, then fewer missing."""
+        """Return a sort key: the most columns of a shape present, then the fewest missing."""
         present = len(there & shape.columns)
         return present, -len(set(shape.needs) - there)
 
@@ -157,7 +157,7 @@ def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
 
 
 def _elsewhere(row: Columns, shapes: tuple[Shape, ...], kind: str) -> str:
-    """Say which other data module would read the row; empty for none."""
+    """Tell which other data module would read the row; empty for none."""
     there = frozenset(name for name in row if row[name] is not None)
     fitting = _matching(there, shapes)
     return f"; as {fitting[0].name} it is for {kind} data module" if fitting else ""

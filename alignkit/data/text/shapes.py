@@ -1,4 +1,4 @@
-"""Rows as sides: a prompt and an answer each. The shapes they come in are in `recognise`.
+"""Read rows as sides, a prompt and an answer each; `recognise` has the shapes of rows.
 
 What is read here, once a row's shape is known:
     ``{"chosen": text, "rejected": text}``, whole dialogues as HH-RLHF publishes them;
@@ -35,9 +35,11 @@ SFT_COLUMNS = PREFERENCE_COLUMNS | {"messages", "completion", "label", "margin"}
 
 
 class Side(NamedTuple):
-    r"""One dialogue split into prompt and answer.
+    r"""Hold one dialogue split into prompt and answer.
 
-    ``Side("\n\nHuman: What is 2 + 2?\n\nAssistant:", " 4")`` is the least of one.
+    Example:
+        >>> Side("\n\nHuman: What is 2 + 2?\n\nAssistant:", " 4").reply.content
+        '4'
 
     Attributes:
         prompt: As in `Dialogue`, as for ``starts`` and ``messages``.
@@ -68,7 +70,7 @@ class Side(NamedTuple):
 
     @property
     def reply(self) -> Message:
-        """The answer as a message."""
+        """Return the answer as a message."""
         if self.content is None:
             said = (self.continued + self.answer).strip()
             return Message("assistant", said, self.trained, self.fields)
@@ -79,7 +81,7 @@ Sides = Callable[[Mapping[str, Any]], list[Side]]
 
 
 def preference_sides(row: Mapping[str, Any]) -> list[Side]:
-    """The sides of a preference row, the best first.
+    """Return the sides of a preference row, the best first.
 
     Raises:
         RowError: A missing key, a value of the wrong type, a dialogue without ``Assistant:``.
@@ -88,7 +90,7 @@ def preference_sides(row: Mapping[str, Any]) -> list[Side]:
 
 
 def sft_sides(row: Mapping[str, Any]) -> list[Side]:
-    """The one side of a row that SFT trains on.
+    """Return the one side of a row that SFT trains on.
 
     Raises:
         RowError: As `preference_sides`.
@@ -108,14 +110,14 @@ def with_label(side: Side, row: Mapping[str, Any]) -> Side:
 
 
 def columns_read(sides: Sides) -> frozenset[str] | None:
-    """The columns that a reader knows; ``None`` for a user's own, which knows best."""
+    """Return the columns that a reader reads; ``None`` for a user's own reader."""
     if sides is preference_sides:
         return PREFERENCE_COLUMNS
     return SFT_COLUMNS if sides is sft_sides else None
 
 
 def _one_reading(row: Columns, shapes: tuple[Shape, ...], read: Sides) -> list[Side]:
-    """A row's sides by the one shape it has, or by several that agree on them."""
+    """Return a row's sides by the one shape it has, or by several that agree on them."""
     found = readings(row, shapes)
     sides = read(found[0].row)
     for other in found[1:]:
@@ -128,7 +130,7 @@ def _one_reading(row: Columns, shapes: tuple[Shape, ...], read: Sides) -> list[S
 
 
 def _says_no_more(other: Side, side: Side) -> bool:
-    """Whether another reading has the same answer, to a prompt that this one's holds."""
+    """Tell whether another reading has the same answer, to a prompt that this one's holds."""
     said = [other.prompt] if other.messages is None else [each.content for each in other.messages]
     lines = (line.strip() for text in said for line in text.splitlines())
     return other.answer == side.answer and all(line in side.prompt for line in lines)
@@ -165,7 +167,7 @@ def _sft_side(row: Columns) -> Side:
 
 
 def last_trained(side: Side) -> Side:
-    """The side up to the last answer that is to be trained on, where messages say which are."""
+    """Shorten a side to the last answer to train on, where messages say which are."""
     if side.trained or side.messages is None:
         return side
     for at in range(len(side.messages) - 1, -1, -1):
@@ -177,7 +179,7 @@ def last_trained(side: Side) -> Side:
 
 
 def side_of(messages: Sequence[Message]) -> Side:
-    """Messages as a side, the last one its answer."""
+    """Return messages as a side, the last one its answer."""
     *asked, answer = messages
     prompt, starts = transcript(asked)
     side = Side(prompt, f" {answer.content}", starts, tuple(asked), answer.content, answer.trained)
@@ -194,7 +196,7 @@ def _with_columns(side: Side, row: Mapping[str, Any], read: frozenset[str]) -> S
 
 
 def _whole(value: Any, key: str) -> Side:
-    """A whole dialogue, prompt and answer in one."""
+    """Split a whole dialogue, which holds prompt and answer in one."""
     if isinstance(value, str):
         return Side(*split_last(value), whole=True)
     messages, unread = as_messages(value, key)
@@ -204,7 +206,7 @@ def _whole(value: Any, key: str) -> Side:
 
 
 def _joined(prompt: Any, answer: Any, key: str) -> Side:
-    """A prompt and an answer that came apart."""
+    """Return the side of a prompt and an answer that stand in two columns."""
     unread: tuple[str, ...] = ()
     answer = [answer] if isinstance(answer, Mapping) else answer
     if _repeats(prompt, answer):
@@ -238,7 +240,10 @@ def _joined(prompt: Any, answer: Any, key: str) -> Side:
 
 
 def _repeats(prompt: Any, answer: Any) -> bool:
-    """Whether an answer is the whole conversation; text asks its first or last question."""
+    """Tell whether an answer repeats its prompt, and so is the whole conversation.
+
+    A prompt that is text is the conversation's first or last question.
+    """
     if isinstance(answer, str):
         label = isinstance(prompt, str) and last_label(prompt) == len(prompt)
         return label and answer.startswith(prompt)
@@ -254,7 +259,7 @@ def _repeats(prompt: Any, answer: Any) -> bool:
 
 
 def _asked(prompt: Any) -> Side:
-    """A prompt that came apart, as a side without its answer."""
+    """Return a prompt from a column of its own as a side without its answer."""
     if not isinstance(prompt, str):
         messages, unread = as_messages(prompt, "prompt")
         if messages and messages[-1].role == "assistant" and not messages[-1].fields:
@@ -282,7 +287,7 @@ def _spaced(answer: str) -> str:
 
 
 def _unspaced(text: str) -> str:
-    """Text as a message's content: without the one space that joins it to a label, or the end's.
+    """Return text as a message's content, without one space in front and any at its end.
 
     More than one space in front is an indentation, which stays.
     """

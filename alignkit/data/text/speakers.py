@@ -19,7 +19,7 @@ _OTHERS = {
 
 
 def plain_messages(value: Any) -> Any:
-    """Return messages with their usual roles; whatever else it is, as it is.
+    """Return messages with their usual roles; any other value is returned unchanged.
 
     Messages may come as a list, as one, as a list of exchanges (``input`` and ``output``), or as
     the columns of a table (``{"role": [...], "content": [...]}``), which is how the datasets
@@ -42,7 +42,7 @@ def plain_messages(value: Any) -> Any:
 
 
 def speaker(role: Any) -> Any:
-    """Return the usual name of a role; what has none stays as it is."""
+    """Return the usual name of a role; an unknown role is returned unchanged."""
     if not isinstance(role, str) or role in _USUAL:
         return role
     name = role.strip().lower().rstrip(":")

@@ -1,4 +1,4 @@
-"""Text that was rendered before: it holds a template's markers or EOS, and would get them again."""
+"""Find text that was rendered before, and so holds a template's markers or EOS already."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ _LAST_LABEL = f"\n\n{ASSISTANT}"
 
 
 class Sign(NamedTuple):
-    """What shows that a text was rendered before.
+    """Hold what shows that a text was rendered before.
+
+    Example:
+        >>> sign = Templated().find_in_document("[INST] What is 2 + 2? [/INST] 4")
+        >>> sign.told, sign.grave
+        ("the text holds '[INST]', which is read as text", False)
 
     Attributes:
         told: A few words for the message.
@@ -51,7 +56,7 @@ class Sign(NamedTuple):
 
 
 class Templated:
-    """Finds text that was rendered before.
+    """Find text that was rendered before.
 
     Args:
         tokenizer: Its special tokens and its chat template's markers are looked for; without one,
@@ -85,7 +90,7 @@ class Templated:
         self._labels = {apart: tuple(a for _, a in pairs) for apart, pairs in self._headers.items()}
 
     def find(self, sides: Sequence[Side]) -> Sign | None:
-        """What shows that a row's text was rendered before, the gravest; ``None`` for nothing."""
+        """Find the gravest sign that a row's text was rendered before; ``None`` for nothing."""
         least: Sign | None = None
         for side in sides:
             for sign in (self._label(side), self._mark(side)):
@@ -119,7 +124,7 @@ class Templated:
         return [_stripped(self._eos, side) for side in sides]
 
     def find_in_document(self, text: str) -> Sign | None:
-        """The same of a document, in which special tokens are never read as such."""
+        """Find a sign in a document, in which special tokens are never read as such."""
         found = self._mention.search(text)
         return Sign(f"the text holds {found[0]!r}, which is read as text", False) if found else None
 
@@ -138,7 +143,7 @@ class Templated:
         return _without(self._eos, text)
 
     def _mark(self, side: Side) -> Sign | None:
-        """A marker: where a turn begins or ends, or anywhere else."""
+        """Find a template's marker where a turn begins or ends, or anywhere else."""
         text = side.prompt + side.answer
         if not any(first in text for first in self._first) or not self._any.search(text):
             return None
@@ -151,7 +156,7 @@ class Templated:
         return Sign(f"the text holds {(read or marks)[0]!r}", bool(read))
 
     def _label(self, side: Side) -> Sign | None:
-        """A template's labels around a question or before an answer, inside the text itself."""
+        """Find a template's labels around a question or before an answer, in the text itself."""
         apart = side.starts is not None
         labels = self._labels[apart]
         body = side.prompt.removesuffix(_LAST_LABEL).rstrip()
@@ -171,7 +176,7 @@ class Templated:
 
 
 def _own_headers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
-    """What the chat template writes right before a question and right before its answer.
+    """Find what the chat template writes right before a question and before its answer.
 
     Returns:
         Both without white space and special tokens; ``None`` without a template, or where it
@@ -195,7 +200,7 @@ def _own_headers(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str] | None:
 
 
 def _telling(tokens: Iterable[str]) -> list[str]:
-    """The special tokens that nobody writes by chance, the longest first."""
+    """Return the special tokens that nobody writes by chance, the longest first."""
     labels = f"\n\n{HUMAN}{_LAST_LABEL}"
     telling = (
         token
@@ -206,7 +211,7 @@ def _telling(tokens: Iterable[str]) -> list[str]:
 
 
 def _stripped(end: re.Pattern[str], side: Side) -> Side:
-    """A side whose answer does not end with a token, as text and as a message's content."""
+    """Remove a token from the end of a side's answer, as text and as a message's content."""
     content = side.content if side.content is None else _without(end, side.content)
     return side._replace(answer=_without(end, side.answer), content=content)
 
