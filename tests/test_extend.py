@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -37,6 +38,8 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
         code = re.search(r"```python\n(# mine.py\n.*?)```", section, re.DOTALL)
         assert code is not None
         (tmp_path / "mine.py").write_text(code[1])
+        sys.modules.pop("mine", None)  # another test's
+        importlib.invalidate_caches()
         import mine  # type: ignore[import-not-found]
 
         return mine

@@ -27,6 +27,7 @@ from alignkit.cli.errors import explain
 from alignkit.cli.launch import RankFailed, check_processes, end_ranks, keep_relaunchable
 from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.messages import OneLineErrors
+from alignkit.cli.optimizer import spell_out_optimizers
 from alignkit.cli.settings import check_config_files, check_trainer
 from alignkit.cli.streams import survive_closed_streams
 from alignkit.models.checkpoint import read_checkpoint
@@ -262,7 +263,7 @@ def _run_command(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in TOOLS:
         return run_tool(arguments[0], arguments[1:])
     check_config_files(arguments)
-    AlignCLI(spell_out_losses(arguments))
+    AlignCLI(spell_out_optimizers(spell_out_losses(arguments)))
     return 0
 
 

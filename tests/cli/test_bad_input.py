@@ -80,7 +80,7 @@ def test_unknown_key_in_a_file(fit: Callable) -> None:
 
 def test_unknown_loss(fit: Callable) -> None:
     line = fit("--model.loss", "SimPo")
-    assert "no preference loss 'SimPo'; did you mean SimPO? choose one of AOT," in line
+    assert "no preference loss 'SimPo'; did you mean SimPO? choose one of AlphaDPO," in line
     Path("extra.yaml").write_text("model:\n  init_args:\n    loss: sigmoid\n")
     assert "did you mean DPO?" in fit("--config", "extra.yaml")
     Path("extra.yaml").write_text("model:\n  init_args:\n    loss:\n      class_path: ipo\n")

@@ -187,6 +187,22 @@ def test_a_weighted_sum_without_terms_is_refused(alignkit: Callable, workplace: 
     assert "NoSuchLoss" in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("flag", [["--model.optimizer", "SGD"], ["--model.optimizer=SGD"]])
+def test_a_short_name_is_pytorchs_optimizer(
+    flag: list[str], alignkit: Callable, workplace: Path
+) -> None:
+    """Whatever else has been imported: bitsandbytes has an SGD too."""
+
+    class SGD(torch.optim.SGD):
+        """Of another package."""
+
+    config = ["fit", "--config", CONFIGS / "demo" / "sft.yaml", *flag, "--print_config"]
+    status, out, err = alignkit(*config)
+    assert status == 0, err
+    optimizer = yaml.safe_load(out)["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.SGD"
+
+
 def test_print_config_is_a_config(alignkit: Callable, workplace: Path) -> None:
     config = CONFIGS / "dpo_hh_pythia.yaml"
     status, out, _ = alignkit("fit", "--config", config, "--model.loss.beta", 0.3, "--print_config")
