@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
@@ -22,9 +23,9 @@ class QuantizedLinear(nn.Linear):
     quantization: ClassVar[str]
     dtype: torch.dtype
 
+    @abstractmethod
     def dequantized(self) -> Tensor:
         """Return the weight [O, I] that it stands for, in its dtype."""
-        raise NotImplementedError
 
 
 _FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)

@@ -10,6 +10,7 @@ Shape letters: T rows, I input width, O output width.
 from __future__ import annotations
 
 import importlib.util
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -50,9 +51,9 @@ class PackedLinear(QuantizedLinear):
             self.register_buffer(name, value)
 
     @staticmethod
+    @abstractmethod
     def pack(weight_OI: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a weight's packed values, and what their scales are kept as."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Move as the model moves; what scales the packed values keeps its dtype."""

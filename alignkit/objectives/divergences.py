@@ -6,6 +6,7 @@ Shape letters and symbols: as in `alignkit.objectives.logistic`; u = π(y|x)/π_
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,8 +16,28 @@ from alignkit.objectives.logistic import bounded_expm1, smoothed
 from alignkit.objectives.pairs import PairScores, PreferenceLoss
 
 
+class _DivergenceDPO(PreferenceLoss):
+    """Compute −log σ(β (f'(u_w) − f'(u_l))) for a divergence that a subclass defines by its f'."""
+
+    label_smoothing: float
+
+    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
+        return smoothed(self.margin(policy, reference), self.label_smoothing)
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
+        """Return β f'(u) of both sides, [B] each (arXiv:2309.16240, theorem 1)."""
+        return (
+            self.beta * self.derivative(policy.chosen - reference.chosen),
+            self.beta * self.derivative(policy.rejected - reference.rejected),
+        )
+
+    @abstractmethod
+    def derivative(self, log_u_B: Tensor) -> Tensor:
+        """Return f'(u), [B], of log u = log π(y|x) − log π_ref(y|x)."""
+
+
 @dataclass(frozen=True)
-class ForwardKLDPO(PreferenceLoss):
+class ForwardKLDPO(_DivergenceDPO):
     """Compute f-DPO under the forward KL: −log σ(β (f'(u_w) − f'(u_l))) with f'(u) = 1 − 1/u.
 
     Wang et al. 2023, arXiv:2309.16240, table 1. The policy covers what the reference does: an
@@ -30,17 +51,13 @@ class ForwardKLDPO(PreferenceLoss):
     beta: float = 0.1
     label_smoothing: float = 0.0
 
-    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
-        return smoothed(self.margin(policy, reference), self.label_smoothing)
-
-    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
-        """Return β f'(u) of both sides, [B] each (arXiv:2309.16240, theorem 1)."""
-        chosen_B, rejected_B = log_ratios(policy, reference)
-        return self.beta * -bounded_expm1(-chosen_B), self.beta * -bounded_expm1(-rejected_B)
+    def derivative(self, log_u_B: Tensor) -> Tensor:
+        """Return 1 − 1/u, [B]."""
+        return -bounded_expm1(-log_u_B)
 
 
 @dataclass(frozen=True)
-class JensenShannonDPO(PreferenceLoss):
+class JensenShannonDPO(_DivergenceDPO):
     """Compute f-DPO under the Jensen–Shannon divergence: f'(u) = log(2u / (1 + u)).
 
     Wang et al. 2023, arXiv:2309.16240, table 1: rewards are at most β ln 2, so a chosen answer is
@@ -54,20 +71,13 @@ class JensenShannonDPO(PreferenceLoss):
     beta: float = 0.1
     label_smoothing: float = 0.0
 
-    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
-        return smoothed(self.margin(policy, reference), self.label_smoothing)
-
-    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
-        """Return β f'(u) of both sides, [B] each; log(2u/(1+u)) is ln 2 + log σ(log u)."""
-        chosen_B, rejected_B = log_ratios(policy, reference)
-        return (
-            self.beta * (math.log(2) + logsigmoid(chosen_B)),
-            self.beta * (math.log(2) + logsigmoid(rejected_B)),
-        )
+    def derivative(self, log_u_B: Tensor) -> Tensor:
+        """Return log(2u/(1+u)) = ln 2 + log σ(log u), [B]."""
+        return math.log(2) + logsigmoid(log_u_B)
 
 
 @dataclass(frozen=True)
-class AlphaDPO(PreferenceLoss):
+class AlphaDPO(_DivergenceDPO):
     """Compute f-DPO under the α-divergence: f'(u) = (1 − u^{−α}) / α.
 
     Wang et al. 2023, arXiv:2309.16240, table 1: α → 0 is DPO, α = 1 the forward KL. TRL's
@@ -89,19 +99,6 @@ class AlphaDPO(PreferenceLoss):
         if not 0 < self.alpha <= 1:
             self.refuse("alpha", "must lie in (0, 1]")
 
-    def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
-        return smoothed(self.margin(policy, reference), self.label_smoothing)
-
-    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
-        """Return β f'(u) of both sides, [B] each."""
-        scale = self.beta / self.alpha
-        chosen_B, rejected_B = log_ratios(policy, reference)
-        return (
-            scale * -bounded_expm1(-self.alpha * chosen_B),
-            scale * -bounded_expm1(-self.alpha * rejected_B),
-        )
-
-
-def log_ratios(policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
-    """Return log u, log π(y|x) − log π_ref(y|x), of both sides, [B] each."""
-    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    def derivative(self, log_u_B: Tensor) -> Tensor:
+        """Return (1 − u^{−α}) / α, [B]."""
+        return -bounded_expm1(-self.alpha * log_u_B) / self.alpha
