@@ -46,6 +46,11 @@ class ForwardKLDPO(_DivergenceDPO):
     Args:
         beta: Strength of the tie to the reference.
         label_smoothing: ε.
+
+    Example:
+        >>> import torch
+        >>> ForwardKLDPO().derivative(torch.tensor([0.0])).item()
+        0.0
     """
 
     beta: float = 0.1
@@ -66,6 +71,11 @@ class JensenShannonDPO(_DivergenceDPO):
     Args:
         beta: Strength of the tie to the reference.
         label_smoothing: ε.
+
+    Example:
+        >>> import torch
+        >>> JensenShannonDPO().derivative(torch.tensor([0.0])).item()
+        0.0
     """
 
     beta: float = 0.1
@@ -87,6 +97,11 @@ class AlphaDPO(_DivergenceDPO):
         beta: Strength of the tie to the reference.
         alpha: α, in (0, 1].
         label_smoothing: ε.
+
+    Example:
+        >>> import torch
+        >>> AlphaDPO(alpha=1.0).derivative(torch.tensor([2.0]).log()).item()
+        0.5
     """
 
     beta: float = 0.1
