@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as hf_logging
 
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 VOCAB = 384
@@ -50,6 +51,15 @@ def _leave_no_process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def quiet_transformers() -> Iterator[None]:
+    """What transformers advises about models that a test made up is not at stake."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    yield
+    hf_logging.set_verbosity(before)
 
 
 @pytest.fixture

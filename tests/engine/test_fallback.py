@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from alignkit.engine import Example, PackedBatch, check_engine, collate, score, score_with_stats
 from alignkit.engine.fallback import hidden_alone
@@ -52,13 +50,7 @@ TARGETS = {
 SHORT = [Example(tokens(5, 1), [tokens(6, 2), tokens(3, 3)]), Example([], [tokens(7, 4)])]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Advice of transformers about models it is given here."""
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    yield
-    hf_logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 @pytest.fixture

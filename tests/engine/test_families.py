@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from alignkit.engine import Example
 from tests.engine.families import KINDS, UNBUILT
@@ -35,15 +33,10 @@ EXAMPLES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """What transformers says about its own models is not at stake here."""
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    hf_logging.set_verbosity(before)
+pytestmark = [
+    pytest.mark.usefixtures("quiet_transformers"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 def plain_scores(model: PreTrainedModel, examples: Sequence[Example] = EXAMPLES) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from alignkit.engine import Example, check_engine, collate, score
 from alignkit.engine.attention import make_plan
@@ -30,13 +29,7 @@ SHORT = Example([1, 2, 3], [[4, 5], [6, 7, 8]])
 LONG = Example(list(range(10, 30)), [list(range(30, 60))])
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Advice of transformers about models it is given here."""
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    yield
-    hf_logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def refusal(model: PreTrainedModel, example: Example | None = None) -> str:

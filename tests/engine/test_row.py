@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +10,6 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
-from transformers.utils import logging as hf_logging
 
 from alignkit.engine import Example, check_engine, collate, compile_blocks, score
 from alignkit.engine.attention import make_plan
@@ -38,13 +35,7 @@ KINDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Advice of transformers about models it is given here."""
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    yield
-    hf_logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def gradients(scores: Tensor, model: PreTrainedModel) -> list[Tensor]:

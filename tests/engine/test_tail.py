@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from alignkit.engine import check_engine, collate, score, score_with_stats
 from alignkit.engine import head as head_module
@@ -32,13 +31,7 @@ CURVES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Advice of transformers about models it is given here."""
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    yield
-    hf_logging.set_verbosity(before)
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 
 def assert_exact(model: PreTrainedModel) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.utils import logging as hf_logging
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, LoRALinear, adapters_disabled, inject_lora, merge_lora
@@ -43,15 +40,10 @@ SCORED = [kind for kind in KINDS if listed().get(kind) not in (REFUSED, UNTRIED)
 DENSE_AND_EXPERTS = "as other modules of the architecture"
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """What transformers and PEFT say about models is not at stake here."""
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    hf_logging.set_verbosity(before)
+pytestmark = [
+    pytest.mark.usefixtures("quiet_transformers"),
+    pytest.mark.filterwarnings("ignore"),
+]
 
 
 @pytest.mark.parametrize("kind", SOME)
