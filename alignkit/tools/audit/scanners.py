@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -52,17 +53,44 @@ _LENIENT = Policies(
 )
 
 Numbered = tuple[int, Row]
+Read = TypeVar("Read")
 
 
-class DialogueScanner:
+class _Scanner:
+    """Audit the rows of a source and add what was found to the report.
+
+    Args:
+        found: The report so far.
+        examples: How many examples of a defect are kept.
+    """
+
+    def __init__(self, found: Findings, examples: int) -> None:
+        self._found = found
+        self._limit = examples
+        self._seen: set[bytes] = set()
+
+    def _readable(
+        self, rows: Sequence[Numbered], read: Callable[[Mapping[str, Any]], Read]
+    ) -> Iterator[tuple[int, Mapping[str, Any], Read]]:
+        """Yield number, row and what is read of it; count a row that cannot be read as bad."""
+        for number, row in rows:
+            if isinstance(row, BadRow):
+                continue
+            try:
+                value = read(row)
+            except RowError as error:
+                self._found.add("bad_rows", number, str(error), self._limit)
+                continue
+            yield number, row, value
+
+
+class DialogueScanner(_Scanner):
     """Audit rows of dialogues, for preference training or SFT."""
 
     def __init__(
         self, found: Findings, tokenizer: PreTrainedTokenizerBase | None, examples: int
     ) -> None:
-        self._found = found
-        self._limit = examples
-        self._seen: set[bytes] = set()
+        super().__init__(found, examples)
         preference = found.settings["kind"] == "preference"
         self._sides: Sides = preference_sides if preference else sft_sides
         self._columns = PREFERENCE_COLUMNS if preference else SFT_COLUMNS
@@ -86,14 +114,7 @@ class DialogueScanner:
         """Audit some rows of a source."""
         judge = Judge(source.name, _LENIENT, Tally())
         drafts = []
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                continue
-            try:
-                sides = self._sides(row)
-            except RowError as error:
-                self._found.add("bad_rows", number, str(error), self._limit)
-                continue
+        for number, row, sides in self._readable(rows, self._sides):
             shape = sides[0].shape
             self._found.tally.read_as(shape)
             self._found.tally.columns |= row.keys() - self._columns - columns_of(shape)
@@ -164,29 +185,20 @@ class DialogueScanner:
             self._found.add("boundary", draft.line, shown, self._limit)
 
 
-class TextScanner:
+class TextScanner(_Scanner):
     """Audit rows of plain text, in which a repeated prompt is a repeated document."""
 
     def __init__(
         self, found: Findings, tokenizer: PreTrainedTokenizerBase | None, examples: int
     ) -> None:
-        self._found = found
-        self._limit = examples
-        self._seen: set[bytes] = set()
+        super().__init__(found, examples)
         self._encode = tokenizer and TextEncoder(tokenizer)
         self._templated = Templated(tokenizer)
 
     def take(self, source: Source, rows: Sequence[Numbered]) -> None:
         """Audit some rows of a source."""
         texts = []
-        for number, row in rows:
-            if isinstance(row, BadRow):
-                continue
-            try:
-                text = document_of(row)
-            except RowError as error:
-                self._found.add("bad_rows", number, str(error), self._limit)
-                continue
+        for number, row, text in self._readable(rows, document_of):
             self._found.tally.columns |= row.keys() - set(TEXT_COLUMNS)
             if unread := unread_columns(row, TEXT_COLUMNS, None):
                 self._found.add("unread_fields", number, ", ".join(unread), self._limit)
