@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from alignkit.data.text.speakers import usual_role
+
 _TEXT = {"role", "content"}
 _CALLING = {"tool_calls", "function_call"}
 _CALLED = {"name", "tool_call_id"}
@@ -78,12 +80,12 @@ def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:
     for name, value in message.items():
         if name in _TEXT or name in _HARMLESS or name in _CALLING or not is_set(value):
             continue
-        if name in _CALLED and message.get("role") in ("tool", "function", "observation"):
+        if name in _CALLED and usual_role(message.get("role")) == "tool":
             continue
         truth = value if name == "train" and isinstance(value, bool) else None
         if name == "weight" and not isinstance(value, bool) and value in (0, 1):
             truth = bool(value)
-        if truth is None or (truth and message.get("role") not in ("assistant", "gpt")):
+        if truth is None or (truth and usual_role(message.get("role")) != "assistant"):
             unread.append(_shown(name, value))
         else:
             trained = trained and truth

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from alignkit.data.text.dialogue import RowError, last_label
 from alignkit.data.text.fields import is_set
 from alignkit.data.text.ranked import RANKS, SCORES, best_first
-from alignkit.data.text.speakers import plain_messages, speaker
+from alignkit.data.text.speakers import plain_messages, usual_role
 
 Columns = Mapping[str, Any]
 Read = Callable[[Columns], dict[str, Any]]
@@ -107,7 +107,7 @@ def _led(system: list[dict[str, str]], messages: Any) -> Any:
     if not system or not isinstance(messages, list):
         return messages
     first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
-    if speaker(first.get("role", first.get("from"))) != "system":
+    if usual_role(first.get("role", first.get("from"))) != "system":
         return [*system, *messages]
     if first.get("content", first.get("value")) != system[0]["content"]:
         raise RowError("the row has a system message in a column and another in its messages")
@@ -130,7 +130,7 @@ def _talk_asks(column: str) -> Read:
         asked = _talk(column)(row)["messages"]
         last = asked[-1] if isinstance(asked, list) and asked else None
         said = last.get("from", last.get("role")) if isinstance(last, Mapping) else None
-        if speaker(said) in ("gpt", "assistant"):
+        if usual_role(said) == "assistant":
             raise RowError(f"`{column}` ends with the answer that `chosen` should hold")
         return {"prompt": asked}
 

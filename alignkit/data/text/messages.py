@@ -9,24 +9,7 @@ from typing import Any
 
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Message, RowError
 from alignkit.data.text.fields import is_set, read_weight
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-}
-"""Whose a message is, by the names that data sets have for it."""
+from alignkit.data.text.speakers import role_name, usual_role
 
 _CALLS = ("function_call", "tool_call")
 """ShareGPT's roles whose message is a call as JSON text."""
@@ -109,7 +92,8 @@ def _as_message(message: Mapping[str, Any], key: str) -> tuple[Message, list[str
     if not isinstance(role, str):
         beside = f" (beside {', '.join(others)})" if others else ""
         raise RowError(f"`{key}` has a message whose `role` or `content` is not text{beside}")
-    if role not in ROLES:
+    speaker = usual_role(role)
+    if speaker is None:
         raise RowError(f"`{key}` has the unknown role {role[:40]!r}")
     calls = _calls(message, key)
     content = message.get("content")
@@ -121,26 +105,26 @@ def _as_message(message: Mapping[str, Any], key: str) -> tuple[Message, list[str
         beside = f" (beside {', '.join(others)})" if others else ""
         raise RowError(f"`{key}` has a message whose `role` or `content` is not text{beside}")
     fields: dict[str, Any] = {}
-    if role in _CALLS:
+    if role_name(role) in _CALLS:
         fields = {"content": "", "tool_calls": calls}
     elif calls:
         fields = {"content": message.get("content"), "tool_calls": calls}
         content = "\n".join(filter(None, [content, *map(_call_text, calls)]))
-    if ROLES[role] == "tool":
+    if speaker == "tool":
         fields = {name: message[name] for name in ("name", "tool_call_id") if message.get(name)}
     told = json.dumps(fields, ensure_ascii=False) if fields else ""
-    return Message(ROLES[role], content, trained, told), others
+    return Message(speaker, content, trained, told), others
 
 
 def _calls(message: Mapping[str, Any], key: str) -> list[Any]:
     """Return the tool calls that a message makes, as OpenAI's ``tool_calls``."""
     role = message["role"]
-    if role in _CALLS:
+    if role_name(role) in _CALLS:
         call = _parsed(message.get("content"), role)
         return [_as_call(each, key) for each in (call if isinstance(call, list) else [call])]
     calls = message.get("tool_calls")
     if is_set(calls):
-        if ROLES.get(role) != "assistant":
+        if usual_role(role) != "assistant":
             raise RowError(f"`{key}` has `tool_calls` in a message of the role {role[:40]!r}")
         parsed = _parsed(calls, "tool_calls")
         if not isinstance(parsed, list):

@@ -26,8 +26,9 @@ from alignkit.data.text.dialogue import (
 )
 from alignkit.data.text.fields import is_set, truth_of, unread_columns
 from alignkit.data.text.known_shapes import PREFERENCE, SFT, Columns, Shape
-from alignkit.data.text.messages import ROLES, as_messages, named, read_tools, transcript
+from alignkit.data.text.messages import as_messages, named, read_tools, transcript
 from alignkit.data.text.recognise import readings
+from alignkit.data.text.speakers import usual_role
 
 PREFERENCE_COLUMNS = frozenset(("prompt", "chosen", "rejected", "responses", "tools"))
 SFT_COLUMNS = PREFERENCE_COLUMNS | {"messages", "completion", "label", "margin"}
@@ -251,7 +252,7 @@ def _repeats(prompt: Any, answer: Any) -> bool:
         return False
     before = [named(message) for message in answer[:-1] if isinstance(message, Mapping)]
     if isinstance(prompt, str):
-        users = (each for each in before if ROLES.get(str(each.get("role"))) == "user")
+        users = (each for each in before if usual_role(each.get("role")) == "user")
         asked = [each.get("content") for each in users]
         return prompt in (asked[:1] + asked[-1:])
     given = prompt if isinstance(prompt, list) else []

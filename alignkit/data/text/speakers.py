@@ -1,25 +1,40 @@
-"""Give messages their usual form, whatever names a data set has for who speaks."""
+"""Tell who speaks by whatever name a data set has for it, and list messages in whatever form."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-_USUAL = frozenset(("system", "user", "assistant", "human", "gpt"))
-_OTHERS = {
-    **dict.fromkeys(("prompter", "instruction", "query", "question", "user_1"), "user"),
-    **dict.fromkeys(
-        ("chatgpt", "chat_gpt", "gpt4", "gpt-4", "gpt-3.5", "bing", "bard"), "assistant"
-    ),
-    **dict.fromkeys(("claude", "llama", "ai", "bot", "chatbot", "model", "response"), "assistant"),
-    **dict.fromkeys(("answer", "assistant_1", "starchat", "guanaco"), "assistant"),
-    **dict.fromkeys(("system_prompt", "sys"), "system"),
+ROLES = {
+    **dict.fromkeys(("system", "developer", "system_prompt", "sys"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "instruction", "query", "question"), "user"),
+    "user_1": "user",
+    **dict.fromkeys(("assistant", "gpt", "model", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("chatgpt", "chat_gpt", "gpt4", "gpt-4", "gpt-3.5", "bing"), "assistant"),
+    **dict.fromkeys(("bard", "claude", "llama", "starchat", "guanaco"), "assistant"),
+    **dict.fromkeys(("ai", "bot", "chatbot", "response", "answer", "assistant_1"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response"), "tool"),
 }
-"""Names of speakers besides the usual ones, and of those of tools, in small letters."""
+"""Whose a message is, by the names that data sets have for it, in small letters."""
+
+
+def role_name(role: str) -> str:
+    """Return a role as `ROLES` spells it: ``"Human:"`` is ``human``."""
+    return role.strip().lower().rstrip(":")
+
+
+def usual_role(role: Any) -> str | None:
+    """Return ``system``, ``user``, ``assistant`` or ``tool``; ``None`` for an unknown role.
+
+    Example:
+        >>> usual_role("Human:"), usual_role("bing"), usual_role("narrator")
+        ('user', 'assistant', None)
+    """
+    return ROLES.get(role_name(role)) if isinstance(role, str) else None
 
 
 def plain_messages(value: Any) -> Any:
-    """Return messages with their usual roles; any other value is returned unchanged.
+    """Return messages as a list of them; any other value is returned unchanged.
 
     Messages may come as a list, as one, as a list of exchanges (``input`` and ``output``), or as
     the columns of a table (``{"role": [...], "content": [...]}``), which is how the datasets
@@ -27,44 +42,16 @@ def plain_messages(value: Any) -> Any:
 
     Example:
         >>> plain_messages({"from": ["Human", "bing"], "value": ["2 + 2?", "4"]})
-        [{'from': 'user', 'value': '2 + 2?'}, {'from': 'assistant', 'value': '4'}]
+        [{'from': 'Human', 'value': '2 + 2?'}, {'from': 'bing', 'value': '4'}]
     """
     if isinstance(value, Mapping):
         rows = _rows_of(value)
-        return _plain(value) if rows is None else [_plain(each) for each in rows]
-    if not isinstance(value, list):
+        return value if rows is None else rows
+    if not isinstance(value, list) or not value:
         return value
     if all(isinstance(each, Mapping) and {"input", "output"} <= each.keys() for each in value):
-        value = [message for each in value for message in _exchange(each)]
-    if all(map(_is_plain, value)):
-        return value
-    return [_plain(each) for each in value]
-
-
-def speaker(role: Any) -> Any:
-    """Return the usual name of a role; an unknown role is returned unchanged."""
-    if not isinstance(role, str) or role in _USUAL:
-        return role
-    name = role.strip().lower().rstrip(":")
-    name = {"human": "user", "gpt": "assistant"}.get(name, name)
-    return _OTHERS.get(name, name)
-
-
-def _is_plain(message: Any) -> bool:
-    if not isinstance(message, Mapping):
-        return True
-    role = message.get("role")
-    if role is None:
-        role = message.get("from")
-    return role is None or (isinstance(role, str) and role in _USUAL)
-
-
-def _plain(message: Any) -> Any:
-    """Return one message with its role by the usual name."""
-    if _is_plain(message):
-        return message
-    key = "role" if message.get("role") is not None else "from"
-    return {**message, key: speaker(message[key])}
+        return [message for each in value for message in _exchange(each)]
+    return value
 
 
 def _rows_of(value: Mapping[str, Any]) -> list[dict[str, Any]] | None:
