@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -72,9 +73,7 @@ class DialogueEncoder:
         self.masked = all_turns
         self._encode_texts = TextEncoder(tokenizer)
         self._format = Format(prompt_format, tokenizer, all_turns=all_turns)
-        self._templated = (
-            None if prompt_format == "raw" else Templated(tokenizer, specials=self._format.specials)
-        )
+        self._tokenizer = tokenizer
         self.writes_tools = self._format.writes_tools
         self._columns = columns_read(sides)
         self._names = check_columns(columns)
@@ -92,6 +91,13 @@ class DialogueEncoder:
             "policies": vars(self.policies),
             "columns": self._names,
         }
+
+    @cached_property
+    def _templated(self) -> Templated | None:
+        """Return what finds text that was rendered before; a set that is kept needs none."""
+        if self.prompt_format == "raw":
+            return None
+        return Templated(self._tokenizer, specials=self._format.specials)
 
     def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
         """Encode a source into a store.

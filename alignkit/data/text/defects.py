@@ -162,7 +162,8 @@ class Judge:
 def defects(sides: Sequence[Side]) -> list[str]:
     """List the defects of a row as it was published, by the names in `MEANING`."""
     answers = [side.answer for side in sides]
-    prompts = {(side.prompt, _spoken(side.messages or ())) for side in sides}
+    asked = {(side.prompt, side.messages) for side in sides}
+    prompts = {(prompt, _spoken(messages or ())) for prompt, messages in asked}
     text = "\n".join([*(prompt for prompt, _ in prompts), *answers])
     found = {
         "unread_fields": any(side.unread for side in sides),
@@ -171,7 +172,7 @@ def defects(sides: Sequence[Side]) -> list[str]:
         "roles_inside_answer": any(holds_label(answer) for answer in answers),
         "empty_answers": any(not answer.strip() for answer in answers),
         "identical_pairs": len(prompts) == 1 and len(set(answers)) < len(answers),
-        "doubled_roles": any(doubled_roles(side.prompt, side.messages) for side in sides),
+        "doubled_roles": any(doubled_roles(*each) for each in asked),
     }
     return [*character_defects(text), *(name for name, present in found.items() if present)]
 

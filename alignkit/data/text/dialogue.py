@@ -105,6 +105,13 @@ class Dialogue:
             return self.starts
         return tuple(turn.start for turn in turns(self.prompt))
 
+    def opening(self) -> str:
+        """Return what stands before the first turn; empty where nothing does, or without a turn."""
+        if self.starts is not None:
+            return self.prompt[: self.starts[0]].strip() if self.starts else ""
+        first = _FIRST_TURN.match(self.prompt) or _TURN.search(self.prompt)
+        return self.prompt[: first.start()].strip() if first else ""
+
     def since(self, start: int) -> str:
         """Return the prompt from the turn at ``start`` on; text before the first turn stays."""
         first = (self.turn_starts() or (0,))[0] if start else 0

@@ -130,9 +130,8 @@ class Format:
         return human[1:]
 
     def system(self, dialogue: Dialogue) -> str:
-        """Return what stands before the first turn; empty where there is nothing, or no turn."""
-        starts = dialogue.turn_starts()
-        return dialogue.prompt[: starts[0]].strip() if starts else ""
+        """Return the system's message as the format has it; empty for none."""
+        return dialogue.opening()
 
     def render(self, dialogue: Dialogue, start: int = 0) -> Rendered:
         """Render the dialogue, its prompt from the character ``start`` on (a turn's start)."""

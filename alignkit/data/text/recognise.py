@@ -27,18 +27,20 @@ def check_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
     Raises:
         AlignkitError: A name that no shape has, or a column that stands for two.
     """
+    if not columns:
+        return None
     known = {*TEXT_COLUMNS, "label", *SPOKEN}
     known = known.union(*(shape.columns for shape in (*PREFERENCE, *SFT)))
-    for name in columns or {}:
+    for name in columns:
         if name not in known:
             raise AlignkitError(
                 f"data.columns: nothing is read from `{name}`; give a name of "
                 f"{', '.join(sorted(known))}, and the column that stands for it"
             )
-    given = list((columns or {}).values())
+    given = list(columns.values())
     if doubled := next((each for each in given if given.count(each) > 1), None):
         raise AlignkitError(f"data.columns: `{doubled}` stands for two columns; name it once")
-    return dict(columns) if columns else None
+    return dict(columns)
 
 
 def renamed(row: Columns, columns: Mapping[str, str] | None) -> Columns:
