@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from itertools import takewhile
@@ -18,6 +19,7 @@ from alignkit.data.text.dialogue import (
 )
 from alignkit.data.text.policies import MEANING, Policies, Tally, choices
 from alignkit.data.text.shapes import Side, side_of
+from alignkit.data.text.thoughts import THOUGHTS
 from alignkit.errors import AlignkitError
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -157,6 +159,18 @@ class Judge:
             first.continued,
             first.tools,
         )
+
+
+def beyond_text(sides: Sequence[Side]) -> frozenset[str]:
+    """Return what a row holds that not every format has a place for, as in `Format.reads`."""
+    texts = {each.fields for side in sides for each in side.messages or ()}
+    fields = {
+        name
+        for text in texts | {side.fields for side in sides}
+        if text
+        for name in json.loads(text)
+    }
+    return frozenset(fields.intersection(THOUGHTS) | {"tools" for side in sides if side.tools})
 
 
 def defects(sides: Sequence[Side]) -> list[str]:

@@ -59,8 +59,8 @@ class Message(NamedTuple):
         role: ``system``, ``user``, ``assistant`` or ``tool``.
         content: What the row gave, as it is. Calls of tools stand in it as text.
         trained: Whether it may carry loss, where all turns do.
-        fields: JSON of what a chat template that knows tools gets instead or besides:
-            ``{"content": null, "tool_calls": [...]}``.
+        fields: JSON of what a chat template that knows it gets instead or besides:
+            ``{"content": null, "tool_calls": [...]}``, ``{"reasoning_content": "2 and 2 …"}``.
     """
 
     role: str

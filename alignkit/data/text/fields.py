@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from alignkit.data.text.speakers import usual_role
+from alignkit.data.text.thoughts import THOUGHTS
 
 _TEXT = {"role", "content"}
 _CALLING = {"tool_calls", "function_call"}
@@ -39,7 +40,7 @@ _CONTEXT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("system", "system_prompt", "instruction", "input", "context", "history"), ()),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "documents"), ()),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), ()),
-    **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "chat_template_kwargs"), ()),
+    **dict.fromkeys((*THOUGHTS, "chat_template_kwargs"), ()),
     **dict.fromkeys(("label", "labels", "kto_tag", "desirable", "accepted", "preferred"), (True,)),
     "undesirable": (False,),
     "margin": (0,),
@@ -82,10 +83,13 @@ def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:
             continue
         if name in _CALLED and usual_role(message.get("role")) == "tool":
             continue
+        speaks = usual_role(message.get("role")) == "assistant"
+        if name in THOUGHTS and isinstance(value, str) and speaks:
+            continue
         truth = value if name == "train" and isinstance(value, bool) else None
         if name == "weight" and not isinstance(value, bool) and value in (0, 1):
             truth = bool(value)
-        if truth is None or (truth and usual_role(message.get("role")) != "assistant"):
+        if truth is None or (truth and not speaks):
             unread.append(_shown(name, value))
         else:
             trained = trained and truth
