@@ -116,10 +116,17 @@ def document_of(row: Columns) -> str:
 
 
 def _canonical(row: Columns, shape: Shape) -> Columns:
-    """Return a row with the usual names of its columns and speakers."""
+    """Return a row with the usual names of its columns and speakers.
+
+    Raises:
+        RowError: A column that holds a text elsewhere holds a yes or a no.
+    """
     read = shape.read(row)
     others = SPOKEN - shape.columns
     gone = others | (shape.columns - {"label"}) if read else others
+    for name in sorted(others.intersection(row)):
+        if isinstance(row[name], bool):  # a verdict on the answer, under the name of one
+            raise RowError(f"`{name}` is {row[name]}, not a text; an answer's verdict is `label`")
     kept = row if gone.isdisjoint(row) else {name: row[name] for name in row if name not in gone}
     found = {**kept, **read} if read else kept
     spoken = {name: found[name] for name in SPOKEN if isinstance(found.get(name), list | dict)}
