@@ -18,7 +18,7 @@ _TEXT = {"role", "content"}
 _CALLING = {"tool_calls", "function_call"}
 _CALLED = {"name", "tool_call_id"}
 """What is read of the messages that call tools, and of those that answer a call."""
-_HARMLESS = {
+HARMLESS = {
     *("id", "message_id", "uuid", "index", "turn", "turn_id", "turn_identifier", "timestamp"),
     *("created", "created_at", "date", "model", "source", "url", "lang", "language", "score"),
     *("redacted", "toxic", "country", "state", "hashed_ip", "header"),
@@ -87,7 +87,7 @@ def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:
     trained = True
     unread = []
     for name, value in message.items():
-        if name in _TEXT or name in _HARMLESS or name in _CALLING or not is_set(value):
+        if name in _TEXT or name in HARMLESS or name in _CALLING or not is_set(value):
             continue
         if name in _CALLED and usual_role(message.get("role")) == "tool":
             continue
