@@ -15,7 +15,13 @@ _INPUT = ("input", "context")
 
 
 class Question(NamedTuple):
-    """Hold one form of a question: its name, the columns that make it, and how it is read."""
+    """Hold one form of a question: its name, the columns that make it, and how it is read.
+
+    Example:
+        >>> riddle = Question("riddles", ("riddle",), asking("riddle"))
+        >>> riddle.read({"riddle": "What has roots?"})
+        {'prompt': [{'role': 'user', 'content': 'What has roots?'}]}
+    """
 
     name: str
     needs: tuple[str, ...]
