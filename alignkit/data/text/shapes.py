@@ -203,7 +203,7 @@ def _whole(value: Any, key: str) -> Side:
             return Side(*split_last(value), whole=True)
         except RowError as error:
             named = "data.columns may name a `prompt` that stands elsewhere"
-            raise RowError(f"`{key}`: {error}; {named}") from None
+            raise RowError(f"{error}; {named}") from None
     messages, unread = as_messages(value, key)
     if not messages or messages[-1].role != "assistant":
         raise RowError(f"`{key}` must end with a message of the assistant")
