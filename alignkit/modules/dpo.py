@@ -13,18 +13,20 @@ from torch import Tensor
 
 from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
+from alignkit.modules.gauges import RatedPairs
 from alignkit.modules.reference import pair_scores
-from alignkit.modules.referenced import ReferencedModule
+from alignkit.modules.reference_choice import resolve_choice
+from alignkit.modules.watch import PairWatch, WatchedModule
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
 
 
-class DPOModule(ReferencedModule):
+class DPOModule(WatchedModule):
     """Train a policy to prefer chosen over rejected answers, relative to a frozen reference.
 
-    The reference is a frozen deep copy of the policy, taken after ``init_from`` is loaded. The
-    copy shares the storage of the policy's frozen parameters, so under LoRA it adds only the memory
-    of the adapters.
+    The reference is a frozen deep copy of the policy, taken after ``init_from`` is loaded, unless
+    ``reference`` names another. The copy shares the storage of the policy's frozen parameters, so
+    under LoRA it adds only the memory of the adapters.
 
     A subclass with a new objective overrides `preference_loss`, and `metrics` to log more.
 
@@ -32,6 +34,9 @@ class DPOModule(ReferencedModule):
         *args: As in `AlignmentModule`.
         loss: The loss to minimise: one of `alignkit.objectives.preference` by its name, or your own
             by its class path, each with its own parameters; ``DPO(beta=0.1)`` by default.
+        reference: What the policy is compared with: a frozen ``copy`` of it as it starts, its
+            ``base`` without adapters, a path (a checkpoint, a run's folder, an adapter, a model),
+            or ``none``; by default a copy where the loss reads a reference, none where not.
         reference_cache: A directory that keeps the reference's log-probs between runs; ``null``
             scores them live. They depend on base, adapter, tokens and dtype alone, so a sweep
             over learning rates or β scores each example once.
@@ -47,6 +52,7 @@ class DPOModule(ReferencedModule):
         self,
         *args: Any,
         loss: PreferenceLoss = DPO(),  # noqa: B008 (frozen)
+        reference: str | None = None,
         reference_cache: str | None = None,
         reference_checks: int = 1,
         **kwargs: Any,
@@ -56,13 +62,14 @@ class DPOModule(ReferencedModule):
             raise AlignkitError(f"model.reference_checks={reference_checks}: give at least 1")
         # A checkpoint's hyper-parameters hold the loss as plain values.
         self.loss = PreferenceLoss.from_dict(loss) if isinstance(loss, Mapping) else loss
+        name, reads = type(self.loss).__name__, self.loss.uses_reference
+        choice = resolve_choice(reference, name, reads, self.lora is None)
+        self.watch = PairWatch(compares=reads)
         self.reference = None
-        if self.loss.uses_reference:
-            self.keep_reference(reference_cache, reference_checks)
+        if reads:
+            self.keep_reference(choice, reference_cache, reference_checks)
         elif reference_cache is not None:
-            raise AlignkitError(
-                f"model.reference_cache: {type(self.loss).__name__} uses no reference; leave it out"
-            )
+            raise AlignkitError(f"model.reference_cache: {name} uses no reference; leave it out")
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the summed loss of the batch's pairs; its weight is the number of pairs."""
@@ -84,6 +91,8 @@ class DPOModule(ReferencedModule):
         loss_B = self.preference_loss(policy, reference)
         with torch.no_grad():
             metrics = self.metrics(policy, reference)
+            rewards = self.loss.rewards(policy, reference)
+            self.watch.add(RatedPairs(policy, reference, *rewards), self.training)
         return LossOutput(loss_B.sum(), len(loss_B), metrics)
 
     def reference_scores(self, batch: PackedBatch) -> PairScores:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,32 @@ CACHE_TOLERANCE = {
 }
 
 
+class ReferenceModel(NamedTuple):
+    """Hold a frozen model and the fingerprints that say which one it is.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
+        >>> ReferenceModel.copied_from(model).base  # the policy's own
+        ''
+
+    Attributes:
+        model: The model, in eval mode.
+        trained: Names what was trained of it, see `trained_fingerprint`.
+        base: Names the base below, where it need not be the policy's.
+    """
+
+    model: PreTrainedModel
+    trained: str
+    base: str = ""
+
+    @classmethod
+    def copied_from(cls, policy: PreTrainedModel) -> ReferenceModel:
+        """Return a frozen copy of the policy as it is now."""
+        model = frozen_copy(policy)
+        return cls(model, trained_fingerprint(model))
+
+
 class Reference(nn.Module):
     """Score responses under a frozen copy of the policy, which stays in eval mode.
 
@@ -42,25 +69,33 @@ class Reference(nn.Module):
     Args:
         policy: The model to copy, with the weights that it has now.
         compiled: Whether to compile the copy's blocks; copying compiled blocks does not.
+        chosen: Another model to score with in the copy's place.
 
     Attributes:
-        model: The frozen copy.
-        fingerprint: A hash that identifies its trained weights.
+        model: The frozen model.
+        fingerprint: A hash that identifies it: its trained weights, and its base where that is not
+            the policy's.
         cache: The cache that `open_cache` opened; without one, every batch is scored live.
         cache_error: Scalar, the largest error, in nats, of cached rows scored again since the last
             `check_cache`.
     """
 
-    def __init__(self, policy: PreTrainedModel, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        compiled: bool = False,
+        chosen: ReferenceModel | None = None,
+    ) -> None:
         super().__init__()
-        self.model = frozen_copy(policy)
+        self.model, trained, base = chosen or ReferenceModel.copied_from(policy)
         if compiled:
             compile_blocks(self.model)
-        self.fingerprint = trained_fingerprint(self.model)
+        self.fingerprint = f"{base}-{trained}" if base else trained
         self.cache: ReferenceCache | None = None
         self.cache_error = torch.zeros(())
         self._base = ""
-        self._agreed = False  # whether `check_start` has passed; later the policy may differ
+        # Whether `check_start` need not compare: it has, or the reference is no copy.
+        self._agreed = chosen is not None
         self.train(False)
 
     def train(self, mode: bool = True) -> Reference:
