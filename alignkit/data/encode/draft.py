@@ -9,11 +9,11 @@ from alignkit.data.text.formats import Rendered
 
 
 @dataclass
-class Draft:
+class DraftExample:
     """Hold an example while it is turned from text into ids.
 
     Example:
-        >>> draft = Draft(1, Dialogue("2 + 2?", (" 4",)), prompt=[8, 9], responses=[[4, 0]])
+        >>> draft = DraftExample(1, Dialogue("2 + 2?", (" 4",)), prompt=[8, 9], responses=[[4, 0]])
         >>> draft.answer_length, draft.length
         (2, 4)
 
@@ -62,7 +62,7 @@ class Draft:
         return len(self.prompt) + self.answer_length
 
 
-def rendered_defects(draft: Draft) -> list[str]:
+def rendered_defects(draft: DraftExample) -> list[str]:
     """Return the defects that an encoded draft has and its text had not.
 
     A template or a tokenizer may strip or normalise what made two answers differ.

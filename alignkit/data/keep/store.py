@@ -110,7 +110,7 @@ class StoreWriter:
         }
         body = json.dumps({"arrays": arrays, "meta": meta})
         manifest = {"xxh3": xxhash.xxh3_64_hexdigest(body.encode()), "body": body}
-        (self._directory / _MANIFEST).write_text(json.dumps(manifest))
+        (self._directory / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
     def _flush(self) -> None:
         for name, values in self._pending.items():
@@ -138,7 +138,7 @@ class Store:
         self.directory = directory
         self.source = str(directory)
         try:
-            manifest = json.loads((directory / _MANIFEST).read_text())
+            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
             intact = manifest["xxh3"] == xxhash.xxh3_64_hexdigest(manifest["body"].encode())
             body = json.loads(manifest["body"])
             arrays, self.meta = body["arrays"], body["meta"]
