@@ -126,11 +126,12 @@ class Dialogue:
         starts = self.turn_starts()
         messages = self.messages
         if messages is None:
-            system = self.prompt[: starts[0]].strip() if starts else ""
-            spoken = [Message(_ROLES[turn.role], turn.text.strip()) for turn in turns(self.prompt)]
-            if spoken and (spoken[-1].role == "assistant" or not spoken[-1].content):
-                spoken.pop()  # it asks for the answer, or is the answer's beginning
-            messages = (*([Message("system", system)] if system else []), *spoken)
+            stripped = [m._replace(content=m.content.strip()) for m in messages_of(self.prompt)]
+            if not starts:
+                stripped = []
+            elif stripped[-1].role == "assistant" or not stripped[-1].content:
+                stripped.pop()  # it asks for the answer, or is the answer's beginning
+            messages = tuple(m for m in stripped if m.content or m.role != "system")
         led = int(bool(messages) and messages[0].role == "system")
         dropped = sum(at < start for at in starts)
         return [*messages[:led], *messages[led + dropped :]]
@@ -193,6 +194,27 @@ def turns(text: str) -> list[Turn]:
         Turn(mark[1], text[mark.end() : end], mark.start())
         for mark, end in zip(marks, ends, strict=False)
     ]
+
+
+def messages_of(text: str) -> list[Message]:
+    r"""Read HH-RLHF's text as messages, whose contents keep every space and line break.
+
+    What stands before the first turn is the system's message.
+
+    Example:
+        >>> messages_of("\n\nHuman: 2 + 2?\n\nAssistant: 4")[1]
+        Message(role='assistant', content=' 4', trained=True, fields='')
+    """
+    found = turns(text)
+    opening = text[: found[0].start] if found else text
+    spoken = [Message(_ROLES[turn.role], turn.text) for turn in found]
+    return [Message("system", opening), *spoken] if opening else spoken
+
+
+def text_of(messages: Sequence[Message]) -> str:
+    """Write what `messages_of` has read: the same text, where an empty line leads every label."""
+    labels = {role: f"\n\n{label}:" for label, role in _ROLES.items()}
+    return "".join(labels.get(message.role, "") + message.content for message in messages)
 
 
 def doubled_roles(prompt: str, messages: Sequence[Message] | None = None) -> bool:
