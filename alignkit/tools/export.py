@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.data.text.chat_templates import template_of
 from alignkit.errors import AlignkitError
 from alignkit.lora.merge import merged_plain
+from alignkit.lora.resize import rows_before
 from alignkit.models.checkpoint import load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
@@ -77,6 +78,8 @@ def export(
     write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
     if trained is not None:
         write_format(trained, place)
+    if to == "peft" and rows_before(policy) is not None:
+        tokenizer.save_pretrained(str(place))  # the base's has not all of the tokens
     Console().print(f"wrote {place} ({to}{told})", highlight=False)
     return place
 
