@@ -45,7 +45,7 @@ from alignkit.lora.peft_format import (
     saved_names,
 )
 from alignkit.lora.peft_reader import refuse_read, refuse_rewritten
-from alignkit.lora.resize import fit_embeddings, undo_resize
+from alignkit.lora.resize import fit_embeddings, undo_resize, with_tied
 from alignkit.lora.state import refuse_differences
 from alignkit.lora.targets import pruned, resolve, saved_modules, shared_weight
 from alignkit.utils.atomic import write_atomically
@@ -227,30 +227,8 @@ def _config_on(model: nn.Module, files: AdapterFiles, untie: bool) -> LoRAConfig
     touched = [*resolve(model, config), *saved_modules(model, config)]
     tied = shared_weight(plain_modules(model), touched)
     if tied is not None and files.config.get("ensure_weight_tying"):
-        config = _with_tied(config, files, [path for path in tied[1] if path not in touched])
+        config = with_tied(config, files, [path for path in tied[1] if path not in touched])
     return dataclasses.replace(config, untie=tied is not None)
-
-
-def _with_tied(config: LoRAConfig, files: AdapterFiles, tied: list[str]) -> LoRAConfig:
-    """Return a config with the modules that PEFT adapts as one with those it names.
-
-    It writes the tensors of both sides, by which they compute what they did. Trained further, each
-    side goes its own way.
-
-    Raises:
-        AlignkitError: They are not in the file.
-    """
-    for path in tied:
-        if f"{PREFIX}{path}.weight" in files.tensors:
-            config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, path))
-        elif f"{PREFIX}{path}.lora_A.weight" in files.tensors:
-            config = dataclasses.replace(config, targets=(*config.targets, path))
-        else:
-            raise AlignkitError(
-                f"{files.config_path}: ensure_weight_tying adapts {path} as well, and "
-                f"{files.tensors_path} holds nothing of it; train one of them alone"
-            )
-    return config
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -6,6 +6,7 @@ by the old ones, and what they became is among the weights that training changed
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError
 from alignkit.lora.adapter import adapter_layers, plain_modules
+from alignkit.lora.config import LoRAConfig
+from alignkit.lora.peft_files import AdapterFiles
 from alignkit.lora.peft_format import PREFIX
 from alignkit.lora.targets import head_path
 
@@ -74,7 +77,7 @@ def resize_embeddings(model: PreTrainedModel, size: int) -> None:
 
 
 def fit_embeddings(model: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
-    """Resize a model's embeddings to those that an adapter in PEFT's format was trained on.
+    """Give a model as many rows of embeddings as an adapter in PEFT's format was trained on.
 
     Rows that the adapter's file holds and does not train are taken from it.
 
@@ -126,6 +129,28 @@ def undo_resize(model: Any, before: int | None) -> None:
     if before is not None:
         model.resize_token_embeddings(before, mean_resizing=False)
         delattr(model, _BEFORE)
+
+
+def with_tied(config: LoRAConfig, files: AdapterFiles, tied: list[str]) -> LoRAConfig:
+    """Return a config with the modules that PEFT adapts as one with those it names.
+
+    It writes the tensors of both sides, by which they compute what they did. Trained further, each
+    side goes its own way.
+
+    Raises:
+        AlignkitError: They are not in the file.
+    """
+    for path in tied:
+        if f"{PREFIX}{path}.weight" in files.tensors:
+            config = dataclasses.replace(config, modules_to_save=(*config.modules_to_save, path))
+        elif f"{PREFIX}{path}.lora_A.weight" in files.tensors:
+            config = dataclasses.replace(config, targets=(*config.targets, path))
+        else:
+            raise AlignkitError(
+                f"{files.config_path}: ensure_weight_tying adapts {path} as well, and "
+                f"{files.tensors_path} holds nothing of it; train one of them alone"
+            )
+    return config
 
 
 def _rows(tensors: Mapping[str, Tensor], path: str) -> int:

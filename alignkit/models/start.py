@@ -100,7 +100,7 @@ class CheckpointStart(Start):
         self.checkpoint: Mapping[str, Any] = ckpt.read_checkpoint(place)
 
     def resize(self, model: PreTrainedModel) -> None:
-        """Resize to what the checkpoint's hyper-parameters say."""
+        """Give it the rows that the checkpoint's hyper-parameters name."""
         resize_embeddings(model, ckpt.embedding_rows(self.checkpoint))
 
     def own(self, model: PreTrainedModel) -> LoRAConfig | None:
@@ -134,7 +134,7 @@ class AdapterStart(Start):
         self.path = path
 
     def resize(self, model: PreTrainedModel) -> None:
-        """Resize to the rows that the adapter's file holds.
+        """Give it the rows that the adapter's file holds.
 
         Raises:
             AlignkitError: It holds rows of the base besides, which no checkpoint would keep.

@@ -89,6 +89,8 @@ def test_what_must_train_is_said(
         "1 new token ids keep the mean of the others' embeddings, as model.embed_tokens and lm_head"
     )
     assert (said in caplog.text + err) == (start == "resize")
+    (last,) = Path("runs").rglob("last.ckpt")
+    assert load_policy(str(last))[0].config.vocab_size == 385
     config = json.loads((Path(model_dir("llama")) / "config.json").read_text())
     assert config["vocab_size"] == 384
 
