@@ -153,7 +153,7 @@ def test_the_head_keeps_no_logits(trained: bool) -> None:
         peaks.append(torch.cuda.max_memory_allocated() - before)
     logits = count * vocabulary * 2
     assert peaks[2] - peaks[1] < logits / 8
-    assert peaks[2] < logits
+    assert peaks[2] < 2 * logits  # those of its tokens alone, without softmax or gradient
 
 
 def test_memory_grows_with_the_row_and_not_with_its_square(
