@@ -37,6 +37,8 @@ class DPOModule(WatchedModule):
         reference: What the policy is compared with: a frozen ``copy`` of it as it starts, its
             ``base`` without adapters, a path (a checkpoint, a run's folder, an adapter, a model),
             or ``none``; by default a copy where the loss reads a reference, none where not.
+        reference_every: Refresh a copy after so many optimizer steps (TR-DPO); ``null`` never does.
+        reference_mix: Share of the policy in a refreshed reference; at 1 it is copied.
         reference_cache: A directory that keeps the reference's log-probs between runs; ``null``
             scores them live. They depend on base, adapter, tokens and dtype alone, so a sweep
             over learning rates or β scores each example once.
@@ -53,6 +55,8 @@ class DPOModule(WatchedModule):
         *args: Any,
         loss: PreferenceLoss = DPO(),  # noqa: B008 (frozen)
         reference: str | None = None,
+        reference_every: int | None = None,
+        reference_mix: float = 1.0,
         reference_cache: str | None = None,
         reference_checks: int = 1,
         **kwargs: Any,
@@ -69,6 +73,7 @@ class DPOModule(WatchedModule):
                 f"model.reference_cache: {name} weighs tokens, and the cache keeps sums over whole "
                 "answers; leave it out"
             )
+        self.refresh_reference(reference_every, reference_mix, choice, reference_cache)
         self.watch = PairWatch(compares=reads)
         self.reference = None
         if reads:
