@@ -151,15 +151,16 @@ def test_aot_sorts_the_pairs_of_all_ranks_and_micro_batches(
     with torch.no_grad():
         for parameter in module.model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.1)
+                parameter.normal_(std=0.5)
     module.reference._agreed = True
     single = copy.deepcopy(module)
-    examples = pairs(16)
+    # Of one length, so that policy and reference order their margins differently.
+    examples = [Example(e.prompt, [(e.responses[k] * 9)[:9] for k in (0, 1)]) for e in pairs(16)]
     end = run(module, examples, tmp_path, accumulate=2)
     run_single = trainer(tmp_path, max_epochs=1)
     run_single.fit(single, loader(examples, 8))
     for name, value in single.state_dict().items():
-        torch.testing.assert_close(end["state"][name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(end["state"][name], value, atol=5e-5, rtol=1e-3)
     loss = run_single.callback_metrics["train/loss"]
     torch.testing.assert_close(end["metrics"]["train/loss"], loss, atol=1e-5, rtol=1e-5)
 

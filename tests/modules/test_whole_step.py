@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from alignkit.engine import collate
+from alignkit.engine import Example, collate
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.modules import DPOModule
@@ -21,7 +22,17 @@ from alignkit.objectives.preference import (
     UnpairedAOT,
     WeightedSum,
 )
-from tests.modules.helpers import loader, logged_steps, pairs, sgd, trainer
+from tests.modules.helpers import loader, logged_steps, sgd, trainer
+
+
+def alike(count: int) -> list[Example]:
+    """Pairs of one length, whose margins policy and reference order differently."""
+    draw = random.Random(3)
+
+    def ids() -> list[int]:
+        return [draw.randrange(1, 384) for _ in range(9)]
+
+    return [Example(ids(), [ids(), ids()]) for _ in range(count)]
 
 
 def moved(model_dir: Callable, loss: PreferenceLoss, **options: object) -> DPOModule:
@@ -33,7 +44,7 @@ def moved(model_dir: Callable, loss: PreferenceLoss, **options: object) -> DPOMo
     with torch.no_grad():
         for parameter in module.model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.5)
     module.reference._agreed = True
     return module
 
@@ -49,11 +60,11 @@ def test_micro_batches_are_one_batch(
     whole = copy.deepcopy(module)
     start = {n: p.clone() for n, p in module.state_dict().items()}
     logged, expected = logged_steps(module), logged_steps(whole)
-    examples = pairs(10)
+    examples = alike(10)
     trainer(tmp_path, max_epochs=1, accumulate_grad_batches=3).fit(module, loader(examples, 2))
     trainer(tmp_path, max_epochs=1).fit(whole, loader(examples, 6))
     for name, value in whole.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(module.state_dict()[name], value, atol=5e-5, rtol=1e-3)
     assert any(not torch.equal(value, start[name]) for name, value in whole.state_dict().items())
     for name in ("train/loss", "train/grad_norm", "train/rewards/margins"):
         assert logged[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
@@ -62,7 +73,7 @@ def test_micro_batches_are_one_batch(
 
 def test_a_mean_over_micro_batches_is_another_loss(model_dir: Callable) -> None:
     """Why: sorted within micro-batches, the loss of the same pairs differs."""
-    module, examples = moved(model_dir, AOT(5.0)), pairs(6)
+    module, examples = moved(model_dir, AOT(5.0)), alike(6)
     with torch.no_grad():
         together = module.compute_loss(collate(examples)).loss_sum
         apart = sum(module.compute_loss(collate(examples[i : i + 2])).loss_sum for i in (0, 2, 4))
@@ -81,7 +92,7 @@ def test_dropout_is_drawn_once(model_dir: Callable, tmp_path: Path) -> None:
             activation_checkpointing=checkpointing,
         )
         torch.manual_seed(4)
-        trainer(tmp_path, max_steps=2, accumulate_grad_batches=2).fit(module, loader(pairs(8), 2))
+        trainer(tmp_path, max_steps=2, accumulate_grad_batches=2).fit(module, loader(alike(8), 2))
         ends.append(module.state_dict())
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, atol=1e-6, rtol=1e-5)
