@@ -25,8 +25,8 @@ from alignkit.modules.optimize import total_steps
 KEY = "settings"
 # Paths, and ways to compute: neither changes what is trained.
 _WITHOUT_EFFECT = frozenset(
-    {"base", "tokenizer", "init_from", "random_init", "reference_cache", "reference_checks",
-     "activation_checkpointing", "compile", "packing"}
+    {"base", "tokenizer", "init_from", "random_init", "reference", "reference_cache",
+     "reference_checks", "activation_checkpointing", "compile", "packing"}
 )  # fmt: skip
 # Entries of an optimizer's groups that are no settings of the optimizer.
 _NOT_SETTINGS = frozenset({"params", "param_names", "initial_lr", "swa_lr"})

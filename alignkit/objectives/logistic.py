@@ -143,7 +143,8 @@ class AOT(PreferenceLoss):
 
     Melnyk et al. 2024, arXiv:2406.05882, section 3 (paired). Sorting matches quantiles, so
     element b of the result belongs to the b-th quantile of the batch and not to pair b. Only the
-    mean over the batch is meaningful, and it depends on which pairs share a batch.
+    mean is meaningful. In training it is over all pairs of an optimizer step, of every micro-batch
+    and rank (`alignkit.modules.whole_step`); in validation it depends on which share a batch.
 
     Args:
         beta: Strength of the tie to the reference.
@@ -152,6 +153,7 @@ class AOT(PreferenceLoss):
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    whole_step: ClassVar[bool] = True
     trl_name: ClassVar[str | None] = "aot"
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
@@ -174,6 +176,7 @@ class UnpairedAOT(PreferenceLoss):
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    whole_step: ClassVar[bool] = True
     trl_name: ClassVar[str | None] = "aot_unpaired"
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
