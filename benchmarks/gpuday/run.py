@@ -84,8 +84,7 @@ def _run_one(day: Day, part: str, share: float) -> bool:
         day.note(WHOLE, time.monotonic() - began, "s")
         return True
     except NotRun as reason:
-        day.note("not run", str(reason), "")
-        day.note(WHOLE, time.monotonic() - began, "s")
+        day.note("not run", str(reason), "")  # not whole: a later run may have what was missing
         return True
     except Exception as error:
         day.console.print_exception()
