@@ -14,7 +14,7 @@ from torch import Tensor
 from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
 from alignkit.modules.gauges import RatedPairs
-from alignkit.modules.reference import pair_scores
+from alignkit.modules.pair_scores import pair_scores, reference_pair_scores, refuse_other_counts
 from alignkit.modules.reference_choice import resolve_choice
 from alignkit.modules.watch import PairWatch, WatchedModule
 from alignkit.modules.window import LossOutput
@@ -64,6 +64,11 @@ class DPOModule(WatchedModule):
         self.loss = PreferenceLoss.from_dict(loss) if isinstance(loss, Mapping) else loss
         name, reads = type(self.loss).__name__, self.loss.uses_reference
         choice = resolve_choice(reference, name, reads, self.lora is None)
+        if self.loss.weighs_tokens and reference_cache is not None:
+            raise AlignkitError(
+                f"model.reference_cache: {name} weighs tokens, and the cache keeps sums over whole "
+                "answers; leave it out"
+            )
         self.watch = PairWatch(compares=reads)
         self.reference = None
         if reads:
@@ -73,17 +78,13 @@ class DPOModule(WatchedModule):
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the summed loss of the batch's pairs; its weight is the number of pairs."""
-        if batch.num_responses != 2 * batch.num_examples:
-            raise AlignkitError(
-                "data: DPO needs exactly two responses a prompt, chosen before rejected; use "
-                "HHPreferenceDataModule"
-            )
+        refuse_other_counts(batch, self.loss)
         # The reference comes first, so that its working memory is free again before the policy's
         # activations are allocated.
         # log π_ref(y_w|x), log π_ref(y_l|x)
         reference = self.reference_scores(batch) if self.reference is not None else None
         # log π_θ(y_w|x), log π_θ(y_l|x)
-        policy = pair_scores(self.model, batch)
+        policy = pair_scores(self.model, batch, self.loss)
         if reference is None:
             reference = policy.detached()
         self.check_start(batch)
@@ -105,7 +106,7 @@ class DPOModule(WatchedModule):
             raise AlignkitError(
                 f"reference: {type(self.loss).__name__} uses none, so none was kept"
             )
-        return self.reference.scores(batch)
+        return reference_pair_scores(self.reference, batch, self.loss)
 
     def preference_loss(self, policy: PairScores, reference: PairScores) -> Tensor:
         """Return one loss for each pair, [B] fp32; a new objective overrides it.

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from alignkit.engine import Example, collate
 from alignkit.modules import DPOModule
 from alignkit.modules.gauges import GAUGES, RatedPairs
-from alignkit.modules.reference import pair_scores
+from alignkit.modules.pair_scores import pair_scores
 from alignkit.modules.watch import FallingChosen, PairWatch
 from alignkit.objectives.preference import DPO, PairScores, SimPO
 from tests.modules.helpers import loader, pairs, trainer

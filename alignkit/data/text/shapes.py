@@ -54,6 +54,7 @@ class Side(NamedTuple):
         fields: Of the answer, as in `Message`.
         continued: As in `Dialogue`, as for ``tools``.
         shape: The name of the shape that the row was read as.
+        label: Whether the answer is good, of an unpaired row.
     """
 
     prompt: str
@@ -68,6 +69,7 @@ class Side(NamedTuple):
     continued: str = ""
     tools: str = ""
     shape: str = ""
+    label: bool | None = None
 
     @property
     def reply(self) -> Message:
