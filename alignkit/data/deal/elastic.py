@@ -1,4 +1,4 @@
-"""Go on with an epoch on another number of ranks, or of micro-batches a step, than it began with.
+"""Continue an epoch on another number of ranks, or of micro-batches a step, than it began with.
 
 What an epoch shows is an order cut into optimizer steps, and ranks matter to the cuts alone. The
 rest of an epoch is therefore the rest of its order, cut for the ranks there are now. Where a step
@@ -66,7 +66,7 @@ def steps_of(parts: Sequence[Part]) -> int:
 
 
 def comparable(saved: object, plan: Plan) -> tuple[Any, Plan]:
-    """Leave out of two plans what may differ within an epoch: the ranks, and what they decide."""
+    """Remove from two plans what may differ within an epoch: the ranks, and what they decide."""
     if not isinstance(saved, Mapping):
         return saved, plan
     same = all(saved.get(name) == plan[name] for name in _RANKS)

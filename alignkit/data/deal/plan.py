@@ -1,4 +1,4 @@
-"""Plan an epoch: an order of examples, cut into optimizer steps and dealt to micro-batches."""
+"""Compute the plan of an epoch: an order of examples, cut into optimizer steps and dealt to micro-batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Cuts = tuple[NDArray[np.int64], list[int]]
 
 @dataclass(frozen=True)
 class Planner:
-    """Plan epochs for some ranks; the same arguments give the same plan everywhere.
+    """Compute plans of epochs for some ranks, the same on each of them.
 
     Example:
         >>> sizes = np.array([5, 4, 3, 3, 3])

@@ -191,7 +191,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         self._start = self._yielded = 0 if finished else batches
 
     def _go_on(self, saved: Mapping[str, Any], own: Plan, batches: int) -> int:
-        """Plan the rest of an epoch that other ranks began; return this rank's micro-batches."""
+        """Compute the rest of an epoch that other ranks began, and return where it begins here."""
         parts = parts_before(saved, own, batches)
         if not parts:
             return batches
