@@ -91,8 +91,14 @@ def _check_positions(model: PreTrainedModel, batch: PackedBatch) -> None:
 
 
 def response_sums(logps_N: Tensor, batch: PackedBatch) -> Tensor:
-    """Sum token log-probs over each response: [N] to [R] fp32; log π(y|x) of DPO (eq. 7)."""
-    return logps_N.new_zeros(batch.num_responses).index_add(0, batch.response_index, logps_N)
+    """Sum token log-probs over each response: [N] to [R] fp32; log π(y|x) of DPO (eq. 7).
+
+    They are added up in fp64, since a GPU adds in any order: the sums of equal log-probs are equal,
+    and so policy and reference are at the start of a run.
+    """
+    exact = logps_N.dtype if logps_N.device.type == "mps" else torch.float64  # which mps lacks
+    zeros_R = logps_N.new_zeros(batch.num_responses, dtype=exact)
+    return zeros_R.index_add(0, batch.response_index, logps_N.to(exact)).to(logps_N.dtype)
 
 
 def response_lengths(batch: PackedBatch) -> Tensor:

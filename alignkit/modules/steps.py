@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -58,6 +59,16 @@ class ExactSteps(HasLoss):
         if self.position.before_batch(batch_idx, self.trainer, self.device):
             self.window.clear()
 
+    def transfer_batch_to_device(
+        self, batch: PackedBatch, device: torch.device, dataloader_idx: int
+    ) -> PackedBatch:
+        """Copy a batch without waiting for the device, which Lightning does for plain tensors only.
+
+        A copy that waits also waits for every step before it. From memory that is not page-locked
+        the copy is safe too: CUDA then reads it before it returns.
+        """
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the batch's mean loss with the gradient of its *sum*.
 
@@ -97,10 +108,18 @@ class ExactSteps(HasLoss):
         self._taken = totals.own if admitted else None
         if not admitted:
             return
-        for name, mean in totals.means.items():
+        for name, mean in self.logged_means(totals.means).items():
             self._log(f"train/{name}", mean, prog_bar=name == "loss")
         self._log("train/grad_norm", self._norm)
         self._log("train/tokens_per_second", totals.tokens_per_second, prog_bar=True)
+
+    def logged_means(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is logged of a step's means; a subclass may log quotients of them."""
+        return means
+
+    def logged_totals(self, totals: LossOutput) -> LossOutput:
+        """Return what is logged of an epoch, as sums; a subclass may leave metrics out."""
+        return totals
 
     def configure_gradient_clipping(
         self,
@@ -131,7 +150,7 @@ class ExactSteps(HasLoss):
         total = self.epoch_sums.total()
         if total is None:
             return
-        self.train_metrics.update(total)
+        self.train_metrics.update(self.logged_totals(total))
         for name, metric in self.train_metrics.named().items():
             attribute = f"train_metrics.means.{name}"
             self.log(f"train/{name}_epoch", metric, metric_attribute=attribute)
@@ -186,7 +205,7 @@ class ExactSteps(HasLoss):
         self.window.clear()
         self.epoch_sums.load(self._epoch_state, self.device, self.global_rank)
         self._epoch_state = {}
-        self.position.start_run(self.device, self.global_rank)
+        self.position.start_run(self.trainer, self.device)
 
     # Inside ---------------------------------------------------------------------------------
 

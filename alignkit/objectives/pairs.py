@@ -201,6 +201,8 @@ def known_losses() -> Iterator[type[PreferenceLoss]]:
 def unknown_loss(name: str) -> AlignkitError:
     """Return the error about a name that no loss has, with a suggestion and the known names."""
     kinds = {kind.__name__: kind for kind in known_losses()}
+    if name.casefold() == "kto":
+        return AlignkitError("model.loss KTO: takes unpaired answers; train it with KTOModule")
     meant = [other for other, kind in kinds.items() if kind.trl_name == name]
     folded = {other.casefold(): other for other in kinds}
     close = get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)

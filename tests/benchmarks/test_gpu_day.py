@@ -55,3 +55,68 @@ def test_steps_beside_the_peers(gpu_day: Day) -> None:
     assert set(figures[0]) == {
         "part", "name", "value", "unit", "settings", "device", "tiny", "versions", "at",
     }  # fmt: skip
+
+
+def test_every_other_part_then_none_again(gpu_day: Day) -> None:
+    parts = "ceiling,rows,attention,compile,nf4,sync,train"
+    code, figures = gpu_day("--tiny", "--parts", parts)
+    assert code == 0, [line for line in figures if line["name"] == "error"]
+    assert all("whole" in named(figures, part) for part in parts.split(","))
+    assert named(figures, "ceiling")["bf16 matmul"] > 0
+    assert named(figures, "rows")["tiny-llama-shape: rows of 512: tokens"] > 0
+    assert named(figures, "attention")["dense, 2x16: time"] > 0
+    assert "tiny-llama-shape: compiled: time per step" in named(figures, "compile")
+    assert named(figures, "sync")["tiny-llama-shape: waits"] == 0
+    assert named(figures, "train")["tiny-llama-shape: Trainer over bare step"] > 0
+    assert {line["device"] for line in figures} == {"cpu"}
+    assert gpu_day("--tiny", "--parts", parts) == (0, figures)
+
+
+def test_a_part_that_fails_leaves_a_line_and_the_next_runs(
+    gpu_day: Day, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpuday import attention
+
+    def fail(day: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(attention, "measure", fail)
+    code, figures = gpu_day("--tiny", "--parts", "attention,ceiling")
+    assert code == 1
+    assert named(figures, "attention") == {"error": "RuntimeError: no kernel image"}
+    assert "whole" in named(figures, "ceiling")
+
+
+def test_without_trl_dpo_goes_alone_and_sft_beside_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpuday import steps
+
+    monkeypatch.setattr(steps, "find_spec", lambda name: None)
+    assert steps.contest_of("dpo") is None
+    contest = steps.contest_of("sft")
+    assert contest is not None and [arm.package for arm in contest.peers] == ["peft", "peft"]
+    assert contest.task == "sft" and contest.truth == "peft"
+
+
+def test_a_cut_line_is_left_out_and_other_devices_do_not_count(tmp_path: Path) -> None:
+    from gpuday.record import Figures
+
+    path = tmp_path / "figures.jsonl"
+    about = {"device": "cpu", "tiny": True, "versions": {}}
+    Figures(path, about).add("sync", "whole", 1.0, "s")
+    with path.open("a") as file:
+        file.write('{"part": "train", "na')
+    again = Figures(path, about)
+    assert again.is_whole("sync") and not again.is_whole("train")
+    again.add("train", "whole", 2.0, "s")
+    assert Figures(path, about).is_whole("train")
+    for other in ({"device": "H100"}, {"tiny": False}):
+        assert not Figures(path, about | other).is_whole("sync")
+    assert not Figures(path, about, again=True).is_whole("sync")
+
+
+def test_mistakes_are_one_line(gpu_day: Day, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, part in ((["--parts", "stepz"], "stepz"), ([], "--tiny")):
+        code, figures = gpu_day(*flags)
+        message = capsys.readouterr().err.strip()
+        assert code == 2 and not figures
+        assert message.startswith("error: ") and part in message and "\n" not in message

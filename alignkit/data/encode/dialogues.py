@@ -38,7 +38,7 @@ class DialogueEncoder:
 
     Args:
         tokenizer: A fast tokenizer.
-        sides: Reads a row: `preference_sides` or `sft_sides`.
+        sides: Reads a row: `preference_sides`, `sft_sides` or `unpaired_sides`.
         max_length: Most tokens of a prompt and one response together, EOS included.
         prompt_format: See `alignkit.data.text.formats`.
         all_turns: Score every turn of the assistant instead of the last alone.
@@ -160,7 +160,8 @@ class DialogueEncoder:
 
     def example(self, draft: DraftExample) -> Example:
         """Return a finished draft as the example that the engine takes."""
-        return Example(draft.prompt, draft.responses, draft.scored if self.masked else None)
+        scored = draft.scored if self.masked else None
+        return Example(draft.prompt, draft.responses, scored, draft.label)
 
     def _settled(self, source: Source, judge: Judge) -> Iterator[DraftExample]:
         for line, row in source.rows():
@@ -180,7 +181,7 @@ class DialogueEncoder:
                         judge.count("unwritten_tools", line)
                         lost -= {"tools"}
                     judge.unread(unread_names(lost, self.reads), line)
-                yield DraftExample(line, judge.settle(sides, line))
+                yield DraftExample(line, judge.settle(sides, line), label=sides[0].label)
             except Dropped:
                 continue
 

@@ -27,6 +27,7 @@ class DraftExample:
         prompt: Ids of the prompt, BOS first where there is one.
         responses: Ids of each response, EOS last.
         scored: Which of them carry loss.
+        label: Whether its answer is good, of an unpaired row.
         movable: The part of the prompt's ids that may be cut, from its left; what is before and
             after (BOS, a template's markers) stays.
         truncated: Whether the prompt was shortened.
@@ -45,6 +46,7 @@ class DraftExample:
     prompt: list[int] = field(default_factory=list)
     responses: list[list[int]] = field(default_factory=list)
     scored: list[list[bool]] = field(default_factory=list)
+    label: bool | None = None
     movable: tuple[int, int] = (0, 0)
     truncated: bool = False
     proved: bool = False

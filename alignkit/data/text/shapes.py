@@ -54,6 +54,7 @@ class Side(NamedTuple):
         fields: Of the answer, as in `Message`.
         continued: As in `Dialogue`, as for ``tools``.
         shape: The name of the shape that the row was read as.
+        label: Whether the answer is good, of an unpaired row.
     """
 
     prompt: str
@@ -68,6 +69,7 @@ class Side(NamedTuple):
     continued: str = ""
     tools: str = ""
     shape: str = ""
+    label: bool | None = None
 
     @property
     def reply(self) -> Message:
@@ -142,8 +144,7 @@ def _preference_sides(row: Columns) -> list[Side]:
         responses = row["responses"]
         if not isinstance(responses, list) or len(responses) < 2:
             raise RowError("`responses` must be a list of two or more, best first")
-        prompt = row["prompt"]
-        sides = [_joined(prompt, response, "responses") for response in responses]
+        sides = [_joined(row["prompt"], response, "responses") for response in responses]
     elif row.get("prompt") is None:
         sides = [_whole(row[key], key) for key in ("chosen", "rejected")]
     else:
@@ -202,8 +203,7 @@ def _whole(value: Any, key: str) -> Side:
         try:
             return Side(*split_last(value), whole=True)
         except RowError as error:
-            named = "data.columns may name a `prompt` that stands elsewhere"
-            raise RowError(f"{error}; {named}") from None
+            raise RowError(f"{error}; data.columns may name a `prompt` elsewhere") from None
     messages, unread = as_messages(value, key)
     if not messages or messages[-1].role != "assistant":
         raise RowError(f"`{key}` must end with a message of the assistant")
