@@ -39,7 +39,8 @@ from alignkit.utils.interrupts import Stopped, stop_on_signals
 from alignkit.utils.ranks import is_first_rank, is_lost_connection
 
 # From a command to what it does and to its module, which is imported when the command runs. The
-# module has a function of the command's name, and ``add_arguments(parser)`` for its flags.
+# module has a function of the command's name, and ``add_arguments(parser)`` for its flags; or else
+# ``run(arguments)``, which parses them itself and returns the exit status.
 TOOLS = {
     "generate": ("Answer prompts with a model.", "alignkit.tools.generate.command"),
     "compare": ("Put several models' answers side by side.", "alignkit.tools.compare"),
@@ -47,6 +48,7 @@ TOOLS = {
     "demo": ("Run the three stages on a small model, offline.", "alignkit.tools.demo.run"),
     "configs": ("List the configurations that come along; copy one.", "alignkit.tools.configs"),
     "audit": ("Report every defect of a data set.", "alignkit.tools.audit.command"),
+    "plan": ("Size a fit before it runs.", "alignkit.tools.plan.command"),
     "profile": ("Time LoRA against full fine-tuning.", "alignkit.tools.profile.command"),
 }
 
@@ -98,15 +100,16 @@ class AlignCLI(LightningCLI):
 
     Args:
         arguments: The command line after ``alignkit``.
+        **options: Further ones of `LightningCLI`.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
         super().__init__(
             AlignmentModule,
             LightningDataModule,
             args=list(arguments),
             parser_class=TrainingParser,
-            parser_kwargs={"prog": "alignkit"},
+            parser_kwargs=options.pop("parser_kwargs", {"prog": "alignkit"}),
             save_config_callback=SaveConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -118,6 +121,7 @@ class AlignCLI(LightningCLI):
                 # The modules log one line of parameter counts, which says more.
                 "enable_model_summary": False,
             },
+            **options,
         )
 
     @staticmethod
@@ -216,6 +220,8 @@ def run_tool(name: str, arguments: Sequence[str]) -> int:
     """
     summary, place = TOOLS[name]
     module = importlib.import_module(place)
+    if hasattr(module, "run"):
+        return int(module.run(arguments))
     parser = Parser(prog=f"alignkit {name}", description=summary)
     parser.add_argument("--debug", action=_DebugFlag)
     module.add_arguments(parser)

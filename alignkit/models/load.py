@@ -27,6 +27,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "hub_reachable",
     "load_model",
     "load_tokenizer",
+    "read_config",
 ]
 
 log = logging.getLogger(__name__)
@@ -123,6 +125,23 @@ def load_model(
         pack(model, quantize)
     model.eval()
     return model  # type: ignore[no-any-return]
+
+
+def read_config(base: str) -> PretrainedConfig:
+    """Read a model's config, without weights.
+
+    Args:
+        base: As in `load_model`.
+
+    Raises:
+        AlignkitError: There is no config, or it cannot be read.
+    """
+    location, options = _locate(base, "base")
+    with _one_line("base", base, _ADVICE), without_bars(True):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            location, trust_remote_code=False, **options
+        )
+    return config
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

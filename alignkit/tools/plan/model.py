@@ -1,0 +1,184 @@
+"""Build the models of a run without their weights: tensors that have a size and no content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from alignkit.engine.fp32 import outermost_blocks
+from alignkit.engine.tail import assume_plain_tail
+from alignkit.engine.verify import assume_packed
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, inject_lora
+from alignkit.lora.adapter import plain_modules, replace_module
+from alignkit.lora.targets import all_linear
+from alignkit.models.dropout import zero_dropout
+from alignkit.models.lean import lean_modules
+from alignkit.models.load import read_config
+from alignkit.modules.reference import frozen_copy
+from alignkit.tools.plan.packed import SIZED
+from alignkit.tools.plan.settings import Settings
+
+# Upstream's signatures are partly untyped.
+_CausalLM: Any = AutoModelForCausalLM
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Hold a run's simulated models, and what their weights take.
+
+    Attributes:
+        mode: The mode in which their tensors compute.
+        policy: The model that trains, in training mode.
+        reference: Its frozen copy, or ``None``.
+        base_parameters: Number of the base's parameters, a tied head once.
+        trained_parameters: Number of the parameters that train.
+        base_bytes: Memory of all that does not train.
+        trained_bytes: Memory of what trains.
+        reference_bytes: Memory that the reference adds.
+        loading_bytes: Memory of the base while it is loaded, before it is packed.
+        checking_bytes: Memory of the fp32 copies of a half-precision base, while its scores are
+            checked before training.
+    """
+
+    mode: FakeTensorMode
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    base_parameters: int
+    trained_parameters: int
+    base_bytes: int
+    trained_bytes: int
+    reference_bytes: int
+    loading_bytes: int
+    checking_bytes: int
+
+
+def simulate_models(settings: Settings, device: torch.device) -> Models:
+    """Build what a run with these settings would train and compare with.
+
+    Args:
+        settings: The run.
+        device: Where its tensors pretend to lie.
+
+    Raises:
+        AlignkitError: The config cannot be read, or the adapter does not fit the model.
+    """
+    config = read_config(settings.base)
+    with torch.device("meta"):
+        policy: PreTrainedModel = _CausalLM.from_config(
+            config, dtype=settings.dtype, trust_remote_code=False
+        )
+    loading = _bytes(policy)
+    base_parameters = sum(p.numel() for p in policy.parameters())
+    lean_modules(policy)
+    _pack(policy, settings.quantize)
+    _make_trainable(policy, settings)
+    if settings.half is not None:
+        policy.to(settings.half)
+    if settings.checkpointing:
+        policy.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+            {"use_reentrant": False}
+        )
+    reference = frozen_copy(policy) if settings.reference else None
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    models = Models(
+        mode=FakeTensorMode(allow_non_fake_inputs=True),
+        policy=policy,
+        reference=reference,
+        base_parameters=base_parameters,
+        trained_parameters=sum(p.numel() for p in trained),
+        base_bytes=_bytes(policy) - _sum(trained),
+        trained_bytes=_sum(trained),
+        reference_bytes=_bytes(policy, reference) - _bytes(policy),
+        loading_bytes=loading,
+        checking_bytes=_copies_in_fp32(policy),
+    )
+    fakes: dict[int, Tensor] = {}
+    for model in filter(None, (policy, reference)):
+        _make_fake(model, models.mode, device, fakes)
+        assume_packed(model)
+        assume_plain_tail(model)
+    policy.train()
+    return models
+
+
+def _pack(model: PreTrainedModel, to: str | None) -> None:
+    if to is None:
+        return
+    modules = plain_modules(model)
+    chosen = [path for path in all_linear(model).adapted if type(modules[path]) is nn.Linear]
+    if not chosen:
+        raise AlignkitError(
+            f"model.quantize: {type(model).__name__} has no torch.nn.Linear to quantize; leave "
+            "model.quantize out"
+        )
+    for path in chosen:
+        linear = modules[path]
+        assert isinstance(linear, nn.Linear)  # for the type checker
+        replace_module(model, path, SIZED[to](linear))
+
+
+def _make_trainable(model: PreTrainedModel, settings: Settings) -> None:
+    if not settings.dropout:
+        zero_dropout(model)
+    lora = settings.lora
+    if settings.start is not None and lora == "auto":
+        lora = settings.start.own(model)
+    if lora == "auto":
+        lora = LoRAConfig()
+    if lora is None:
+        model.requires_grad_(True)
+    else:
+        with torch.device("meta"):
+            inject_lora(model, lora)
+
+
+def _make_fake(
+    model: nn.Module, mode: FakeTensorMode, device: torch.device, fakes: dict[int, Tensor]
+) -> None:
+    """Put tensors that pretend to lie on a device in the places of meta tensors."""
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in tables:
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in fakes:
+                    fake: Tensor = FakeTensor(mode, tensor.detach().to("meta"), device)
+                    if isinstance(tensor, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                    fakes[id(tensor)] = fake
+                tensors[name] = fakes[id(tensor)]
+
+
+def _copies_in_fp32(model: nn.Module) -> int:
+    """Return the memory of the copies that `alignkit.engine.fp32.in_fp32` makes at once."""
+    blocks = outermost_blocks(model)
+    inside = [_half_numbers(list(block.parameters())) for block in blocks]
+    within = {id(p) for block in blocks for p in block.parameters()}
+    outside = _half_numbers([p for p in model.parameters() if id(p) not in within])
+    return 4 * (outside + max(inside, default=0))
+
+
+def _half_numbers(tensors: list[nn.Parameter]) -> int:
+    return sum(t.numel() for t in tensors if t.dtype in _HALF)
+
+
+def _bytes(*models: nn.Module | None) -> int:
+    tensors = {
+        id(tensor): tensor
+        for model in models
+        if model is not None
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return _sum(list(tensors.values()))
+
+
+def _sum(tensors: list[Any]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
