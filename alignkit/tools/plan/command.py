@@ -22,12 +22,13 @@ from alignkit.cli.optimizer import spell_out_optimizers
 from alignkit.cli.settings import check_config_files, check_trainer
 from alignkit.errors import AlignkitError
 from alignkit.tools.generate.request import as_json
-from alignkit.tools.plan.model import Models, simulate_models
-from alignkit.tools.plan.result import Line, Plan, Weights, phase_lines
+from alignkit.tools.plan.model import simulate_models
+from alignkit.tools.plan.result import SLACK, Line, Plan, phase_lines
 from alignkit.tools.plan.settings import Settings, read_settings
 from alignkit.tools.plan.step import measure_steps, row_of
 from alignkit.utils.atomic import check_output, write_atomically
 
+_IMPORTED_LATER = 2**25  # what a run imports once it trains, optimizers' and Lightning's own parts
 _SCORED = 256  # tokens from which on the head's chunks are full
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -64,7 +65,7 @@ class PlanCLI(AlignCLI):
         parser.add_method_arguments(self.trainer_class, "fit", skip=self.subcommands()["fit"])
 
     def _parse_ckpt_path(self) -> None:
-        """Leave a checkpoint to resume from alone: it changes no sizes."""
+        """Ignore a checkpoint to resume from, which changes no sizes."""
 
     def _set_seed(self) -> None:
         """Draw nothing."""
@@ -77,8 +78,18 @@ class PlanCLI(AlignCLI):
         """Make nothing."""
 
 
+def parse(arguments: Sequence[str]) -> Any:
+    """Parse a command line, and return its configuration.
+
+    Raises:
+        AlignkitError: The configuration or an option is wrong.
+    """
+    check_config_files(arguments)
+    return PlanCLI(spell_out_optimizers(spell_out_losses(arguments))).config
+
+
 def run(arguments: Sequence[str]) -> int:
-    """Plan the fit that a command line describes, print the plan, and return the exit status.
+    """Print the sizes of the fit that a command line describes, and return the exit status.
 
     Args:
         arguments: What follows ``alignkit plan``.
@@ -86,8 +97,7 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         AlignkitError: The configuration or an option is wrong, or the model cannot be sized.
     """
-    check_config_files(arguments)
-    config = PlanCLI(spell_out_optimizers(spell_out_losses(arguments))).config
+    config = parse(arguments)
     memory = None if config.memory is None else parse_memory(config.memory)
     output = check_output(config.json, "json")
     result = plan(read_settings(config), memory)
@@ -100,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def plan(settings: Settings, memory: int | None = None) -> Plan:
-    """Size a run.
+    """Compute the sizes of a run.
 
     Args:
         settings: The run.
@@ -115,16 +125,16 @@ def plan(settings: Settings, memory: int | None = None) -> Plan:
     base = row_of(settings, 1)
     few = base.num_tokens * max(1, -(-_SCORED // base.num_scored))
     less, more = (measure_steps(settings, models, row_of(settings, n)) for n in (few, 2 * few))
-    buckets = models.trained_bytes if settings.ranks > 1 else 0
+    buckets = models.weights.trained if settings.ranks > 1 else 0
     lines = phase_lines(less, more)
     named, found = _device(settings.gpus, settings.ranks)
     return Plan(
         what=_what(settings),
-        parameters={"base": models.base_parameters, "trained": models.trained_parameters},
+        parameters=models.parameters,
         device=named if memory is None else "a device",
         memory=found if memory is None else memory,
-        program=0 if settings.gpus else program,
-        weights=_weights(models, settings.gpus),
+        program=0 if settings.gpus else program + _IMPORTED_LATER,
+        weights=models.weights,
         gradients=less.gradients + buckets,
         states=less.states,
         kept=Line.through(less.tokens, less.kept, more.tokens, more.kept),
@@ -132,6 +142,7 @@ def plan(settings: Settings, memory: int | None = None) -> Plan:
         phases={name: Line(line.fixed + buckets, line.each) for name, line in lines.items()},
         tokens=settings.tokens,
         longest=base.num_tokens,
+        slack=SLACK[device.type],
     )
 
 
@@ -173,16 +184,6 @@ def _device(gpus: bool, ranks: int) -> tuple[str, int]:
     limits = [Path(place).read_text().strip() for place in _LIMITS if Path(place).exists()]
     total = min([total, *(int(limit) for limit in limits if limit.isdigit())])
     return "this machine's memory" if ranks == 1 else "a process's share", total // ranks
-
-
-def _weights(models: Models, gpus: bool) -> Weights:
-    return Weights(
-        base=models.base_bytes,
-        trained=models.trained_bytes,
-        reference=models.reference_bytes,
-        loading=0 if gpus else models.loading_bytes,  # models are loaded on the host
-        checking=models.checking_bytes,
-    )
 
 
 def _what(settings: Settings) -> dict[str, Any]:

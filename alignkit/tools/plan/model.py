@@ -20,6 +20,7 @@ from alignkit.lora.targets import all_linear
 from alignkit.models.dropout import zero_dropout
 from alignkit.models.lean import lean_modules
 from alignkit.models.load import read_config
+from alignkit.models.policy import checkpoint_activations
 from alignkit.modules.reference import frozen_copy
 from alignkit.tools.plan.packed import SIZED
 from alignkit.tools.plan.settings import Settings
@@ -30,33 +31,54 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
+class Weights:
+    """Hold what a run's models take whatever the batch.
+
+    Example:
+        >>> Weights(base=500, trained=10, reference=10, loading=500, checking=100).at_rest
+        520
+
+    Attributes:
+        base: Bytes of what does not train.
+        trained: Bytes of what trains.
+        reference: Bytes that the reference adds.
+        loading: Bytes of the base while it is loaded.
+        checking: Bytes of fp32 copies while scores are checked before training.
+    """
+
+    base: int
+    trained: int
+    reference: int
+    loading: int
+    checking: int
+
+    @property
+    def at_rest(self) -> int:
+        """Return the bytes of all weights during training."""
+        return self.base + self.trained + self.reference
+
+
+@dataclass(frozen=True)
 class Models:
     """Hold a run's simulated models, and what their weights take.
+
+    Example:
+        >>> Models(None, None, None, Weights(500, 10, 10, 500, 100), {"base": 125}).weights.at_rest
+        520
 
     Attributes:
         mode: The mode in which their tensors compute.
         policy: The model that trains, in training mode.
         reference: Its frozen copy, or ``None``.
-        base_parameters: Number of the base's parameters, a tied head once.
-        trained_parameters: Number of the parameters that train.
-        base_bytes: Memory of all that does not train.
-        trained_bytes: Memory of what trains.
-        reference_bytes: Memory that the reference adds.
-        loading_bytes: Memory of the base while it is loaded, before it is packed.
-        checking_bytes: Memory of the fp32 copies of a half-precision base, while its scores are
-            checked before training.
+        weights: Bytes of the weights.
+        parameters: Numbers of the ``base``'s parameters, a tied head once, and of the ``trained``.
     """
 
     mode: FakeTensorMode
     policy: PreTrainedModel
     reference: PreTrainedModel | None
-    base_parameters: int
-    trained_parameters: int
-    base_bytes: int
-    trained_bytes: int
-    reference_bytes: int
-    loading_bytes: int
-    checking_bytes: int
+    weights: Weights
+    parameters: dict[str, int]
 
 
 def simulate_models(settings: Settings, device: torch.device) -> Models:
@@ -71,9 +93,7 @@ def simulate_models(settings: Settings, device: torch.device) -> Models:
     """
     config = read_config(settings.base)
     with torch.device("meta"):
-        policy: PreTrainedModel = _CausalLM.from_config(
-            config, dtype=settings.dtype, trust_remote_code=False
-        )
+        policy: Any = _CausalLM.from_config(config, dtype=settings.dtype, trust_remote_code=False)
     loading = _bytes(policy)
     base_parameters = sum(p.numel() for p in policy.parameters())
     lean_modules(policy)
@@ -82,22 +102,21 @@ def simulate_models(settings: Settings, device: torch.device) -> Models:
     if settings.half is not None:
         policy.to(settings.half)
     if settings.checkpointing:
-        policy.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
-            {"use_reentrant": False}
-        )
+        checkpoint_activations(policy)
     reference = frozen_copy(policy) if settings.reference else None
     trained = [p for p in policy.parameters() if p.requires_grad]
     models = Models(
         mode=FakeTensorMode(allow_non_fake_inputs=True),
         policy=policy,
         reference=reference,
-        base_parameters=base_parameters,
-        trained_parameters=sum(p.numel() for p in trained),
-        base_bytes=_bytes(policy) - _sum(trained),
-        trained_bytes=_sum(trained),
-        reference_bytes=_bytes(policy, reference) - _bytes(policy),
-        loading_bytes=loading,
-        checking_bytes=_copies_in_fp32(policy),
+        weights=Weights(
+            base=_bytes(policy) - _sum(trained),
+            trained=_sum(trained),
+            reference=_bytes(policy, reference) - _bytes(policy),
+            loading=0 if device.type == "cuda" else loading,  # on the host
+            checking=_copies_in_fp32(policy),
+        ),
+        parameters={"base": base_parameters, "trained": sum(p.numel() for p in trained)},
     )
     fakes: dict[int, Tensor] = {}
     for model in filter(None, (policy, reference)):

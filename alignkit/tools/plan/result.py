@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.table import Table
 
+from alignkit.tools.plan.model import Weights
 from alignkit.tools.plan.step import PHASES, Measured
 
-SLACK = 0.12
-"""What allocators hold beyond live tensors, as a share of those that come and go."""
+SLACK = {"cpu": 0.25, "cuda": 0.1}
+"""What allocators hold beyond live tensors, as a share of those that come and go: on a CPU, between
+a tenth and a half in the runs of ``benchmarks/plan.py``."""
 HEADROOM = 0.1
 """Share of the device that a proposal leaves free."""
 _STEP = 64
@@ -43,34 +45,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """Hold what a run's models take whatever the batch.
-
-    Example:
-        >>> Weights(base=500, trained=10, reference=10, loading=500, checking=100).at_rest
-        520
-
-    Attributes:
-        base: Bytes of what does not train.
-        trained: Bytes of what trains.
-        reference: Bytes that the reference adds.
-        loading: Bytes of the base while it is loaded.
-        checking: Bytes of fp32 copies while scores are checked before training.
-    """
-
-    base: int
-    trained: int
-    reference: int
-    loading: int
-    checking: int
-
-    @property
-    def at_rest(self) -> int:
-        """Return the bytes of all weights during training."""
-        return self.base + self.trained + self.reference
-
-
-@dataclass(frozen=True)
 class Plan:
     """Hold the memory of a run, and the budget of tokens that its device has room for.
 
@@ -88,6 +62,17 @@ class Plan:
         phases: The most beside the weights during each phase of a step, by tokens.
         tokens: The configuration's ``tokens_per_batch``.
         longest: Tokens of the longest example.
+        slack: What the device's allocator adds, see `SLACK`.
+
+    Example:
+        >>> weights = Weights(base=500, trained=10, reference=0, loading=500, checking=0)
+        >>> small = Plan({}, {"base": 250, "trained": 5}, "a device", memory=10_000, program=0,
+        ...              weights=weights, gradients=10, states=20, kept=Line(0, 2), logits=5,
+        ...              phases={"backward": Line(100, 4)}, tokens=128, longest=64, slack=0.0)
+        >>> small.peak(128)
+        1122
+        >>> small.proposal()
+        2048
     """
 
     what: dict[str, Any]
@@ -103,11 +88,12 @@ class Plan:
     phases: Mapping[str, Line]
     tokens: int
     longest: int
+    slack: float
 
     def step(self, tokens: int) -> tuple[str, int]:
         """Return the phase of a step that takes most, and its bytes with allocators' slack."""
         phase = max(self.phases, key=lambda name: self.phases[name](tokens))
-        return phase, round(self.phases[phase](tokens) * (1 + SLACK))
+        return phase, round(self.phases[phase](tokens) * (1 + self.slack))
 
     def peak(self, tokens: int) -> int:
         """Return the most bytes of the run at a number of tokens for each batch."""

@@ -32,6 +32,10 @@ _TRUE = {
 class Settings:
     """Hold what of a fit's configuration decides its memory.
 
+    Example:
+        >>> Settings("SFTModule", "gpt2", quantize="nf4").longest
+        512
+
     Attributes:
         stage: Name of the module's class.
         base: The base model, as `AlignmentModule` takes it.
@@ -44,7 +48,6 @@ class Settings:
         start: The weights to start from, ``None`` without.
         dropout: Whether the base keeps its dropout.
         checkpointing: Whether blocks compute their activations again.
-        compiled: Whether blocks are compiled, which the plan leaves out.
         optimizer: Makes the optimizer of some parameters.
         reference: Whether a frozen reference scores every batch.
         responses: Answers to a prompt.
@@ -58,25 +61,24 @@ class Settings:
 
     stage: str
     base: str
-    dtype: torch.dtype
-    half: torch.dtype | None
-    mixed: torch.dtype | None
-    precision: str
-    quantize: str | None
-    lora: Choice
-    start: Start | None
-    dropout: bool
-    checkpointing: bool
-    compiled: bool
-    optimizer: Callable[[list[Any]], Optimizer]
-    reference: bool
-    responses: int
-    prompted: bool
-    longest: int
-    tokens: int
-    accumulates: bool
-    ranks: int
-    gpus: bool
+    dtype: torch.dtype = torch.float32
+    half: torch.dtype | None = None
+    mixed: torch.dtype | None = None
+    precision: str = "32-true"
+    quantize: str | None = None
+    lora: Choice = "auto"
+    start: Start | None = None
+    dropout: bool = False
+    checkpointing: bool = False
+    optimizer: Callable[[list[Any]], Optimizer] = AdamW
+    reference: bool = False
+    responses: int = 1
+    prompted: bool = True
+    longest: int = 512
+    tokens: int = 4096
+    accumulates: bool = False
+    ranks: int = 1
+    gpus: bool = False
 
 
 def read_settings(config: Namespace) -> Settings:
@@ -110,7 +112,6 @@ def read_settings(config: Namespace) -> Settings:
         start=None if place is None else find_start(find_checkpoint(place)),
         dropout=bool(model.get("dropout", False)),
         checkpointing=bool(model.get("activation_checkpointing", False)),
-        compiled=bool(model.get("compile", False)),
         optimizer=_optimizer(model.get("optimizer")),
         reference=issubclass(stage, ReferencedModule) and _uses_reference(model.get("loss")),
         responses=2 if pairs else 1,
@@ -124,8 +125,9 @@ def read_settings(config: Namespace) -> Settings:
 
 
 def _class_and_arguments(part: Namespace) -> tuple[type, dict[str, Any]]:
-    arguments = part.get("init_args") or Namespace()
-    return _class_at(part.class_path), {**arguments.as_dict(), **(part.get("dict_kwargs") or {})}
+    arguments = part.as_dict()
+    given = {**(arguments.get("init_args") or {}), **(arguments.get("dict_kwargs") or {})}
+    return _class_at(arguments["class_path"]), given
 
 
 def _class_at(path: str) -> type:
@@ -147,7 +149,7 @@ def _optimizer(chosen: Mapping[str, Any] | None) -> Callable[[list[Any]], Optimi
         return lambda parameters: AdamW(parameters, lr=2e-4, weight_decay=0.0, fused=True)
     kind: Any = _class_at(chosen["class_path"])
     options = {**(chosen.get("init_args") or {}), **(chosen.get("dict_kwargs") or {})}
-    return lambda parameters: kind(parameters, **options)  # type: ignore[no-any-return]
+    return lambda parameters: kind(parameters, **options)
 
 
 def _uses_reference(loss: Any) -> bool:

@@ -151,7 +151,7 @@ def _tensors(models: Models) -> Iterator[Tensor]:
         yield from model.buffers()
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of tensors that live, but for those that were there before.
 
     Attributes:
@@ -160,7 +160,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, there: Iterator[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peaks: dict[str, int] = {}
         self._most = 0
