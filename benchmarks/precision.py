@@ -65,7 +65,7 @@ def unrounded_logits() -> Iterator[None]:
     """Let the frozen head compute in fp32 from the same bf16 values."""
     from alignkit.engine import head
 
-    with mock.patch.object(head, "compute_dtype", lambda device, otherwise: torch.float32):
+    with mock.patch.object(head, "compute_dtype", return_value=torch.float32):
         yield
 
 
@@ -78,10 +78,13 @@ def read_pairs(base: str, place: str, count: int, length: int) -> list[Any]:
     from alignkit.engine import Example
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    file = next(p for p in sorted(Path(place).rglob("*")) if "test" in p.name and p.is_file())
-    opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open()
+    file = next(
+        p
+        for p in sorted(Path(place).rglob("*"))
+        if p.name.startswith("test") and p.name.endswith(".gz")
+    )
     examples = []
-    with opened as lines:
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
             prompt, mark, chosen = row["chosen"].rpartition("\n\nAssistant:")

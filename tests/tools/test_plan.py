@@ -114,6 +114,7 @@ def test_what_saves_memory_does(llama: Path) -> None:
     assert 0.35 < half.kept.each / plain.kept.each < 0.65
     assert half.weights.base == pytest.approx(plain.weights.base / 2, rel=0.01)
     assert planned(llama, loss={"class_path": "SimPO"}).weights.reference == 0
+    assert planned(llama, reference="base").weights.reference == 0
 
 
 @pytest.mark.parametrize(("sized", "real"), [(SizedNF4, NF4Linear), (SizedInt8, Int8Linear)])

@@ -171,7 +171,7 @@ def resident_bytes() -> int:
     status = Path("/proc/self/statm")
     if not status.exists():
         return 0
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(status.read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _device(gpus: bool, ranks: int) -> tuple[str, int]:
@@ -181,7 +181,8 @@ def _device(gpus: bool, ranks: int) -> tuple[str, int]:
     if not hasattr(os, "sysconf"):
         raise AlignkitError("memory: this system does not tell; give one such as --memory 24GiB")
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limits = [Path(place).read_text().strip() for place in _LIMITS if Path(place).exists()]
+    there = [Path(place) for place in _LIMITS if Path(place).exists()]
+    limits = [place.read_text(encoding="utf-8").strip() for place in there]
     total = min([total, *(int(limit) for limit in limits if limit.isdigit())])
     return "this machine's memory" if ranks == 1 else "a process's share", total // ranks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from alignkit.models.lean import lean_modules
 from alignkit.models.load import read_config
 from alignkit.models.policy import checkpoint_activations
 from alignkit.modules.reference import frozen_copy
+from alignkit.modules.reference_choice import BASE, COPY, NONE, without_adapters
 from alignkit.tools.plan.packed import SIZED
 from alignkit.tools.plan.settings import Settings
 
@@ -103,7 +105,7 @@ def simulate_models(settings: Settings, device: torch.device) -> Models:
         policy.to(settings.half)
     if settings.checkpointing:
         checkpoint_activations(policy)
-    reference = frozen_copy(policy) if settings.reference else None
+    reference = _reference(policy, settings.reference)
     trained = [p for p in policy.parameters() if p.requires_grad]
     models = Models(
         mode=FakeTensorMode(allow_non_fake_inputs=True),
@@ -125,6 +127,18 @@ def simulate_models(settings: Settings, device: torch.device) -> Models:
         assume_plain_tail(model)
     policy.train()
     return models
+
+
+def _reference(policy: PreTrainedModel, choice: str) -> PreTrainedModel | None:
+    if choice == NONE:
+        return None
+    if choice == COPY:
+        return frozen_copy(policy)
+    if choice == BASE:
+        return without_adapters(policy).model
+    other = copy.deepcopy(policy)  # a run shares what is equal, so that this is the most
+    other.train(False)
+    return other
 
 
 def _pack(model: PreTrainedModel, to: str | None) -> None:

@@ -11,13 +11,13 @@ import torch
 from jsonargparse import Namespace
 from torch.optim import AdamW, Optimizer
 
-from alignkit.data.dialogues import PreferenceDataModule
+from alignkit.data.dialogues import PreferenceDataModule, UnpairedDataModule
 from alignkit.data.documents import TextDataModule
 from alignkit.lora import LoRAConfig
 from alignkit.models.find import find_checkpoint
 from alignkit.models.start import Choice, Start, find_start
+from alignkit.modules.reference_choice import COPY, NONE
 from alignkit.modules.referenced import ReferencedModule
-from alignkit.objectives.preference import DPO
 
 _TRUE = {
     "bf16-true": torch.bfloat16,
@@ -49,7 +49,7 @@ class Settings:
         dropout: Whether the base keeps its dropout.
         checkpointing: Whether blocks compute their activations again.
         optimizer: Makes the optimizer of some parameters.
-        reference: Whether a frozen reference scores every batch.
+        reference: The model that scores every batch beside the policy, as in `DPOModule`.
         responses: Answers to a prompt.
         prompted: Whether examples have prompts.
         longest: Most tokens of a prompt with one answer, or of a document.
@@ -71,7 +71,7 @@ class Settings:
     dropout: bool = False
     checkpointing: bool = False
     optimizer: Callable[[list[Any]], Optimizer] = AdamW
-    reference: bool = False
+    reference: str = NONE
     responses: int = 1
     prompted: bool = True
     longest: int = 512
@@ -99,7 +99,7 @@ def read_settings(config: Namespace) -> Settings:
     if isinstance(lora, Mapping):
         lora = LoRAConfig.from_dict(lora)
     place = model.get("init_from") if lora == "auto" else None
-    pairs = issubclass(source, PreferenceDataModule)
+    pairs = issubclass(source, (PreferenceDataModule, UnpairedDataModule))
     return Settings(
         stage=stage.__name__,
         base=model["base"],
@@ -113,7 +113,7 @@ def read_settings(config: Namespace) -> Settings:
         dropout=bool(model.get("dropout", False)),
         checkpointing=bool(model.get("activation_checkpointing", False)),
         optimizer=_optimizer(model.get("optimizer")),
-        reference=issubclass(stage, ReferencedModule) and _uses_reference(model.get("loss")),
+        reference=_reference(stage, model),
         responses=2 if pairs else 1,
         prompted=not issubclass(source, TextDataModule),
         longest=int(data.get("block_size") or data.get("max_length") or 512),
@@ -152,12 +152,16 @@ def _optimizer(chosen: Mapping[str, Any] | None) -> Callable[[list[Any]], Optimi
     return lambda parameters: kind(parameters, **options)
 
 
-def _uses_reference(loss: Any) -> bool:
-    if loss is None:
-        loss = DPO()
-    elif isinstance(loss, Mapping):
+def _reference(stage: type, model: Mapping[str, Any]) -> str:
+    if not issubclass(stage, ReferencedModule):
+        return NONE
+    choice = model.get("reference")
+    if choice is not None:
+        return str(choice)
+    loss = model.get("loss")
+    if isinstance(loss, Mapping):
         loss = _class_at(loss["class_path"])(**(loss.get("init_args") or {}))
-    return bool(loss.uses_reference)
+    return COPY if getattr(loss, "uses_reference", True) else NONE
 
 
 def _ranks(devices: Any, gpus: bool) -> int:
