@@ -22,9 +22,10 @@ PARTS = {
     "cuda-tests": ("cuda_tests", 18),
     "ceiling": ("ceiling", 2),
     "steps": ("steps", 50),
+    "rows": ("rows", 8),
     "attention": ("attention", 8),
     "compile": ("compiled", 10),
-    "nf4": ("nf4", 4),
+    "nf4": ("nf4", 8),
     "sync": ("sync", 4),
     "train": ("train", 6),
 }

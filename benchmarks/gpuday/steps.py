@@ -8,6 +8,7 @@ held against PEFT in transformers' trainer, and DPO takes its steps alone.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -33,21 +34,24 @@ _PEER_BATCH = 8
 
 def measure(day: Day) -> None:
     """Take every contest that has not been taken yet."""
-    late = []
+    late, longest = [], 0.0
     for task, shape in day.sizes.contests:
         name = f"{shape} {task}"
         if day.has(f"{name}: whole"):
             continue
-        if day.is_late():
+        # A contest that would be broken off leaves its rounds and no more.
+        if day.is_late() or day.seconds_left() < 0.8 * longest:
             late.append(name)
             continue
+        began = time.monotonic()
         contest = contest_of(task)
         if contest is None:
             _alone(day, task, shape, name)
         else:
             _contest(day, contest, shape, name)
         bare.free(day)
-        day.note(f"{name}: whole", True, "")
+        longest = max(longest, time.monotonic() - began)
+        day.note(f"{name}: whole", True, "", seconds=round(time.monotonic() - began, 1))
     if late:
         raise TimeoutError(f"no time was left for {', '.join(late)}")
 

@@ -58,11 +58,12 @@ def test_steps_beside_the_peers(gpu_day: Day) -> None:
 
 
 def test_every_other_part_then_none_again(gpu_day: Day) -> None:
-    parts = "ceiling,attention,compile,nf4,sync,train"
+    parts = "ceiling,rows,attention,compile,nf4,sync,train"
     code, figures = gpu_day("--tiny", "--parts", parts)
     assert code == 0, [line for line in figures if line["name"] == "error"]
     assert all("whole" in named(figures, part) for part in parts.split(","))
     assert named(figures, "ceiling")["bf16 matmul"] > 0
+    assert named(figures, "rows")["tiny-llama-shape: rows of 512: tokens"] > 0
     assert named(figures, "attention")["dense, 2x16: time"] > 0
     assert "tiny-llama-shape: compiled: time per step" in named(figures, "compile")
     assert named(figures, "sync")["tiny-llama-shape: waits"] == 0

@@ -134,6 +134,16 @@ def test_a_whole_step_over_new_rows_never_waits(
         optimizer.zero_grad()
 
 
+def test_a_batch_arrives_without_waiting(
+    model_dir: Callable[[str], Path], waiting_fails: Callable[[], None]
+) -> None:
+    module, batch = DPOModule(str(model_dir("gpt2"))), collate(pairs(4)).pin_memory()
+    waiting_fails()
+    arrived = module.transfer_batch_to_device(batch, CUDA, 0)
+    torch.cuda.set_sync_debug_mode("default")
+    assert arrived.input_ids.equal(batch.input_ids.to(CUDA))
+
+
 def test_step_0_is_ln_2_over_hundreds_of_pairs(
     model_dir: Callable[[str], Path], family: str
 ) -> None:

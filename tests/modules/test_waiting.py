@@ -105,3 +105,21 @@ def test_steps_on_the_paths_of_a_gpu_never_wait(
         module.validation_step(batch, 0)
     assert not waits.names
     assert totals.means["loss"].isfinite()
+
+
+class _Copied:
+    """Stands for a batch, and keeps how it was asked to move."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> _Copied:
+        self.how = (device.type, non_blocking)
+        return self
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_batch_is_copied_to_a_gpu_without_waiting(
+    model_dir: Callable[[str], Path], device: str
+) -> None:
+    """Back from a device it has to wait: nobody else would."""
+    module, batch = DPOModule(str(model_dir("gpt2"))), _Copied()
+    module.transfer_batch_to_device(batch, torch.device(device), 0)  # type: ignore[arg-type]
+    assert batch.how == (device, device == "cuda")
