@@ -8,7 +8,6 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from argparse import SUPPRESS, Action
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from alignkit.callbacks import ProgressBar
 from alignkit.cli.config import SaveConfig
 from alignkit.cli.errors import explain
 from alignkit.cli.launch import RankFailed, check_processes, end_ranks, keep_relaunchable
+from alignkit.cli.logs import configure_logs
 from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.messages import OneLineErrors
 from alignkit.cli.optimizer import spell_out_optimizers
@@ -47,22 +47,9 @@ TOOLS = {
     "demo": ("Run the three stages on a small model, offline.", "alignkit.tools.demo.run"),
     "configs": ("List the configurations that come along; copy one.", "alignkit.tools.configs"),
     "audit": ("Report every defect of a data set.", "alignkit.tools.audit.command"),
+    "judge": ("Score and rank the answers of a file.", "alignkit.tools.judge"),
     "profile": ("Time LoRA against full fine-tuning.", "alignkit.tools.profile.command"),
 }
-
-
-# Warnings that a user of alignkit can do nothing about.
-_IGNORED_WARNINGS = (
-    # Lightning's own use of names that torch and jsonargparse have deprecated since.
-    r"(?s).*treespec, LeafSpec",
-    r"(?s).*skip_none parameter was deprecated",
-    # The configuration was just saved there, or an earlier run's checkpoint lies there.
-    r"Checkpoint directory .* exists and is not empty",
-    # Our data loader is resumable: its sampler starts where the checkpoint stopped.
-    r".*your dataloader is not resumable",
-    # Our data modules do not define that hook, so the module's replaces nothing.
-    r"You have overridden `on_before_batch_transfer`",
-)
 
 
 _OTHER_RANK_SECONDS = 2.0  # time for another rank to report the cause of an error first
@@ -241,7 +228,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # finds a user's own classes in the working folder
     given = list(sys.argv[1:] if args is None else args)
     arguments = [argument for argument in given if argument != "--debug"]
-    _configure_logs()
+    configure_logs()
     if args is None and len(arguments) == len(given):
         sys.unraisablehook = _log_unraisable
     set_parsing_settings(add_print_completion_argument=True)
@@ -286,15 +273,3 @@ def _log_unraisable(about: sys.UnraisableHookArgs) -> None:
     Some of Lightning's profilers fail so a second time after their ``__init__`` was refused.
     """
     logging.getLogger("alignkit").debug("ignored: %r in %r", about.exc_value, about.object)
-
-
-def _configure_logs() -> None:
-    """Show our own log lines, and hide those of Lightning that a user cannot act on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("alignkit").setLevel(logging.INFO)
-    # Messages that advertise other products.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-    for message in _IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)

@@ -26,7 +26,7 @@ from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
-from alignkit.models.reward import HEAD, attach_head
+from alignkit.models.reward import attach_head, holds_reward
 from alignkit.models.stamp import (
     STAMP,
     check_adapter,
@@ -118,7 +118,7 @@ def load_policy(
     if path.endswith(".ckpt"):
         checkpoint = read_checkpoint(path)
         hparams = checkpoint["hyper_parameters"]
-        if (HEAD in model_state(checkpoint)) is not reward:
+        if holds_reward(checkpoint) is not reward:
             raise AlignkitError(
                 f"{path}: is a language model, without the head of a reward model"
                 if reward

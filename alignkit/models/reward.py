@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +25,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.merge import merged_plain
 from alignkit.models.dropout import own_dropout
-from alignkit.models.load import embedding_size
+from alignkit.models.load import embedding_size, load_tokenizer
 from alignkit.utils.atomic import share_files
 from alignkit.utils.bars import without_bars
 from alignkit.utils.finite import refuse_nonfinite_weights
@@ -54,6 +56,54 @@ def rewards(model: PreTrainedModel, batch: PackedBatch, padding: int) -> Tensor:
         padding: Id of the padding token.
     """
     return final_states(model, batch, padding).float() @ model.get_parameter(HEAD).float()
+
+
+def holds_reward(checkpoint: Mapping[str, Any]) -> bool:
+    """Tell whether a checkpoint is a reward model's."""
+    return any(name.rpartition(".")[2] == HEAD for name in checkpoint["state_dict"])
+
+
+def is_classifier(path: str) -> bool:
+    """Tell whether a directory holds a sequence-classification model with one label."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        return False
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    kinds = config.get("architectures") or [] if isinstance(config, dict) else []
+    return any(str(kind).endswith("ForSequenceClassification") for kind in kinds)
+
+
+def load_classifier(
+    path: str,
+) -> tuple[Callable[[Sequence[Example]], list[list[float]]], PreTrainedTokenizerBase]:
+    """Load a sequence-classification model as a function from examples to rewards.
+
+    Raises:
+        AlignkitError: It cannot be read, or has several labels.
+    """
+    try:
+        with without_bars():
+            model = _Classifier.from_pretrained(path, trust_remote_code=False).eval()
+    except (OSError, ValueError) as error:
+        raise AlignkitError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    if model.config.num_labels != 1:
+        raise AlignkitError(
+            f"{path}: has {model.config.num_labels} labels, and a reward model has one"
+        )
+
+    def scores(examples: Sequence[Example]) -> list[list[float]]:
+        return [
+            [
+                model(torch.tensor([[*each.prompt, *answer]])).logits[0, 0].item()
+                for answer in each.responses
+            ]
+            for each in examples
+        ]
+
+    return scores, load_tokenizer(path)
 
 
 def save_reward_model(
