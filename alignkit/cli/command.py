@@ -48,6 +48,7 @@ TOOLS = {
     "configs": ("List the configurations that come along; copy one.", "alignkit.tools.configs"),
     "audit": ("Report every defect of a data set.", "alignkit.tools.audit.command"),
     "plan": ("Size a fit before it runs.", "alignkit.tools.plan.command"),
+    "judge": ("Score and rank the answers of a file.", "alignkit.tools.judge"),
     "profile": ("Time LoRA against full fine-tuning.", "alignkit.tools.profile.command"),
 }
 

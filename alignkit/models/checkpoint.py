@@ -26,6 +26,7 @@ from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
+from alignkit.models.reward import attach_head, holds_reward
 from alignkit.models.stamp import (
     STAMP,
     check_adapter,
@@ -92,7 +93,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str, base: str | None = None, dtype: torch.dtype = torch.float32
+    path: str, base: str | None = None, dtype: torch.dtype = torch.float32, *, reward: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a trained or a plain model for generation and export.
 
@@ -101,6 +102,7 @@ def load_policy(
             `load_model` takes.
         base: Where the base model lies now, if not where the checkpoint or adapter says.
         dtype: Of the base's weights.
+        reward: Whether a reward model's checkpoint is wanted, and nothing else.
 
     Returns:
         The model in eval mode on the CPU, adapters active, and its base's tokenizer.
@@ -116,6 +118,13 @@ def load_policy(
     if path.endswith(".ckpt"):
         checkpoint = read_checkpoint(path)
         hparams = checkpoint["hyper_parameters"]
+        if holds_reward(checkpoint) is not reward:
+            raise AlignkitError(
+                f"{path}: is a language model, without the head of a reward model"
+                if reward
+                else f"{path}: is a reward model, which answers nothing; write it with `alignkit "
+                "export --to reward`"
+            )
         tokenizer = hparams.get("tokenizer") or base
         # The whole model lies in the checkpoint if it was trained in full from random weights.
         from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
@@ -127,7 +136,11 @@ def load_policy(
         else:
             model = inject_lora(model, LoRAConfig.from_dict(hparams["lora"]))
         check_adapter(active_identity(model), checkpoint[STAMP], path)
+        if reward:
+            attach_head(model)
         load_trainable(model, model_state(checkpoint), path)
+    elif reward:
+        raise AlignkitError(f"{path}: is no checkpoint of a reward model")
     elif is_adapter(path):
         packed = read_adapter(Path(path)).header.get(QUANTIZE)
         model = load_model(base, dtype=first, quantize=packed)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from alignkit.models.hub import push as push_folder
 from alignkit.models.load import embedding_size, load_model, stored_dtype
 from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.readback import refuse_other_answers
+from alignkit.models.reward import save_reward_model
 from alignkit.models.text_format import TextFormat, write_format
 from alignkit.tools.card import write_card
 
@@ -37,7 +38,7 @@ def export(
     model: str,
     output: str,
     *,
-    to: Format = "peft",
+    to: Format | Literal["reward"] = "peft",
     base: str | None = None,
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base",
     plain: bool = False,
@@ -56,7 +57,8 @@ def export(
             adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or
             llama.cpp's converter; ``safetensors``, the adapter as one file; ``gguf``, the merged
             model and its tokenizer as one file for llama.cpp and Ollama, in the families Llama,
-            Mistral, Qwen2 and Qwen3.
+            Mistral, Qwen2 and Qwen3; ``reward``, a reward model's checkpoint as a whole model for
+            AutoModelForSequenceClassification.
         base: The base model's path, if it is no longer where the checkpoint says.
         dtype: Dtype of the weights of a merged model or a GGUF file; ``base`` is the one that the
             base is stored in.
@@ -80,6 +82,8 @@ def export(
     model = find_checkpoint(model)
     if push is not None:
         check_push(push)
+    if to == "reward":
+        return _export_reward(model, place, base)
     if to == "gguf":
         need_gguf()
     whole = to in ("merged", "gguf")
@@ -106,6 +110,17 @@ def export(
     Console().print(f"wrote {place} ({to}{told})", highlight=False)
     if push is not None:
         Console().print(f"pushed to {push_folder(place, push)}", highlight=False)
+    return place
+
+
+def _export_reward(model: str, place: Path, base: str | None) -> Path:
+    """Write a reward model with its tokenizer and its text format."""
+    policy, tokenizer = load_policy(model, base=base, reward=True)
+    save_reward_model(policy, place, tokenizer)
+    trained = policy_format(model)
+    if trained is not None:
+        write_format(trained, place)
+    Console().print(f"wrote {place} (reward)", highlight=False)
     return place
 
 
