@@ -66,7 +66,6 @@ class AlignmentDataModule(LightningDataModule):
         stats: After `setup`: numbers about the training split (rows, examples, tokens, a count
             for each defect, ``truncated_frac``), for logging.
         text_format: After `setup`: how text became tokens, which checkpoints keep.
-        vocabulary: After `setup`: one above the largest id that the tokenizer may give.
     """
 
     # A rank may hold one evaluation batch less than another; evaluation does not synchronise.
@@ -106,7 +105,7 @@ class AlignmentDataModule(LightningDataModule):
         self.max_val_examples = max_val_examples
         self.stats: dict[str, float] = {}
         self.text_format: TextFormat | None = None
-        self.vocabulary = 0
+        self._loaded: PreTrainedTokenizerBase | None = None
         self._cache = cache_root(cache_dir)
         self._hashes = FileHashes(self._cache)
         self._sets: dict[str, ExampleSet] = {}
@@ -115,6 +114,11 @@ class AlignmentDataModule(LightningDataModule):
         self._plan: Plan = {}
         self._sampler: TokenBudgetBatchSampler | None = None
         self._position: dict[str, Any] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        """Return one above the tokenizer's largest id, 0 before `setup`; listing ids takes time."""
+        return 0 if self._loaded is None else vocabulary_size(self._loaded)
 
     @abstractmethod
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
@@ -270,8 +274,7 @@ class AlignmentDataModule(LightningDataModule):
         return self._sets[split]
 
     def _load(self) -> None:
-        tokenizer = load_tokenizer(self.tokenizer)
-        self.vocabulary = vocabulary_size(tokenizer)
+        tokenizer = self._loaded = load_tokenizer(self.tokenizer)
         opened = open_splits(
             self.path,
             self.find_splits,

@@ -21,6 +21,7 @@ from alignkit.lora import LoRAConfig, inject_lora, load_adapter
 from alignkit.lora.adapter import FROZEN
 from alignkit.lora.identity import active_identity
 from alignkit.lora.peft_files import CONFIG_FILE, read_adapter
+from alignkit.lora.resize import resize_embeddings, rows_before
 from alignkit.lora.state import refuse_differences
 from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
@@ -80,6 +81,11 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         value.copy_(state[name])
 
 
+def embedding_rows(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many rows a checkpoint's embeddings were resized to; 0 for its base's own."""
+    return int(checkpoint["hyper_parameters"].get("resize_embeddings") or 0)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
 
@@ -131,6 +137,7 @@ def load_policy(
         packed = checkpoint[STAMP]["base_settings"].get(QUANTIZE)
         model = load_model(base, dtype=first, random_init=from_scratch, quantize=packed)
         check_base(base_identity(model), checkpoint[STAMP], path, weights=not from_scratch)
+        resize_embeddings(model, embedding_rows(checkpoint))
         if hparams["lora"] is None:
             model.requires_grad_(True)
         else:
@@ -147,6 +154,8 @@ def load_policy(
         check_adapter_base(base_identity(model), Path(path), path)
         # An adapter on tied embeddings was trained with them untied.
         load_adapter(model, path, untie=True)
+        if rows_before(model) is not None and (Path(path) / "tokenizer.json").is_file():
+            tokenizer = path  # it has tokens that the base's lacks
     else:
         model = load_model(base, dtype=first)
     nn.Module.to(model, dtype)  # transformers' own override has no usable type

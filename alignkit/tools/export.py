@@ -15,6 +15,7 @@ from alignkit.data.text.chat_templates import template_of
 from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.merge import merged_plain
+from alignkit.lora.resize import rows_before
 from alignkit.models.checkpoint import load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
@@ -104,6 +105,8 @@ def export(
             refuse_other_answers(policy, place)
     if trained is not None:
         write_format(trained, place)
+    if to == "peft" and rows_before(policy) is not None:
+        tokenizer.save_pretrained(str(place))  # the base's has not all of the tokens
     precision = str(written if whole else torch.float32).removeprefix("torch.")
     write_card(model, place, to, base=name, dtype=precision)
     told = f", {precision}{told}" if whole else ""
