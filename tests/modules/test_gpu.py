@@ -159,7 +159,9 @@ def test_step_0_is_ln_2_over_hundreds_of_pairs(
     assert output.metrics["rewards/margins"].item() == 0.0
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 def test_losses_fall_as_on_the_cpu(
     model_dir: Callable[[str], Path], tmp_path: Path, compiled: bool
 ) -> None:
