@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 import time
 import traceback
-import warnings
 from argparse import SUPPRESS, Action
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +23,7 @@ from alignkit.callbacks import ProgressBar
 from alignkit.cli.config import SaveConfig
 from alignkit.cli.errors import explain
 from alignkit.cli.launch import RankFailed, check_processes, end_ranks, keep_relaunchable
+from alignkit.cli.logs import configure_logs, log_unraisable
 from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.messages import OneLineErrors
 from alignkit.cli.optimizer import spell_out_optimizers
@@ -39,7 +38,8 @@ from alignkit.utils.interrupts import Stopped, stop_on_signals
 from alignkit.utils.ranks import is_first_rank, is_lost_connection
 
 # From a command to what it does and to its module, which is imported when the command runs. The
-# module has a function of the command's name, and ``add_arguments(parser)`` for its flags.
+# module has a function of the command's name, and ``add_arguments(parser)`` for its flags; or else
+# ``run(arguments)``, which parses them itself and returns the exit status.
 TOOLS = {
     "generate": ("Answer prompts with a model.", "alignkit.tools.generate.command"),
     "compare": ("Put several models' answers side by side.", "alignkit.tools.compare"),
@@ -47,22 +47,9 @@ TOOLS = {
     "demo": ("Run the three stages on a small model, offline.", "alignkit.tools.demo.run"),
     "configs": ("List the configurations that come along; copy one.", "alignkit.tools.configs"),
     "audit": ("Report every defect of a data set.", "alignkit.tools.audit.command"),
+    "plan": ("Size a fit before it runs.", "alignkit.tools.plan.command"),
     "profile": ("Time LoRA against full fine-tuning.", "alignkit.tools.profile.command"),
 }
-
-
-# Warnings that a user of alignkit can do nothing about.
-_IGNORED_WARNINGS = (
-    # Lightning's own use of names that torch and jsonargparse have deprecated since.
-    r"(?s).*treespec, LeafSpec",
-    r"(?s).*skip_none parameter was deprecated",
-    # The configuration was just saved there, or an earlier run's checkpoint lies there.
-    r"Checkpoint directory .* exists and is not empty",
-    # Our data loader is resumable: its sampler starts where the checkpoint stopped.
-    r".*your dataloader is not resumable",
-    # Our data modules do not define that hook, so the module's replaces nothing.
-    r"You have overridden `on_before_batch_transfer`",
-)
 
 
 _OTHER_RANK_SECONDS = 2.0  # time for another rank to report the cause of an error first
@@ -98,15 +85,16 @@ class AlignCLI(LightningCLI):
 
     Args:
         arguments: The command line after ``alignkit``.
+        **options: Further ones of `LightningCLI`.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
         super().__init__(
             AlignmentModule,
             LightningDataModule,
             args=list(arguments),
             parser_class=TrainingParser,
-            parser_kwargs={"prog": "alignkit"},
+            parser_kwargs=options.pop("parser_kwargs", {"prog": "alignkit"}),
             save_config_callback=SaveConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -118,6 +106,7 @@ class AlignCLI(LightningCLI):
                 # The modules log one line of parameter counts, which says more.
                 "enable_model_summary": False,
             },
+            **options,
         )
 
     @staticmethod
@@ -216,6 +205,8 @@ def run_tool(name: str, arguments: Sequence[str]) -> int:
     """
     summary, place = TOOLS[name]
     module = importlib.import_module(place)
+    if hasattr(module, "run"):
+        return int(module.run(arguments))
     parser = Parser(prog=f"alignkit {name}", description=summary)
     parser.add_argument("--debug", action=_DebugFlag)
     module.add_arguments(parser)
@@ -241,9 +232,9 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # finds a user's own classes in the working folder
     given = list(sys.argv[1:] if args is None else args)
     arguments = [argument for argument in given if argument != "--debug"]
-    _configure_logs()
+    configure_logs()
     if args is None and len(arguments) == len(given):
-        sys.unraisablehook = _log_unraisable
+        sys.unraisablehook = log_unraisable
     set_parsing_settings(add_print_completion_argument=True)
     register_type(torch.device)  # some of Lightning's callbacks have one in their defaults
     with stop_on_signals():
@@ -278,23 +269,3 @@ def _report_error(error: Exception) -> int:
     of_rank = "" if is_first_rank() else f" (rank {rank})"
     print(f"alignkit: error{of_rank}: {line}", file=sys.stderr)
     return status
-
-
-def _log_unraisable(about: sys.UnraisableHookArgs) -> None:
-    """Log at debug level what failed while an object was being deleted.
-
-    Some of Lightning's profilers fail so a second time after their ``__init__`` was refused.
-    """
-    logging.getLogger("alignkit").debug("ignored: %r in %r", about.exc_value, about.object)
-
-
-def _configure_logs() -> None:
-    """Show our own log lines, and hide those of Lightning that a user cannot act on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("alignkit").setLevel(logging.INFO)
-    # Messages that advertise other products.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-    for message in _IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)

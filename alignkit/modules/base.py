@@ -22,7 +22,7 @@ from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.noise import refuse_noise
-from alignkit.models.policy import build_policy
+from alignkit.models.policy import build_policy, checkpoint_activations
 from alignkit.models.quantize import Quantization
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
@@ -144,9 +144,7 @@ class AlignmentModule(TrainerSupport):
         )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
         if activation_checkpointing:
-            self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
-                {"use_reentrant": False}
-            )
+            checkpoint_activations(self.model)
         check_engine(self.model, packing)
         self.dropout = dropout
         if not dropout:
