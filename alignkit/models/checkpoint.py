@@ -35,6 +35,7 @@ from alignkit.models.stamp import (
 )
 from alignkit.models.text_format import TextFormat, format_in, read_format
 from alignkit.models.tokenizer import vocabulary_size
+from alignkit.utils.phases import phase
 
 _MODEL_PREFIX = "model."
 
@@ -109,7 +110,13 @@ def load_policy(
         AlignkitError: Something is missing, damaged, or does not fit its base.
     """
     path = find_checkpoint(path)
-    base = base or policy_base(path)
+    with phase(f"loading {path}"):
+        return _load_policy(path, base or policy_base(path), dtype)
+
+
+def _load_policy(
+    path: str, base: str, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = base
     # A base rounded to float16 would no longer be the one that a checkpoint names.
     first = torch.float32 if dtype == torch.float16 else dtype

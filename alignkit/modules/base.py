@@ -37,6 +37,7 @@ from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
 from alignkit.modules.text import format_of_checkpoint, format_of_run
 from alignkit.modules.trainer_support import TrainerSupport
+from alignkit.utils.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -132,21 +133,23 @@ class AlignmentModule(TrainerSupport):
             self.text_format = start.text_format()
         # A checkpoint's hyper-parameters hold the config as plain values.
         choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
-        self.model, self.base_identity, self.lora = build_policy(
-            base,
-            choice,
-            start,
-            dtype=dtype,
-            random_init=random_init,
-            dropout=dropout,
-            quantize=quantize,
-        )
+        with phase(f"loading {base}"):
+            self.model, self.base_identity, self.lora = build_policy(
+                base,
+                choice,
+                start,
+                dtype=dtype,
+                random_init=random_init,
+                dropout=dropout,
+                quantize=quantize,
+            )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
                 {"use_reentrant": False}
             )
-        check_engine(self.model, packing)
+        with phase(f"checking how {base} is scored"):
+            check_engine(self.model, packing)
         self.dropout = dropout
         if not dropout:
             refuse_noise(self.model)

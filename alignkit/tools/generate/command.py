@@ -9,6 +9,7 @@ from rich.console import Console
 
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.utils.atomic import check_output, write_atomically
+from alignkit.utils.progress import counting
 
 
 def generate(model: str, *, json: str | None = None, **options: Any) -> list[str]:
@@ -29,15 +30,16 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
     output = check_output(json, "json")
     request = Request(**options)
     console = Console()
-    with console.status(f"loading {model}"):
-        policy, tokenizer = request.load(model)
+    policy, tokenizer = request.load(model)
     asked = request.format_for(model, tokenizer)
     answers = []
     given = request.answers(policy, tokenizer, asked, model)
-    for question, answer in zip(request.questions, given, strict=True):
-        answers.append(answer)
-        console.rule(printable(question), align="left", style="dim")
-        console.print(printable(answer))
+    with counting("prompt", len(request.questions)) as count:
+        for question, answer in zip(request.questions, given, strict=True):
+            answers.append(answer)
+            console.rule(printable(question), align="left", style="dim")
+            console.print(printable(answer))
+            count.reach(len(answers))
     if output is not None:
         rows = [
             {"prompt": question, "answer": answer}
