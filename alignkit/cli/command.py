@@ -21,7 +21,9 @@ from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.optimizer import spell_out_optimizers
 from alignkit.cli.parsers import tool_parser
 from alignkit.cli.settings import check_config_files
+from alignkit.cli.stages import STAGES, fit_arguments
 from alignkit.cli.training import AlignCLI
+from alignkit.models.checkpoint import policy_base
 from alignkit.utils.interrupts import Stopped, stop_on_signals
 from alignkit.utils.ranks import is_first_rank, is_lost_connection
 
@@ -81,6 +83,9 @@ def _run_command(arguments: Sequence[str]) -> int:
         return run_tool(arguments[0], arguments[1:])
     if arguments[0] == "completion":
         arguments = ["--completion", *arguments[1:]]
+    elif arguments[0] in STAGES:
+        name, *flags = arguments
+        arguments = fit_arguments(name, flags, gpu=torch.cuda.is_available(), base_of=policy_base)
     check_config_files(arguments)
     AlignCLI(spell_out_optimizers(spell_out_losses(arguments)))
     return 0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import NamedTuple
 
 from alignkit import __version__
+from alignkit.cli.near import did_you_mean
+from alignkit.cli.stages import STAGES
 from alignkit.errors import AlignkitError
 
 
@@ -28,6 +29,7 @@ class Command(NamedTuple):
 
 _GROUPS = {
     "Train": {
+        **{name: Command(stage.says) for name, stage in STAGES.items()},
         "fit": Command("Train by a configuration, with every option there is."),
         "validate": Command("Measure a checkpoint on the validation split."),
         "test": Command("Measure a checkpoint on the test split."),
@@ -57,7 +59,7 @@ _PURPOSE = "Align a causal language model in three stages: LoRA, SFT and DPO."
 _EXAMPLES = """\
 Examples:
   alignkit demo
-  alignkit fit --config configs/dpo_hh_pythia.yaml --model.init_from runs/sft
+  alignkit dpo --base HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
   alignkit generate --model runs/dpo --prompts "How do I keep bread fresh?"
 """
 _OPTIONS = {
@@ -93,6 +95,6 @@ def unknown_command(name: str) -> AlignkitError:
     """Return the error about a command that does not exist, with the nearest that does."""
     if not name:
         return AlignkitError("give a command; alignkit --help lists them")
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return AlignkitError(f"{name}: no such command{hint}; see alignkit --help")
+    return AlignkitError(
+        f"{name}: no such command{did_you_mean(name, COMMANDS)}; see alignkit --help"
+    )

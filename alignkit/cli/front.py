@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from alignkit.cli.commands import COMMANDS, help_text, unknown_command, version_text
 from alignkit.cli.completion import check_shell
 from alignkit.cli.logs import configure_logs
+from alignkit.cli.stages import STAGES, stage_help
 from alignkit.cli.streams import survive_closed_streams
 from alignkit.errors import AlignkitError
 from alignkit.utils.phases import phase
@@ -58,6 +59,8 @@ def _answer_at_once(arguments: Sequence[str]) -> str | None:
         return help_text()
     if first == "--version":
         return version_text()
+    if first in STAGES and {"--help", "-h"}.intersection(rest):
+        return stage_help(first)
     if first == "completion" and rest not in (["--help"], ["-h"]):
         check_shell(rest)
     if first.startswith("-") or first in COMMANDS:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from alignkit.cli.loss import unknown_loss_in
+from alignkit.cli.near import did_you_mean
 from alignkit.errors import AlignkitError, find_user_error
 
 # Lines that only list the types that were tried, or show the whole value.
@@ -151,17 +152,6 @@ def complaints(message: str) -> list[str]:
     nameless = [line for line in kept if (m := _NO_CLASS.match(line)) and _is_class(m["name"])]
     attempts = [line for line in kept if not _NO_CLASS.match(line)]
     return list(dict.fromkeys(refused or nameless[:1] or attempts or kept))
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean …?`` with the closest known name, empty without a close one.
-
-    Example:
-        >>> did_you_mean("max_step", ["max_steps", "max_epochs"])
-        '; did you mean max_steps?'
-    """
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if name and close else ""
 
 
 def _full_name(name: str, known: Iterable[str]) -> str:

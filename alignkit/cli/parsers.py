@@ -16,6 +16,7 @@ from alignkit.cli.commands import TOOLS
 from alignkit.cli.completion import completion_script, flags_of
 from alignkit.cli.messages import OneLineErrors
 from alignkit.cli.named import named_class, subclasses
+from alignkit.cli.stages import STAGES, stage_parser
 from alignkit.data import AlignmentDataModule
 from alignkit.modules import AlignmentModule
 from alignkit.objectives.preference import PreferenceLoss
@@ -140,6 +141,7 @@ class PrintCompletion(Action):
         training: dict[str, TrainingParser] = parser._subcommands_action.choices
         flags = {name: each.flags() for name, each in training.items()}
         flags |= {name: flags_of(tool_parser(name)) for name in TOOLS}
+        flags |= {name: flags_of(stage_parser(name)) for name in STAGES}
         print(completion_script(shell, flags), end="")
         parser.exit()
 
