@@ -6,7 +6,7 @@ Shape letters: T row tokens, N scored tokens, E examples, R responses (all examp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
@@ -35,11 +35,13 @@ class Example:
             the chosen response first.
         scored: Which response tokens carry loss, one list of booleans per response, or
             ``None`` for all of them. Multi-turn SFT marks the assistant's turns here.
+        label: Whether the first response is a good one, of unpaired rows.
     """
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
     scored: Sequence[Sequence[bool]] | None = None
+    label: bool | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +94,7 @@ class PackedBatch:
         response_index: [N] int64, the response (0…R-1 over the batch) each one belongs to.
         spans: one `Span` an example: plain ints, so that laying out attention never waits for
             a device.
+        labels: [E] bool, `Example.label` where every example has one.
     """
 
     input_ids: Tensor
@@ -100,6 +103,7 @@ class PackedBatch:
     target_ids: Tensor
     response_index: Tensor
     spans: tuple[Span, ...]
+    labels: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def num_tokens(self) -> int:
@@ -169,16 +173,17 @@ class PackedBatch:
                 [0, *accumulate(responses)][:-1],
             ),
             spans=tuple(spans),
+            labels=None if self.labels is None else self.labels[list(examples)],
         )
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         changes: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name in (each.name for each in fields(self)):
+            value = getattr(self, name)
             if isinstance(value, Tensor):
-                changes[field.name] = function(value)
+                changes[name] = function(value)
             elif isinstance(value, PackedBatch):
-                changes[field.name] = value._map(function)
+                changes[name] = value._map(function)
         return replace(self, **changes)
 
 
@@ -229,6 +234,7 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     scored_N = np.flatnonzero(np.concatenate(flags))
     input_ids = np.concatenate(segments)
     responses = np.searchsorted(firsts, scored_N, side="right") - 1
+    labels = [example.label for example in examples]
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(row - np.repeat(starts - bases, lengths)),
@@ -236,6 +242,7 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         target_ids=torch.from_numpy(input_ids[scored_N]),
         response_index=torch.from_numpy(responses.astype(np.int64)),
         spans=tuple(spans),
+        labels=None if None in labels else torch.tensor(labels),
     )
 
 

@@ -90,7 +90,7 @@ class Points:
             self.console.status(status),
             Worker(job, self.work / "alignkit.log") as worker,
         ):
-            worker.take(1)
+            worker.ready().take(1)
             taken = [worker.take(len(steps)) for _ in range(rounds)]
         lengths = [example.num_tokens for example in examples]
         tokens = sum(lengths)

@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 
 from alignkit.errors import AlignkitError
-from alignkit.objectives.preference import known_losses, unknown_loss
+from alignkit.objectives.preference import PreferenceLoss, known_losses, unknown_loss
 
 _FLAG = "--model.loss"
 # The parser's message about a name that is no known class.
@@ -49,4 +49,6 @@ def _default_flags(name: str) -> Iterator[str]:
             return
     for field in fields(kind) if is_dataclass(kind) else ():
         if field.init and field.default is not MISSING:
-            yield f"{_FLAG}.{field.name}={json.dumps(field.default)}"
+            default = field.default
+            plain = default.to_dict() if isinstance(default, PreferenceLoss) else default
+            yield f"{_FLAG}.{field.name}={json.dumps(plain)}"

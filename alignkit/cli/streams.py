@@ -30,7 +30,7 @@ def survive_closed_streams() -> None:
         stream = getattr(sys, name)
         if stream is None:  # closed from the start, so the next file would take its number
             _redirect_to_null(number)
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
         elif stream is getattr(sys, f"__{name}__") and not stream.isatty():
             stream.flush()
             raw = io.BufferedWriter(_UnreadFile(number, "w", closefd=False))

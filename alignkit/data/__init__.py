@@ -7,6 +7,7 @@ from alignkit.data.dialogues import (
     HHSFTDataModule,
     PreferenceDataModule,
     SFTDataModule,
+    UnpairedDataModule,
 )
 from alignkit.data.documents import OpenWebTextDataModule, TextDataModule
 from alignkit.data.encode.tokens import encode_prompt
@@ -22,5 +23,6 @@ __all__ = [
     "SFTDataModule",
     "TextDataModule",
     "TokenBudgetBatchSampler",
+    "UnpairedDataModule",
     "encode_prompt",
 ]

@@ -16,7 +16,8 @@ from alignkit.data.deal.samplers import TokenBudgetBatchSampler
 from alignkit.data.keep.cache import cache_root
 from alignkit.data.keep.position import SETTINGS, Plan
 from alignkit.data.keep.splits import RowEncoder, open_splits
-from alignkit.data.keep.store import ExampleSet, Unsized
+from alignkit.data.keep.store import ExampleSet
+from alignkit.data.keep.unsized import Unsized
 from alignkit.data.read.hashes import FileHashes
 from alignkit.data.read.rows import Source
 from alignkit.data.read.slices import parse_splits

@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.base import AlignmentDataModule
 from alignkit.data.encode.choose import choose_format
 from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.keep.mismatched import MismatchedSet
 from alignkit.data.keep.splits import RowEncoder
 from alignkit.data.read.rows import Source
 from alignkit.data.read.sources import DataPath, weights_of
 from alignkit.data.text.policies import Policies
 from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import Side, preference_sides, sft_sides
+from alignkit.data.text.unpaired import unpaired_sides
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import PromptChoice, PromptFormat
 
@@ -135,6 +137,26 @@ class SFTDataModule(DialogueDataModule):
     ) -> None:
         super().__init__(tokenizer, path, **options)
         self.all_turns = turns == "all"
+
+
+class UnpairedDataModule(DialogueDataModule):
+    """Provide prompts with one answer and whether it is good, each with a mismatched answer.
+
+    The second answer belongs to another row. What a policy makes of answers to other prompts tells
+    how far it has gone from its reference (KTO).
+
+    Args:
+        tokenizer: See `DialogueDataModule`, as for every argument not named here.
+        path: See `AlignmentDataModule`; rows as for `SFTDataModule`, with ``label`` true or false.
+        **options: Passed to `DialogueDataModule`.
+    """
+
+    sides = staticmethod(unpaired_sides)
+
+    def _load(self) -> None:
+        super()._load()
+        named = self._sets.items()
+        self._sets = {name: MismatchedSet(each, self.max_length, name) for name, each in named}
 
 
 class HHSFTDataModule(SFTDataModule):

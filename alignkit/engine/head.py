@@ -40,11 +40,14 @@ class TokenScores:
         correct: [N] bool, whether it was the most probable token; ``None`` unless asked for.
         entropy: [N] fp32 entropy of the predictive distribution in nats; ``None`` unless asked
             for.
+        collision: [N] fp32 log Σ_v p_v², the log-probability that two draws from the predictive
+            distribution are one token; ``None`` unless asked for.
     """
 
     logps: Tensor
     correct: Tensor | None = None
     entropy: Tensor | None = None
+    collision: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def token_scores(
         head: Maps [n, D] hidden states to [n, V] logits.
         hidden_ND: [N, D] hidden states that predict the tokens.
         target_N: [N] int64 token ids.
-        stats: Also return ``correct`` and ``entropy``.
+        stats: Also return ``correct``, ``entropy`` and ``collision``.
         curve: Turns the head's outputs into logits.
 
     Returns:
@@ -100,15 +103,15 @@ def token_scores(
         weight_VD, hidden_ND = head.weight.to(dtype), hidden_ND.to(dtype)
         bias_V = None if head.bias is None else head.bias.to(dtype)
         needs_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
-        logps, correct, entropy = _FrozenHead.apply(  # type: ignore[no-untyped-call]
+        logps, *statistics = _FrozenHead.apply(  # type: ignore[no-untyped-call]
             hidden_ND, weight_VD, bias_V, target_N, curve, needs_grad, stats
         )
-        return TokenScores(logps, *((correct, entropy) if stats else (None, None)))
+        return TokenScores(logps, *(statistics if stats else ()))
 
-    def chunk(hidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def chunk(hidden_nD: Tensor, target_n: Tensor) -> tuple[Tensor, ...]:
         logp_nV = curve(head(hidden_nD)).log_softmax(-1, dtype=torch.float32)
         logps = logp_nV.gather(1, target_n[:, None])[:, 0]
-        return (logps, *(_statistics(logp_nV.detach(), target_n) if stats else (None, None)))
+        return (logps, *(_statistics(logp_nV.detach(), target_n) if stats else ()))
 
     parts = []
     # At least one part, so that a batch with nothing to score still gives empty tensors.
@@ -117,18 +120,16 @@ def token_scores(
             parts.append(checkpoint(chunk, hidden_ND[rows], target_N[rows], use_reentrant=False))
         else:
             parts.append(chunk(hidden_ND[rows], target_N[rows]))
-    logps, correct, entropy = zip(*parts, strict=True)
-    if not stats:
-        return TokenScores(torch.cat(logps))
-    return TokenScores(torch.cat(logps), torch.cat(correct), torch.cat(entropy))
+    return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))
 
 
-def _statistics(logp_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor]:
-    return logp_nV.argmax(-1) == target_n, -(logp_nV.exp() * logp_nV).sum(-1)
+def _statistics(logp_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    entropy_n = -(logp_nV.exp() * logp_nV).sum(-1)
+    return logp_nV.argmax(-1) == target_n, entropy_n, (2 * logp_nV).logsumexp(-1)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -150,11 +151,12 @@ class _FrozenHead(torch.autograd.Function):
         curve: Curve,
         needs_grad: bool,
         stats: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count, vocabulary = len(target_N), len(weight_VD)
         logps = hidden_ND.new_empty(count, dtype=torch.float32)
         correct = hidden_ND.new_empty(count if stats else 0, dtype=torch.bool)
         entropy = hidden_ND.new_empty(count if stats else 0, dtype=torch.float32)
+        collision = torch.empty_like(entropy)
         gradient_ND = torch.empty_like(hidden_ND) if needs_grad else None
         slope_N1 = hidden_ND.new_empty(count if curve.cap else 0, 1, dtype=torch.float32)
         buffer_nV = hidden_ND.new_empty(min(count, CHUNK), vocabulary)
@@ -176,6 +178,7 @@ class _FrozenHead(torch.autograd.Function):
                 if stats:
                     correct[rows] = logits_mV.argmax(-1) == target_m1[:, 0]
                     entropy[rows] = log_sum_m - (probability_mV * logits_mV).sum(-1)
+                    collision[rows] = probability_mV.square().sum(-1).log()
                 if not needs_grad:
                     continue
                 if curve.cap is not None:
@@ -192,8 +195,8 @@ class _FrozenHead(torch.autograd.Function):
             gradient_ND *= curve.scale
         if gradient_ND is not None:
             ctx.save_for_backward(gradient_ND)
-        ctx.mark_non_differentiable(correct, entropy)
-        return logps, correct, entropy
+        ctx.mark_non_differentiable(correct, entropy, collision)
+        return logps, correct, entropy, collision
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -26,6 +26,8 @@ from alignkit.lora.targets import resolve
 Identity = dict[str, dict[str, Any]]
 """By module path, the module's own `_FIELDS`, or names of the parameters it trains in full."""
 
+UNTRAINED = xxhash.xxh3_128().hexdigest()
+"""The `trained_fingerprint` of an adapter that changes nothing, and so of any base without one."""
 _FIELDS = ("r", "alpha", "use_rslora", "use_dora", "init", "bias")
 _SHOWN = 8
 

@@ -95,8 +95,8 @@ def check_stamp(own: Mapping[str, Any], base: BaseIdentity, given: Mapping[str, 
     check_adapter(own["adapter"], given, "ckpt_path")
     if given.get("reference_fingerprint") != own.get("reference_fingerprint"):
         raise AlignkitError(
-            "ckpt_path: was trained against another reference; resume with the model.init_from "
-            "that the run started with"
+            "ckpt_path: was trained against another reference; resume with the model.init_from and "
+            "model.reference that the run started with"
         )
 
 

@@ -13,18 +13,20 @@ from torch import Tensor
 
 from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
-from alignkit.modules.reference import pair_scores
-from alignkit.modules.referenced import ReferencedModule
+from alignkit.modules.gauges import RatedPairs
+from alignkit.modules.pair_scores import pair_scores, reference_pair_scores, refuse_other_counts
+from alignkit.modules.reference_choice import resolve_choice
+from alignkit.modules.watch import PairWatch, WatchedModule
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
 
 
-class DPOModule(ReferencedModule):
+class DPOModule(WatchedModule):
     """Train a policy to prefer chosen over rejected answers, relative to a frozen reference.
 
-    The reference is a frozen deep copy of the policy, taken after ``init_from`` is loaded. The
-    copy shares the storage of the policy's frozen parameters, so under LoRA it adds only the memory
-    of the adapters.
+    The reference is a frozen deep copy of the policy, taken after ``init_from`` is loaded, unless
+    ``reference`` names another. The copy shares the storage of the policy's frozen parameters, so
+    under LoRA it adds only the memory of the adapters.
 
     A subclass with a new objective overrides `preference_loss`, and `metrics` to log more.
 
@@ -32,6 +34,9 @@ class DPOModule(ReferencedModule):
         *args: As in `AlignmentModule`.
         loss: The loss to minimise: one of `alignkit.objectives.preference` by its name, or your own
             by its class path, each with its own parameters; ``DPO(beta=0.1)`` by default.
+        reference: What the policy is compared with: a frozen ``copy`` of it as it starts, its
+            ``base`` without adapters, a path (a checkpoint, a run's folder, an adapter, a model),
+            or ``none``; by default a copy where the loss reads a reference, none where not.
         reference_cache: A directory that keeps the reference's log-probs between runs; ``null``
             scores them live. They depend on base, adapter, tokens and dtype alone, so a sweep
             over learning rates or β scores each example once.
@@ -47,6 +52,7 @@ class DPOModule(ReferencedModule):
         self,
         *args: Any,
         loss: PreferenceLoss = DPO(),  # noqa: B008 (frozen)
+        reference: str | None = None,
         reference_cache: str | None = None,
         reference_checks: int = 1,
         **kwargs: Any,
@@ -56,27 +62,29 @@ class DPOModule(ReferencedModule):
             raise AlignkitError(f"model.reference_checks={reference_checks}: give at least 1")
         # A checkpoint's hyper-parameters hold the loss as plain values.
         self.loss = PreferenceLoss.from_dict(loss) if isinstance(loss, Mapping) else loss
-        self.reference = None
-        if self.loss.uses_reference:
-            self.keep_reference(reference_cache, reference_checks)
-        elif reference_cache is not None:
+        name, reads = type(self.loss).__name__, self.loss.uses_reference
+        choice = resolve_choice(reference, name, reads, self.lora is None)
+        if self.loss.weighs_tokens and reference_cache is not None:
             raise AlignkitError(
-                f"model.reference_cache: {type(self.loss).__name__} uses no reference; leave it out"
+                f"model.reference_cache: {name} weighs tokens, and the cache keeps sums over whole "
+                "answers; leave it out"
             )
+        self.watch = PairWatch(compares=reads)
+        self.reference = None
+        if reads:
+            self.keep_reference(choice, reference_cache, reference_checks)
+        elif reference_cache is not None:
+            raise AlignkitError(f"model.reference_cache: {name} uses no reference; leave it out")
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the summed loss of the batch's pairs; its weight is the number of pairs."""
-        if batch.num_responses != 2 * batch.num_examples:
-            raise AlignkitError(
-                "data: DPO needs exactly two responses a prompt, chosen before rejected; use "
-                "HHPreferenceDataModule"
-            )
+        refuse_other_counts(batch, self.loss)
         # The reference comes first, so that its working memory is free again before the policy's
         # activations are allocated.
         # log π_ref(y_w|x), log π_ref(y_l|x)
         reference = self.reference_scores(batch) if self.reference is not None else None
         # log π_θ(y_w|x), log π_θ(y_l|x)
-        policy = pair_scores(self.model, batch)
+        policy = pair_scores(self.model, batch, self.loss)
         if reference is None:
             reference = policy.detached()
         self.check_start(batch)
@@ -84,6 +92,8 @@ class DPOModule(ReferencedModule):
         loss_B = self.preference_loss(policy, reference)
         with torch.no_grad():
             metrics = self.metrics(policy, reference)
+            rewards = self.loss.rewards(policy, reference)
+            self.watch.add(RatedPairs(policy, reference, *rewards), self.training)
         return LossOutput(loss_B.sum(), len(loss_B), metrics)
 
     def reference_scores(self, batch: PackedBatch) -> PairScores:
@@ -96,7 +106,7 @@ class DPOModule(ReferencedModule):
             raise AlignkitError(
                 f"reference: {type(self.loss).__name__} uses none, so none was kept"
             )
-        return self.reference.scores(batch)
+        return reference_pair_scores(self.reference, batch, self.loss)
 
     def preference_loss(self, policy: PairScores, reference: PairScores) -> Tensor:
         """Return one loss for each pair, [B] fp32; a new objective overrides it.

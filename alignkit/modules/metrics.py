@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,18 @@ from torchmetrics import Metric
 from alignkit.modules.window import LossOutput
 
 
-class WeightedMean(Metric):
+class Float64Metric(Metric):
+    """Hold states that stay in float64 whatever a module is cast to."""
+
+    full_state_update = False
+
+    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
+        """Apply a module's move to another device, and ignore its casts."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+        return self
+
+
+class WeightedMean(Float64Metric):
     """Compute ``Σ totals / Σ weights`` over batches and ranks, in float64.
 
     torchmetrics' ``MeanMetric`` takes each batch's quotient instead of its sum, and checks for NaN
@@ -26,7 +37,6 @@ class WeightedMean(Metric):
         tensor(2.)
     """
 
-    full_state_update = False
     total: Tensor
     weight: Tensor
 
@@ -41,11 +51,6 @@ class WeightedMean(Metric):
         # Not in place: a tensor made under inference mode cannot be changed outside of it.
         self.total = self.total + total.detach()
         self.weight = self.weight + weight
-
-    def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> WeightedMean:
-        """Apply a module's move to another device, and ignore its casts: sums stay float64."""
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
-        return self
 
     def compute(self) -> Tensor:
         """Return the mean, fp32; NaN if nothing was added."""

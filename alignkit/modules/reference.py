@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,32 @@ CACHE_TOLERANCE = {
 }
 
 
+class ReferenceModel(NamedTuple):
+    """Hold a frozen model and the fingerprints that say which one it is.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
+        >>> ReferenceModel.copied_from(model).base  # the policy's own
+        ''
+
+    Attributes:
+        model: The model, in eval mode.
+        trained: Names what was trained of it, see `trained_fingerprint`.
+        base: Names the base below, where it need not be the policy's.
+    """
+
+    model: PreTrainedModel
+    trained: str
+    base: str = ""
+
+    @classmethod
+    def copied_from(cls, policy: PreTrainedModel) -> ReferenceModel:
+        """Return a frozen copy of the policy as it is now."""
+        model = frozen_copy(policy)
+        return cls(model, trained_fingerprint(model))
+
+
 class Reference(nn.Module):
     """Score responses under a frozen copy of the policy, which stays in eval mode.
 
@@ -42,25 +69,33 @@ class Reference(nn.Module):
     Args:
         policy: The model to copy, with the weights that it has now.
         compiled: Whether to compile the copy's blocks; copying compiled blocks does not.
+        chosen: Another model to score with in the copy's place.
 
     Attributes:
-        model: The frozen copy.
-        fingerprint: A hash that identifies its trained weights.
+        model: The frozen model.
+        fingerprint: A hash that identifies it: its trained weights, and its base where that is not
+            the policy's.
         cache: The cache that `open_cache` opened; without one, every batch is scored live.
         cache_error: Scalar, the largest error, in nats, of cached rows scored again since the last
             `check_cache`.
     """
 
-    def __init__(self, policy: PreTrainedModel, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        compiled: bool = False,
+        chosen: ReferenceModel | None = None,
+    ) -> None:
         super().__init__()
-        self.model = frozen_copy(policy)
+        self.model, trained, base = chosen or ReferenceModel.copied_from(policy)
         if compiled:
             compile_blocks(self.model)
-        self.fingerprint = trained_fingerprint(self.model)
+        self.fingerprint = f"{base}-{trained}" if base else trained
         self.cache: ReferenceCache | None = None
         self.cache_error = torch.zeros(())
         self._base = ""
-        self._agreed = False  # whether `check_start` has passed; later the policy may differ
+        # Whether `check_start` need not compare: it has, or the reference is no copy.
+        self._agreed = chosen is not None
         self.train(False)
 
     def train(self, mode: bool = True) -> Reference:
@@ -80,14 +115,15 @@ class Reference(nn.Module):
 
     # Scores ---------------------------------------------------------------------------------
 
-    def sums(self, batch: PackedBatch) -> Tensor:
+    def sums(self, batch: PackedBatch, weights_N: Tensor | None = None) -> Tensor:
         """Return the summed log-probability of each response, [R] fp32 without gradients.
 
-        If the batch went through `look_up`, values come from the cache, except for those that it
-        lacks and the few that are scored again to check it.
+        With weights of tokens, [N], the sums are weighted and always live. Otherwise, if the batch
+        went through `look_up`, values come from the cache, except for those that it lacks and the
+        few that are scored again to check it.
         """
-        if self.cache is None or not isinstance(batch, ReferencedBatch):
-            return self._live_sums(batch)
+        if self.cache is None or not isinstance(batch, ReferencedBatch) or weights_N is not None:
+            return self._live_sums(batch, weights_N)
         live_R = self._live_sums(batch.probe)
         self.cache.add(batch, live_R)
         error = (batch.known_R[batch.probe_R] - live_R).abs().nan_to_num(0.0).max()
@@ -98,9 +134,11 @@ class Reference(nn.Module):
         """Return `sums` as the scores of B pairs, for a batch of two responses an example."""
         return PairScores.from_responses(self.sums(batch), response_lengths(batch))
 
-    def _live_sums(self, batch: PackedBatch) -> Tensor:
+    def _live_sums(self, batch: PackedBatch, weights_N: Tensor | None = None) -> Tensor:
         with torch.inference_mode():
-            sums_R = response_sums(score(self.model, batch), batch)
+            logps_N = score(self.model, batch)
+            weighted_N = logps_N if weights_N is None else logps_N * weights_N
+            sums_R = response_sums(weighted_N, batch)
         return sums_R.clone()  # a clone is no inference tensor, so autograd may save it
 
     # Cache ----------------------------------------------------------------------------------
@@ -162,7 +200,7 @@ class Reference(nn.Module):
 
         Args:
             policy: The model in training mode, before its first step.
-            batch: Pairs to score under both.
+            batch: Responses to score under both.
             dropout: Whether the base keeps its own dropout, which is then turned off here too.
 
         Raises:
@@ -172,13 +210,11 @@ class Reference(nn.Module):
             return
         policy.train(not dropout)
         with adapters_quiet(policy):
-            ours = pair_scores(policy, batch)
+            ours_R = response_sums(score(policy, batch), batch)
         policy.train()
         # Scored live, because cached values were rounded in rows with other examples.
-        theirs = PairScores.from_responses(self._live_sums(batch), response_lengths(batch))
-        gap = torch.stack([ours.chosen - theirs.chosen, ours.rejected - theirs.rejected])
-        worst = gap.abs().max().item()
-        scale = ours.rejected.abs().max().item() + 1.0
+        worst = (ours_R - self._live_sums(batch)).abs().max().item()
+        scale = ours_R.abs().max().item() + 1.0
         # A NaN passes here: the check of the step reports it, with the rows at fault.
         if worst > STEP_0_TOLERANCE * scale:
             raise AlignkitError(
@@ -203,9 +239,3 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     copied.requires_grad_(False)  # what is shared was frozen before
     copied.train(False)
     return copied
-
-
-def pair_scores(model: PreTrainedModel, batch: PackedBatch) -> PairScores:
-    """Return the scores of B pairs under one model, sums of log-probabilities in fp32."""
-    sums_R = response_sums(score(model, batch), batch)
-    return PairScores.from_responses(sums_R, response_lengths(batch))

@@ -6,10 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alignkit.batch import PackedBatch
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.precision import step_dtype
 from alignkit.modules.reference import Reference
+from alignkit.modules.reference_choice import COPY, make_reference
 
 
 class ReferencedModule(AlignmentModule):
@@ -21,14 +24,20 @@ class ReferencedModule(AlignmentModule):
 
     reference: Reference | None
 
-    def keep_reference(self, cache: str | None, checks: int) -> None:
-        """Make the reference, a frozen copy of the policy as it is now, and open its cache.
+    def keep_reference(self, choice: str, cache: str | None, checks: int) -> None:
+        """Make the reference and open its cache.
 
         Args:
+            choice: See `make_reference`.
             cache: The cache's directory; ``None`` scores every batch live.
             checks: Number of cached examples of each batch that are scored again.
         """
-        self.reference = Reference(self.model, self.compiles)
+        chosen = None
+        if choice != COPY:
+            tokenizer = self.hparams["tokenizer"] or self.base
+            dtype = getattr(torch, self.hparams["dtype"])
+            chosen = make_reference(choice, self.model, tokenizer, dtype)
+        self.reference = Reference(self.model, self.compiles, chosen)
         if cache is not None:
             self.reference.open_cache(Path(cache), self.base_identity.fingerprint, checks)
         # DDP synchronises parameters and buffers by name.
@@ -63,10 +72,15 @@ class ReferencedModule(AlignmentModule):
         """Log the largest error of the cached rows scored again, and refuse wrong ones."""
         if self.reference is None or self.reference.cache is None:
             return
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.global_step % max(every, 1) == 0:
+        if self.is_logged_step:
             self._log("ref/cache_abs_err", self.reference.cache_error)
             self.reference.check_cache(step_dtype(self._trainer, self.model.dtype))
+
+    @property
+    def is_logged_step(self) -> bool:
+        """Tell whether the trainer logs the step that was taken last."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.global_step % max(every, 1) == 0
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, and write new rows of the cache."""

@@ -9,6 +9,7 @@ that does not fit them is refused.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ from alignkit.modules.optimize import total_steps
 KEY = "settings"
 # Paths, and ways to compute: neither changes what is trained.
 _WITHOUT_EFFECT = frozenset(
-    {"base", "tokenizer", "init_from", "random_init", "reference_cache", "reference_checks",
-     "activation_checkpointing", "compile", "packing"}
+    {"base", "tokenizer", "init_from", "random_init", "reference", "reference_cache",
+     "reference_checks", "activation_checkpointing", "compile", "packing"}
 )  # fmt: skip
 # Entries of an optimizer's groups that are no settings of the optimizer.
 _NOT_SETTINGS = frozenset({"params", "param_names", "initial_lr", "swa_lr"})
@@ -46,6 +47,7 @@ def run_settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any
         "options": _group_options(optimizer.param_groups[0]),
         "parameters": [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups],
         "run": {"total steps": total_steps(trainer)},
+        "seed": os.environ.get("PL_GLOBAL_SEED"),  # where Lightning keeps seed_everything
         "trainer": {
             "max_steps": trainer.max_steps,
             "max_epochs": trainer.max_epochs,
@@ -71,7 +73,7 @@ def apply_settings(
 
     Raises:
         AlignkitError: The checkpoint holds weights alone, more steps than are asked for, another
-            optimizer, or one whose state does not fit these settings.
+            seed, another optimizer, or one whose state does not fit these settings.
     """
     if not checkpoint.get("optimizer_states") or "lr_schedulers" not in checkpoint:
         raise AlignkitError(
@@ -87,6 +89,7 @@ def apply_settings(
     optimizer = trainer.optimizers[0]
     saved = checkpoint["optimizer_states"][0]
     before = checkpoint.get(KEY) or {}
+    _refuse_other_seed(before.get("seed"), now["seed"])
     _refuse_other_optimizer(optimizer, saved, before, now)
     changes = [
         *_changes("model.optimizer.", _saved_options(saved, before), now["options"]),
@@ -138,6 +141,16 @@ def _changes(
         elif _plain(was) != _plain(value):
             told.append(f"{prefix}{name} {_plain(was)} -> {_plain(value)}")
     return told
+
+
+def _refuse_other_seed(before: str | None, now: str | None) -> None:
+    """Refuse another seed, which would change nothing: the random state is the checkpoint's."""
+    if None not in (before, now) and before != now:
+        raise AlignkitError(
+            f"ckpt_path: its run was seeded with {before} and goes on with its random state, so "
+            f"seed_everything={now} would change nothing; resume with seed_everything={before}, "
+            "or start from its weights with model.init_from"
+        )
 
 
 def _refuse_other_optimizer(

@@ -97,10 +97,18 @@ class ExactSteps(HasLoss):
         self._taken = totals.own if admitted else None
         if not admitted:
             return
-        for name, mean in totals.means.items():
+        for name, mean in self.logged_means(totals.means).items():
             self._log(f"train/{name}", mean, prog_bar=name == "loss")
         self._log("train/grad_norm", self._norm)
         self._log("train/tokens_per_second", totals.tokens_per_second, prog_bar=True)
+
+    def logged_means(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is logged of a step's means; a subclass may log quotients of them."""
+        return means
+
+    def logged_totals(self, totals: LossOutput) -> LossOutput:
+        """Return what is logged of an epoch, as sums; a subclass may leave metrics out."""
+        return totals
 
     def configure_gradient_clipping(
         self,
@@ -131,7 +139,7 @@ class ExactSteps(HasLoss):
         total = self.epoch_sums.total()
         if total is None:
             return
-        self.train_metrics.update(total)
+        self.train_metrics.update(self.logged_totals(total))
         for name, metric in self.train_metrics.named().items():
             attribute = f"train_metrics.means.{name}"
             self.log(f"train/{name}_epoch", metric, metric_attribute=attribute)

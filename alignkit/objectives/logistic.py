@@ -152,6 +152,7 @@ class AOT(PreferenceLoss):
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    whole_step: ClassVar[bool] = True
     trl_name: ClassVar[str | None] = "aot"
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
@@ -174,6 +175,7 @@ class UnpairedAOT(PreferenceLoss):
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    whole_step: ClassVar[bool] = True
     trl_name: ClassVar[str | None] = "aot_unpaired"
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from math import inf
 from typing import Any, ClassVar, NoReturn
 
+import torch
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
@@ -35,12 +36,17 @@ class PairScores:
         rejected: [B] fp32, the same for the rejected responses.
         chosen_tokens: [B] int64, how many scored tokens the sum runs over.
         rejected_tokens: [B] int64.
+        chosen_weight: [B] fp32, how much like a sample of the policy the chosen response is, for a
+            loss with ``weighs_answers``; without gradients.
+        rejected_weight: [B] fp32.
     """
 
     chosen: Tensor
     rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    chosen_weight: Tensor | None = field(default=None, kw_only=True)
+    rejected_weight: Tensor | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_responses(cls, sums_R: Tensor, tokens_R: Tensor) -> PairScores:
@@ -58,11 +64,10 @@ class PairScores:
 
     def per_token(self) -> PairScores:
         """Return the scores with log π(y|x) / |y|, means over tokens, in the place of sums."""
-        return PairScores(
-            self.chosen / self.chosen_tokens.clamp(min=1),
-            self.rejected / self.rejected_tokens.clamp(min=1),
-            self.chosen_tokens,
-            self.rejected_tokens,
+        return replace(
+            self,
+            chosen=self.chosen / self.chosen_tokens.clamp(min=1),
+            rejected=self.rejected / self.rejected_tokens.clamp(min=1),
         )
 
 
@@ -77,6 +82,11 @@ class PreferenceLoss:
         beta: Scale of the rewards.
         uses_reference: Whether ``__call__`` reads the reference. Where it does not, no reference
             is kept or scored.
+        weighs_tokens: Whether log-probabilities are sums weighted by `token_weights`.
+        weighs_answers: Whether ``__call__`` reads ``chosen_weight`` and ``rejected_weight``.
+        ranks: Whether ``__call__`` takes `RankedScores`, of two responses or more to a prompt.
+        whole_step: Whether pairs are compared with each other, so that the loss of an optimizer
+            step is not a mean over its micro-batches.
         positive: The parameters that must be positive numbers.
         trl_name: What TRL's ``loss_type`` calls it.
 
@@ -86,6 +96,10 @@ class PreferenceLoss:
 
     beta: float = 1.0
     uses_reference: ClassVar[bool] = True
+    weighs_tokens: ClassVar[bool] = False
+    weighs_answers: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
+    whole_step: ClassVar[bool] = False
     positive: ClassVar[tuple[str, ...]] = ("beta",)
     trl_name: ClassVar[str | None] = None
 
@@ -125,6 +139,18 @@ class PreferenceLoss:
             reference: The same under the frozen reference; the policy's own, without gradients,
                 where ``uses_reference`` is false.
         """
+
+    def token_weights(self, place_N: Tensor, length_N: Tensor, other_N: Tensor) -> Tensor:
+        """Return the weight of each scored token's log-probability, [N] fp32; 1 by default.
+
+        A loss that overrides it sets ``weighs_tokens``.
+
+        Args:
+            place_N: [N] int64, the token's place among the scored tokens of its response, from 0.
+            length_N: [N] int64, the number of scored tokens of its response.
+            other_N: [N] int64, that of the pair's other response.
+        """
+        return torch.ones_like(place_N, dtype=torch.float32)
 
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
         """Return the rewards of the chosen and of the rejected responses, [B] fp32 each.
@@ -175,6 +201,8 @@ def known_losses() -> Iterator[type[PreferenceLoss]]:
 def unknown_loss(name: str) -> AlignkitError:
     """Return the error about a name that no loss has, with a suggestion and the known names."""
     kinds = {kind.__name__: kind for kind in known_losses()}
+    if name.casefold() == "kto":
+        return AlignkitError("model.loss KTO: takes unpaired answers; train it with KTOModule")
     meant = [other for other, kind in kinds.items() if kind.trl_name == name]
     folded = {other.casefold(): other for other in kinds}
     close = get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)

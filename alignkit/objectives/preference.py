@@ -18,8 +18,10 @@ from alignkit.objectives.logistic import (
 )
 from alignkit.objectives.pairs import PairScores, PreferenceLoss, known_losses, unknown_loss
 from alignkit.objectives.pointwise import BCO, NCA, APODown, APOZero
+from alignkit.objectives.ranked import PlackettLuce, RankedScores
 from alignkit.objectives.reference_free import ORPO, AlphaPO, SimPO
 from alignkit.objectives.regression import IPO, SPPO, Hinge
+from alignkit.objectives.reweighted import LDDPO, WPO
 from alignkit.objectives.weighted import WeightedSum
 
 __all__ = [
@@ -30,10 +32,12 @@ __all__ = [
     "DPOP",
     "EXO",
     "IPO",
+    "LDDPO",
     "NCA",
     "ORPO",
     "RPO",
     "SPPO",
+    "WPO",
     "APODown",
     "APOZero",
     "AlphaDPO",
@@ -45,7 +49,9 @@ __all__ = [
     "JensenShannonDPO",
     "NormalizedDPO",
     "PairScores",
+    "PlackettLuce",
     "PreferenceLoss",
+    "RankedScores",
     "RobustDPO",
     "SimPO",
     "UnpairedAOT",

@@ -33,7 +33,7 @@ class WeightedSum(PreferenceLoss):
     positive: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        """Refuse no terms, and weights that are not one positive number a term."""
+        """Refuse no terms, terms that weigh tokens, and weights that are not one a term."""
         super().__post_init__()
         # A checkpoint's hyper-parameters hold terms as plain values, in lists.
         terms = (PreferenceLoss.from_dict(t) if isinstance(t, Mapping) else t for t in self.terms)
@@ -41,6 +41,8 @@ class WeightedSum(PreferenceLoss):
         object.__setattr__(self, "weights", tuple(self.weights) or (1.0,) * len(self.terms))
         if not self.terms:
             self.refuse("terms", "must name at least one loss")
+        if any(term.weighs_tokens for term in self.terms):
+            self.refuse("terms", "must share one sum of log-probs, and one of them weighs tokens")
         if len(self.weights) != len(self.terms):
             self.refuse("weights", f"must be one a term ({len(self.terms)})")
         if not all(0 < weight < inf for weight in self.weights):
@@ -50,6 +52,21 @@ class WeightedSum(PreferenceLoss):
     def uses_reference(self) -> bool:  # type: ignore[override]
         """Tell whether any term reads the reference."""
         return any(term.uses_reference for term in self.terms)
+
+    @property
+    def weighs_answers(self) -> bool:  # type: ignore[override]
+        """Tell whether any term reads the weights of answers."""
+        return any(term.weighs_answers for term in self.terms)
+
+    @property
+    def ranks(self) -> bool:  # type: ignore[override]
+        """Tell whether any term takes ranked answers; the others see the best and the worst."""
+        return any(term.ranks for term in self.terms)
+
+    @property
+    def whole_step(self) -> bool:  # type: ignore[override]
+        """Tell whether any term compares pairs with each other."""
+        return any(term.whole_step for term in self.terms)
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
         values = [term(policy, reference) for term in self.terms]

@@ -1,4 +1,4 @@
-"""The peers' arms: TRL's trainers, or transformers' own with PEFT, fed the job's very batches.
+"""The peers' arms: transformers' trainer with PEFT, or TRL's trainers, fed the job's very batches.
 
 Nothing is reimplemented. `InTurns` overrides only where a batch comes from, keeps the loss that
 the trainer computes, and ties the loop to the turnstile; everything else is the library's.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -27,11 +26,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from alignkit.engine import Example
-from sidebyside.job import BETA, CLIP_NORM, LEARNING_RATE, Job
+from sidebyside.job import CLIP_NORM, LEARNING_RATE, Job
 from sidebyside.turnstile import Turnstile
+
+IGNORED = -100
+"""Label of a token without loss."""
 
 
 def train(job: Job, examples: Sequence[Example], turnstile: Turnstile) -> None:
@@ -39,10 +40,18 @@ def train(job: Job, examples: Sequence[Example], turnstile: Turnstile) -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
     with tempfile.TemporaryDirectory() as directory:
-        make = {"dpo": dpo_trainer, "sft": sft_trainer, "lm": lm_trainer}[job.task]
-        trainer = make(job, examples, build(job), tokenizer, directory)
+        trainer = maker(job)(job, examples, build(job), tokenizer, directory)
         trainer.take_turns(job, turnstile)
         trainer.train()
+
+
+def maker(job: Job) -> Callable[..., InTurns]:
+    """What makes the job's trainer; only TRL's need trl and datasets."""
+    if job.arm.package == "peft":
+        return lm_trainer
+    from sidebyside.arm_trl import MAKERS
+
+    return MAKERS[job.task]
 
 
 def build(job: Job) -> PeftModel:
@@ -136,77 +145,13 @@ class Turns(TrainerCallback):
             self._trainer.turnstile.finish()
 
 
-class DPOInTurns(InTurns, DPOTrainer):
-    """TRL's DPO. A PEFT model's reference is a copy of its adapter, as alignkit's is."""
-
-    losses_add_up = False
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        return dataset  # token ids already, and the same ones in every arm
-
-    def response_logps(self, batch: dict[str, Any]) -> list[float]:
-        # Before the first step, the reference that is scored here is the policy.
-        return torch.cat(self.compute_ref_log_probs(self.model, batch)).tolist()  # type: ignore[no-any-return]
-
-
-class SFTInTurns(InTurns, SFTTrainer):
-    """TRL's SFT; a data set that holds token ids and labels passes its preparation unchanged."""
-
-
 class LMInTurns(InTurns):
-    """Language modelling as PEFT's users do it, in transformers' own trainer."""
+    """Language modelling and SFT as PEFT's users do them, in transformers' own trainer."""
 
     def response_logps(self, batch: dict[str, Any]) -> list[float]:
         logp_LV = self.model(input_ids=batch["input_ids"]).logits[0, :-1].float().log_softmax(-1)
-        return [float(logp_LV.gather(1, batch["input_ids"][0, 1:, None]).sum())]
-
-
-def dpo_trainer(
-    job: Job,
-    examples: Sequence[Example],
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: str,
-) -> InTurns:
-    """TRL's DPOTrainer with its defaults, but for what all arms share."""
-    rows = [
-        {
-            "prompt_ids": list(example.prompt),
-            "chosen_ids": list(example.responses[0]),
-            "rejected_ids": list(example.responses[1]),
-        }
-        for example in examples
-    ]
-    return DPOInTurns(
-        model,
-        args=DPOConfig(beta=BETA, max_length=None, **shared_arguments(job, directory)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
-
-
-def sft_trainer(
-    job: Job,
-    examples: Sequence[Example],
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: str,
-) -> InTurns:
-    """TRL's SFTTrainer with its defaults, but for what all arms share."""
-    rows = [
-        {
-            "input_ids": [*example.prompt, *example.responses[0]],
-            "labels": [-100] * len(example.prompt) + list(example.responses[0]),
-        }
-        for example in examples
-    ]
-    options = shared_arguments(job, directory) | {"padding_free": job.arm.padding_free}
-    return SFTInTurns(
-        model,
-        args=SFTConfig(max_length=None, **options),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+        logp_L = logp_LV.gather(1, batch["input_ids"][0, 1:, None])[:, 0]
+        return [float(logp_L[batch["labels"][0, 1:] != IGNORED].sum())]
 
 
 def lm_trainer(
@@ -217,23 +162,29 @@ def lm_trainer(
     directory: str,
 ) -> InTurns:
     """transformers' Trainer with its defaults, but for what all arms share."""
-    rows = [{"input_ids": list(example.responses[0])} for example in examples]
+    rows = [
+        {
+            "input_ids": [*example.prompt, *example.responses[0]],
+            # Nothing predicts a row's first token, yet the Trainer would divide the loss by it.
+            "labels": ([IGNORED] * len(example.prompt) or [IGNORED])
+            + list(example.responses[0][0 if example.prompt else 1 :]),
+        }
+        for example in examples
+    ]
 
     def collator(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         ids = [torch.tensor(row["input_ids"]) for row in batch]
-        labels = pad_sequence(ids, batch_first=True, padding_value=-100)
-        # Nothing predicts a row's first token, yet the Trainer would divide the loss by it as well.
-        labels[:, 0] = -100
+        labels = [torch.tensor(row["labels"]) for row in batch]
         return {
             "input_ids": pad_sequence(ids, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": labels,
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         }
 
     return LMInTurns(
         model,
         args=TrainingArguments(remove_unused_columns=False, **shared_arguments(job, directory)),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows,  # a list is a map-style data set
         data_collator=collator,
     )
 

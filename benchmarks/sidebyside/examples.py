@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,8 @@ def draw(
         AlignkitError: The data is missing or bad, or holds too few examples.
     """
     if options.data is None:
+        if options.lengths is not None and task != "lm":
+            return of_lengths(task, count, vocabulary, read_lengths(options.lengths), options.seed)
         return synthetic(task, count, vocabulary, tokens, options.seed)
     return real(task, count, options.data, tokenizer, tokens, options.seed)
 
@@ -47,7 +51,7 @@ def synthetic(task: Task, count: int, vocabulary: int, tokens: int, seed: int) -
     rng = np.random.default_rng(seed)
 
     def ids(length: int) -> list[int]:
-        return rng.integers(1, vocabulary, length).tolist()  # type: ignore[no-any-return]
+        return _ids(rng, vocabulary, length)
 
     if task == "lm":
         return [Example([], [ids(tokens)]) for _ in range(count)]
@@ -60,6 +64,52 @@ def synthetic(task: Task, count: int, vocabulary: int, tokens: int, seed: int) -
             kept = responses[: 2 if task == "dpo" else 1]
             examples.append(Example(ids(prompt), [ids(length) for length in kept]))
     return examples
+
+
+def of_lengths(
+    task: Task, count: int, vocabulary: int, lengths: Sequence[Sequence[int]], seed: int
+) -> list[Example]:
+    """Draw random token ids in examples as long as real pairs; these come again where too few.
+
+    Args:
+        task: ``dpo`` takes both answers, ``sft`` the first.
+        count: How many.
+        vocabulary: Ids are below it.
+        lengths: Tokens of each pair's prompt, chosen and rejected answer.
+        seed: Of the order and the ids.
+    """
+    rng = np.random.default_rng(seed)
+    order = np.concatenate(
+        [rng.permutation(len(lengths)) for _ in range(-(-count // len(lengths)))]
+    )
+    examples = []
+    for index in order[:count]:
+        prompt, *answers = lengths[int(index)]
+        kept = answers if task == "dpo" else answers[:1]
+        examples.append(
+            Example(_ids(rng, vocabulary, prompt), [_ids(rng, vocabulary, n) for n in kept])
+        )
+    return examples
+
+
+def read_lengths(path: str) -> list[list[int]]:
+    """Read token counts: one JSON list of [prompt, chosen, rejected].
+
+    Raises:
+        AlignkitError: The file is missing or holds something else.
+    """
+    try:
+        lengths = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise AlignkitError(f"--lengths {path}: cannot be read ({error})") from error
+    if not isinstance(lengths, list) or not lengths or not all(map(_is_pair, lengths)):
+        raise AlignkitError(f"--lengths {path}: holds no list of [prompt, chosen, rejected] counts")
+    return lengths
+
+
+def _is_pair(row: object) -> bool:
+    counted = isinstance(row, list) and len(row) == 3
+    return counted and all(type(count) is int and count > 0 for count in row)
 
 
 def real(
@@ -93,6 +143,10 @@ def real(
 def padded_length(example: Example) -> int:
     """Tokens of the example's longest row, once prompt and response are joined."""
     return len(example.prompt) + max(len(response) for response in example.responses)
+
+
+def _ids(rng: np.random.Generator, vocabulary: int, length: int) -> list[int]:
+    return rng.integers(1, vocabulary, length).tolist()  # type: ignore[no-any-return]
 
 
 def _plain(example: Example) -> Example:

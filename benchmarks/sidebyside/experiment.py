@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,14 +83,34 @@ class Outcome:
     machine: dict[str, Any]
 
 
-def compare(contest: Contest, options: Options, console: Console) -> Outcome:
+@dataclass(frozen=True)
+class Bounds:
+    """What holds a run short.
+
+    Attributes:
+        deadline: After this reading of `time.monotonic` no round but the first begins.
+        whatever: Time arms that parity refuses as well; the verdict stands beside the times.
+        ceiling: The machine's FLOP/s; measured before and after where it is not given.
+        tell: Is given every round's number and its turns by peer, as soon as it is over.
+    """
+
+    deadline: float = math.inf
+    whatever: bool = False
+    ceiling: float | None = None
+    tell: Callable[[int, Mapping[str, Round]], None] = lambda number, turns: None
+
+
+def compare(
+    contest: Contest, options: Options, console: Console, bounds: Bounds | None = None
+) -> Outcome:
     """Run a contest.
 
     Raises:
         AlignkitError: Something the user named is missing or bad, or an arm failed.
     """
     with tempfile.TemporaryDirectory(prefix="alignkit-benchmark-") as directory:
-        return _Comparison(contest, options, console, Path(directory)).run()
+        comparison = _Comparison(contest, options, console, Path(directory))
+        return comparison.run(bounds or Bounds())
 
 
 class _Comparison:
@@ -105,46 +127,50 @@ class _Comparison:
         if our_batches > max(2, peer_batches):
             self.examples, self.plan = self._deal(our_batches)
         self.path = write_examples(self.examples, work / "examples.json")
-        self.micro_batches = {
-            arm.name: our_batches if arm.package == "alignkit" else peer_batches
-            for arm in (contest.ours, *contest.peers)
-        }
+        self.micro_batches = {"alignkit": our_batches, "trl": peer_batches, "peft": peer_batches}
         self.lead_in = int(options.device == "cuda")
-        # The full fine-tuning arm trains another model, and so has no part in parity.
-        self.in_parity = [arm for arm in (contest.ours, *contest.peers) if arm.adapters]
 
-    def run(self) -> Outcome:
-        ceiling = matmul_ceiling(self.options.device)
-        truth = self._trace_fp32(
-            next(a for a in self.contest.peers if a.name == self.contest.truth)
-        )
-        ours_fp32 = self._trace_fp32(self.contest.ours)
+    def run(self, bounds: Bounds) -> Outcome:
+        ceiling = bounds.ceiling or matmul_ceiling(self.options.device)
+        true = next(a for a in self.contest.peers if a.name == self.contest.truth)
+        timed = {arm.name: arm for arm in (self.contest.ours, *self.contest.peers)}
+        exact = {f"{arm.name} in fp32": _exact(arm) for arm in (true, self.contest.ours)}
         with ExitStack() as stack:
             workers: dict[str, Worker] = {}
             traces: dict[str, parity.Trace] = {}
-            for arm in (self.contest.ours, *self.contest.peers):
-                with self.console.status(f"{arm.name}: loading, {PARITY_STEPS} parity steps"):
-                    worker = stack.enter_context(self._start(arm))
-                    losses = worker.take(PARITY_STEPS).losses
-                workers[arm.name] = worker
-                if arm in self.in_parity:
-                    traces[arm.name] = parity.Trace(worker.logps, losses)
-            ours = traces.pop(OURS)
-            verdict = parity.judge(truth, ours_fp32, ours, traces, self.contest.fair)
-            rounds = self._rounds(workers) if verdict["passed"] else {}
+            for label, arm in (exact | timed).items():
+                if self.options.device == "cuda":  # there are cores to load them side by side
+                    workers[label] = stack.enter_context(self._start(label, arm, label in exact))
+            for label, arm in (exact | timed).items():
+                with self.console.status(f"{label}: loading, {PARITY_STEPS} parity steps"):
+                    if label not in workers:
+                        worker = self._start(label, arm, label in exact)
+                        workers[label] = stack.enter_context(worker)
+                    workers[label].ready()
+                    losses = workers[label].take(PARITY_STEPS).losses
+                if label in exact:
+                    workers[label].close()
+                if arm.adapters:  # full fine-tuning trains another model
+                    traces[label] = parity.Trace(workers[label].logps, losses)
+            fp32 = [traces.pop(label) for label in exact]
+            verdict = parity.judge(*fp32, traces.pop(OURS), traces, self.contest.fair)
+            goes_on = verdict["passed"] or bounds.whatever
+            rounds = self._rounds(workers, bounds) if goes_on else {}
         return Outcome(
             parity=verdict,
             rounds=rounds,
             flops={peer: self._flops(peer, each) for peer, each in rounds.items()},
-            ceiling=max(ceiling, matmul_ceiling(self.options.device)),
+            ceiling=bounds.ceiling or max(ceiling, matmul_ceiling(self.options.device)),
             examples_per_turn=self.options.steps * self.options.per_step,
-            loaded_bytes={name: worker.loaded_bytes for name, worker in workers.items()},
+            loaded_bytes={name: workers[name].loaded_bytes for name in timed},
             machine=machine.describe(self.options.device),
         )
 
-    def _rounds(self, workers: Mapping[str, Worker]) -> dict[str, list[Round]]:
+    def _rounds(self, workers: Mapping[str, Worker], bounds: Bounds) -> dict[str, list[Round]]:
         rounds: dict[str, list[Round]] = {peer.name: [] for peer in self.contest.peers}
         for number, turns in enumerate(self.plan.rounds):
+            if number and time.monotonic() > bounds.deadline:
+                break
             taken: dict[tuple[str, str], Taken] = {}
             for turn in turns:
                 status = f"round {number + 1} of {len(self.plan.rounds)}: {turn.arm}"
@@ -161,6 +187,7 @@ class _Comparison:
                         style="dim",
                         highlight=False,
                     )
+            bounds.tell(number, {peer: each[-1] for peer, each in rounds.items()})
         return rounds
 
     def _deal(self, per_parity_step: int) -> tuple[list[Example], Plan]:
@@ -181,19 +208,10 @@ class _Comparison:
         )
         return found, make_plan(self.contest.peers, found, seed=options.seed, **sizes)
 
-    def _trace_fp32(self, arm: Arm) -> parity.Trace:
-        exact = replace(arm, dtype="float32", mixed=False, checkpointing=False)
-        with (
-            self.console.status(f"{arm.name} in fp32: {PARITY_STEPS} parity steps"),
-            self._start(exact, parity_alone=True) as worker,
-        ):
-            return parity.Trace(worker.logps, worker.take(PARITY_STEPS).losses)
-
-    def _start(self, arm: Arm, parity_alone: bool = False) -> Worker:
+    def _start(self, label: str, arm: Arm, parity_alone: bool) -> Worker:
         steps = list(self.plan.parity)
-        if not parity_alone:
-            for turn in self.plan.of(arm.name):
-                steps += turn.steps[:1] * self.lead_in + turn.steps
+        for turn in [] if parity_alone else self.plan.of(arm.name):
+            steps += turn.steps[:1] * self.lead_in + turn.steps
         adapter = self.shared.adapter
         if arm.name == self.options.perturb:
             adapter = perturbed_adapter(self.shared, self.work, self.options.seed)
@@ -207,11 +225,11 @@ class _Comparison:
             examples=self.path,
             scored=[i for step in self.plan.parity for i in step] if arm.adapters else [],
             steps=steps,
-            micro_batches=self.micro_batches[arm.name],
+            micro_batches=self.micro_batches[arm.package],
             device=self.options.device,
             lead_in=self.lead_in,
         )
-        return Worker(job, self.work / f"{arm.name}.log")
+        return Worker(job, self.work / f"{label}.log")
 
     def _flops(self, peer: str, rounds: Sequence[Round]) -> list[tuple[float, float]]:
         model = empty_model(self.shared.config)
@@ -224,3 +242,7 @@ class _Comparison:
             return step_flops(costs, members, reference=self.contest.task == "dpo", full=full)
 
         return [(of(each.steps, False), of(each.steps, full)) for each in rounds]
+
+
+def _exact(arm: Arm) -> Arm:
+    return replace(arm, dtype="float32", mixed=False, checkpointing=False)

@@ -18,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.engine import Example
 
-_CEILING_SIZE = 2048
+_CEILING_SIZE = {"cpu": 2048, "cuda": 8192}
+# On a GPU products follow each other: one alone would be timed with its launch.
+_PRODUCTS = {"cpu": 1, "cuda": 10}
 
 
 @dataclass(frozen=True)
@@ -84,21 +86,25 @@ def step_flops(
     return policy + (body + head + attention + adapters if reference else 0.0)
 
 
-def matmul_ceiling(device: str) -> float:
-    """Measured bf16 FLOP/s of a 2048³ matrix product, the median of a second's worth."""
-    left, right = (
-        torch.randn(_CEILING_SIZE, _CEILING_SIZE, device=device, dtype=torch.bfloat16)
-        for _ in range(2)
-    )
+def matmul_ceiling(device: str, size: int | None = None) -> float:
+    """Measured bf16 FLOP/s of a matrix product, the median of a second's worth.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        size: Of the square factors; large enough for the device by default.
+    """
+    size, products = size or _CEILING_SIZE[device], _PRODUCTS[device]
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     left @ right  # compiles the kernel
     times: list[float] = []
     begin = time.perf_counter()
     # One product takes half a minute on a CPU without bf16 instructions: no minimum but one.
     while not times or time.perf_counter() - begin < 1.0:
         start = _now(device)
-        left @ right
+        for _ in range(products):
+            left @ right
         times.append(_now(device) - start)
-    return 2.0 * _CEILING_SIZE**3 / median(times)
+    return 2.0 * products * size**3 / median(times)
 
 
 def _now(device: str) -> float:

@@ -39,6 +39,7 @@ class Common:
         model: A shape with random weights, a directory, a GGUF file or a Hub id.
         tokenizer: For ``data``, where the model brings none.
         data: Real rows; synthetic ones of HH-RLHF's lengths otherwise.
+        lengths: A file of token counts, which synthetic rows take; see `lengths`.
         rounds: How often everything is measured.
         tokens_per_batch: Most tokens of one of alignkit's micro-batches.
         device: ``cpu`` or ``cuda``.
@@ -50,6 +51,7 @@ class Common:
     model: str
     tokenizer: str | None
     data: str | None
+    lengths: str | None
     rounds: int
     tokens_per_batch: int
     device: str
@@ -86,6 +88,7 @@ def common_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     add("--model", help=f"directory, .gguf file, Hub id, or random weights: {', '.join(SHAPES)}")
     add("--tokenizer", help="for --data, where the model brings none")
     add("--data", help="directory or file of rows; synthetic token ids where absent")
+    add("--lengths", metavar="FILE", help="token counts of real pairs, for synthetic token ids")
     add("--rounds", type=int, default=rounds, help="how often everything is measured")
     add("--tokens-per-batch", type=int, help="most tokens of one of alignkit's micro-batches")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")

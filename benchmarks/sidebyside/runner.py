@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, cast
@@ -38,7 +39,7 @@ class Taken(NamedTuple):
 
 
 class Worker:
-    """An arm's process, standing before its first step once it is made.
+    """An arm's process, which stands before its first step after `ready`.
 
     Args:
         job: What it does.
@@ -47,10 +48,10 @@ class Worker:
     Attributes:
         logps: log π(y|x) of the job's scored examples, before training.
         loaded_bytes: Memory in use before the first step.
-
-    Raises:
-        AlignkitError: The process failed; its last line of output is the reason.
     """
+
+    logps: list[float]
+    loaded_bytes: int
 
     def __init__(self, job: Job, log: Path) -> None:
         self._name, self._log = job.arm.name, log
@@ -63,13 +64,22 @@ class Worker:
                 text=True,
                 env=environment(job.arm),
             )
-        ready = self._ask(job.to_json())
-        self.logps: list[float] = ready["logps"]
-        self.loaded_bytes: int = ready["loaded_bytes"]
+        self._tell(job.to_json())
+
+    def ready(self) -> Worker:
+        """Wait until the model is loaded; processes may load at the same time.
+
+        Raises:
+            AlignkitError: The process failed; its last line of output is the reason.
+        """
+        found = self._hear()
+        self.logps, self.loaded_bytes = found["logps"], found["loaded_bytes"]
+        return self
 
     def take(self, steps: int) -> Taken:
         """Let it take this many optimizer steps; nothing else trains meanwhile."""
-        return Taken(**self._ask(str(steps)))
+        self._tell(str(steps))
+        return Taken(**self._hear())
 
     def close(self) -> None:
         """End the process, whatever it still has to do."""
@@ -91,13 +101,13 @@ class Worker:
     ) -> None:
         self.close()
 
-    def _ask(self, line: str) -> dict[str, Any]:
-        try:
+    def _tell(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # `_hear` says why the process ended
             _input(self._process).write(line + "\n")
             _input(self._process).flush()
-            answer = _output(self._process).readline()
-        except BrokenPipeError:
-            answer = ""
+
+    def _hear(self) -> dict[str, Any]:
+        answer = _output(self._process).readline()
         if not answer:
             raise self._failure()
         values: dict[str, Any] = json.loads(answer)

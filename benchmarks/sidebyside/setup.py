@@ -111,7 +111,7 @@ def _model_directory(options: Common, work: Path) -> str:
     directory = work / "model"
     name = options.model
     if name in SHAPES:
-        write_random_model(name, directory, options.seed)
+        write_random_model(name, directory, options.seed, options.device)
         gc.collect()
         return str(directory)
     path = Path(name).expanduser()

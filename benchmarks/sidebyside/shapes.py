@@ -74,11 +74,19 @@ def targets_of(config: PretrainedConfig) -> tuple[str, ...]:
     return TARGETS[config.model_type]
 
 
-def write_random_model(name: str, directory: Path, seed: int) -> None:
-    """Save a shape's random weights, in bf16 so that bf16 and fp32 arms hold the same values."""
+def write_random_model(name: str, directory: Path, seed: int, device: str = "cpu") -> None:
+    """Save a shape's random weights, in bf16 so that bf16 and fp32 arms hold the same values.
+
+    Args:
+        name: One of `SHAPES`.
+        directory: Where to.
+        seed: Of the draw.
+        device: Where to draw them; a GPU takes a second where a CPU takes a minute.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16)
-    model.save_pretrained(directory)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=torch.bfloat16)
+    model.to("cpu").save_pretrained(directory)
     # TRL asks every model for a tokenizer with a padding token; nothing is tokenized with it.
     tokenizer = Tokenizer(models.WordLevel({"<|endoftext|>": 0}, unk_token="<|endoftext|>"))
     PreTrainedTokenizerFast(

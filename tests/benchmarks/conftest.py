@@ -61,7 +61,7 @@ def run_script(
         import sidebyside.runner
 
         # A ceiling of any size will do; the real one takes minutes without bf16 instructions.
-        monkeypatch.setattr(sidebyside.flops, "_CEILING_SIZE", 256)
+        monkeypatch.setattr(sidebyside.flops, "_CEILING_SIZE", {"cpu": 256})
         monkeypatch.setattr(sidebyside.runner.subprocess, "Popen", ThreadedProcess)
         numbers = tmp_path / "numbers.json"
         monkeypatch.setattr(sys, "argv", [name, *flags, "--json", str(numbers)])

@@ -129,7 +129,7 @@ def test_an_arm_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
         steps=[[0, 1]] * 3,
     )
     with Worker(job, tmp_path / "log") as worker:
-        taken = worker.take(2)
+        taken = worker.ready().take(2)
     assert len(worker.logps) == 4 and all(logp < 0 for logp in worker.logps)
     assert taken.losses[0] == pytest.approx(0.6931, abs=1e-3)  # ln 2: policy and reference agree
     assert taken.seconds > 0 and taken.total_bytes > worker.loaded_bytes > 50e6

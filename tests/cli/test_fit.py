@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,16 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from alignkit.models.checkpoint import read_checkpoint
-from alignkit.objectives.preference import DPO, ChosenNLL, PreferenceLoss, WeightedSum
+from alignkit.objectives.preference import (
+    DPO,
+    IPO,
+    LDDPO,
+    WPO,
+    ChosenNLL,
+    PlackettLuce,
+    PreferenceLoss,
+    WeightedSum,
+)
 from alignkit.tools.curves import read_scalars
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -178,6 +188,43 @@ def test_a_weighted_sum_from_the_command_line(
     (run,) = Path("runs/demo/dpo").glob("version_*")
     # ln 2 and half of a random model's cross-entropy
     assert read_scalars(run)["train/loss"][0][1] > log(2) + 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["WPO", "--model.loss.of", "IPO"], WPO(IPO())),
+        (["WPO"], WPO()),
+        (["LDDPO", "--model.loss.alpha", 0.25], LDDPO(alpha=0.25)),
+        (["PlackettLuce", "--model.loss.beta", 0.3], PlackettLuce(beta=0.3)),
+    ],
+    ids=lambda value: str(value),
+)
+def test_losses_of_tokens_weights_and_ranks_from_the_command_line(
+    flags: list,
+    kept: PreferenceLoss,
+    alignkit: Callable,
+    workplace: Path,
+    model_dir: Callable[[str], Path],
+    hh: Path,
+    text: Path,
+) -> None:
+    arguments = quick("demo/dpo.yaml", model_dir, hh, text)
+    if isinstance(kept, PlackettLuce):
+        rows = [
+            {"prompt": f"Say {n}.", "responses": ["One.", f"{n}.", "No."], "scores": [n, 9.5, -1]}
+            for n in range(20)
+        ]
+        Path("ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments += ["--data", "PreferenceDataModule", "--data.path", "ranked.jsonl"]
+    status, _, err = alignkit(*arguments, "--model.loss", *flags)
+    assert status == 0, err
+    stored = read_checkpoint("runs/demo/dpo")["hyper_parameters"]["loss"]
+    assert PreferenceLoss.from_dict(stored) == kept
+    (run,) = Path("runs/demo/dpo").glob("version_*")
+    start = {"PlackettLuce": log(6), "LDDPO": log(2)}.get(type(kept).__name__)
+    if start is not None:
+        assert read_scalars(run)["train/loss"][0][1] == pytest.approx(start, abs=1e-3)
 
 
 def test_a_weighted_sum_without_terms_is_refused(alignkit: Callable, workplace: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.dialogues import DialogueEncoder
-from alignkit.data.encode.draft import Draft
+from alignkit.data.encode.draft import DraftExample
 from alignkit.data.read.rows import Source
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.shapes import preference_sides, sft_sides
@@ -33,7 +33,7 @@ TALK = [
 
 def drafts(
     tokenizer: PreTrainedTokenizerBase, rows: list[Any], *, pairs: bool = False, **options: Any
-) -> tuple[list[Draft], Tally]:
+) -> tuple[list[DraftExample], Tally]:
     options.setdefault("max_length", 100_000)
     sides = preference_sides if pairs else sft_sides
     encoder = DialogueEncoder(tokenizer, sides, prompt_format="chat", **options)
@@ -45,7 +45,7 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, messages: Any, **options: Any) ->
     return list(tokenizer.apply_chat_template(messages, tokenize=True, **options)["input_ids"])
 
 
-def check(tokenizer: PreTrainedTokenizerBase, draft: Draft, messages: list[Any]) -> None:
+def check(tokenizer: PreTrainedTokenizerBase, draft: DraftExample, messages: list[Any]) -> None:
     """The ids are those of the template, up to what it writes after the last turn's end."""
     whole = ids_of(tokenizer, messages)
     ours = [*draft.prompt, *draft.responses[0]]

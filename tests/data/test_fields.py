@@ -171,8 +171,13 @@ TALK = {"messages": [USER, says("Apple.")]}
             {"is_train": False},
             {"exclude": True},
             {"history": [["a", "b"]]},
+            {"good": False},
+            {"is_correct": 0},
+            {"thumbs_up": "no"},
+            {"flagged": True},
         )
     ]
+    + [(row, columns) for row in (SFT, TALK) for columns in ({"rejected": True}, {"chosen": False})]
     + [
         (PAIR, {"label": 0}),
         (PAIR, {"label": False}),
@@ -198,6 +203,7 @@ def test_a_column_that_changes_what_is_trained_is_refused(
         {"system": "", "input": None, "history": [], "images": []},
         {"input": "Name a fruit.", "instruction": " a fruit. "},
         {"id": 3, "source": "web", "score_chosen": 3.5, "dataset": {"a": 1}},
+        {"good": True, "flagged": False, "correct": "B", "helpful": 3, "negative": "no stone"},
     ],
 )
 def test_columns_that_change_nothing_are_fine(tokenizer: Any, columns: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from alignkit.data.encode.dialogues import DialogueEncoder, Draft
+from alignkit.data.encode.dialogues import DialogueEncoder, DraftExample
 from alignkit.data.read.rows import BadRow
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.defects import Dropped, Judge, Policies, Tally
@@ -36,7 +36,7 @@ def pairs(real_data: Path) -> Path:
     return real_data / "data" / "hh-rlhf" / "harmless-base"
 
 
-def drafts(tokenizer: Any, path: Path, tally: Tally, **options: Any) -> Iterator[Draft]:
+def drafts(tokenizer: Any, path: Path, tally: Tally, **options: Any) -> Iterator[DraftExample]:
     encoder = DialogueEncoder(tokenizer, preference_sides, **options)
     for sources in find_splits(str(path)).values():
         for source in sources:
@@ -153,7 +153,7 @@ def test_the_proofs_short_cut_agrees_with_the_long_way(
 ) -> None:
     encoder = DialogueEncoder(tokenizer, preference_sides, max_length=4096)
     sides = [Side(f"\n\nHuman: {asked}\n\nAssistant:", answer) for answer in answers]
-    draft = Draft(1, Dialogue(sides[0].prompt, tuple(answers)))
+    draft = DraftExample(1, Dialogue(sides[0].prompt, tuple(answers)))
     encoder.encode([draft])
     short = draft.proved
     apart = [draft.prompt, *[response[:-1] for response in draft.responses]]

@@ -12,8 +12,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from alignkit.engine import Example, PackedBatch, collate
-from alignkit.modules import DPOModule, SFTModule
+from alignkit.modules import DPOModule, KTOModule, SFTModule
 from alignkit.objectives.preference import DPO
+from alignkit.objectives.unpaired import KTO
 from tests.modules.helpers import answers, loader, pairs, plain_cross_entropy_steps, sgd, trainer
 
 
@@ -112,10 +113,32 @@ def test_dpo_reference_stays_out_of_ddp(model_dir: Callable, tmp_path: Path) -> 
     assert not any("reference" in name for name in end["state"])
     for name, value in single.state_dict().items():
         torch.testing.assert_close(end["state"][name], value, atol=2e-6, rtol=1e-4)
-    for name in ("val/loss", "val/rewards/margins", "train/loss", "val/logps/chosen"):
+    gauges = ("val/accuracy", "val/accuracy_se", "val/kl", "val/displacement")
+    gauges += ("val/reward_length_correlation", "val/calibration_error")
+    for name in ("val/loss", "val/rewards/margins", "train/loss", "val/logps/chosen", *gauges):
         torch.testing.assert_close(
             end["metrics"][name], run_single.callback_metrics[name], atol=1e-5, rtol=1e-5
         )
+
+
+def test_the_reference_point_of_kto_is_that_of_all_ranks(
+    model_dir: Callable, tmp_path: Path
+) -> None:
+    """Two ranks with one and three rows train and validate as one process with four."""
+    torch.manual_seed(3)
+    module = KTOModule(
+        str(model_dir("gpt2")), optimizer=sgd, schedule="constant_with_warmup", loss=KTO(beta=1.0)
+    )
+    single = copy.deepcopy(module)
+    rows = [Example(p.prompt, p.responses, label=i % 3 > 0) for i, p in enumerate(pairs(12))]
+    end = run(module, rows, tmp_path, accumulate=1)
+    run_single = trainer(tmp_path, max_epochs=1)
+    run_single.fit(single, loader(rows, 4), loader(rows, 4))
+    for name, value in single.state_dict().items():
+        torch.testing.assert_close(end["state"][name], value, atol=2e-6, rtol=1e-4)
+    logged = run_single.callback_metrics
+    for name in ("train/loss", "train/kl", "train/rewards/margins", "val/loss", "val/kl"):
+        torch.testing.assert_close(end["metrics"][name], logged[name], atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_resumes_exactly_on_every_rank(

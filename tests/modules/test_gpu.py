@@ -17,7 +17,7 @@ from alignkit.lora import LoRAConfig, inject_lora
 from alignkit.models.lean import lean_modules
 from alignkit.modules import DPOModule, SFTModule
 from alignkit.modules.base import AlignmentModule
-from tests.modules.helpers import answers, loader, pairs, trainer
+from tests.modules.helpers import answers, loader, logged_steps, pairs, trainer
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -110,3 +110,63 @@ def test_a_step_never_waits_for_the_device(
             loss = module.training_step(batch, number)
         loss.backward()
     module.window.close(lambda totals: totals)
+
+
+def test_a_whole_step_over_new_rows_never_waits(
+    model_dir: Callable[[str], Path], family: str, waiting_fails: Callable[[], None]
+) -> None:
+    """Laying out a row, forward, backward, clipping and AdamW; the guard of the step waits once."""
+    module = DPOModule(
+        str(model_dir(family)), lora=LoRAConfig(targets="all-linear"), dtype="bfloat16"
+    )
+    module = module.to(CUDA).train()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = module.optimizer(trained)
+    rows = [collate(pairs(4, seed)).to(CUDA) for seed in range(3)]
+    for number, batch in enumerate(rows):
+        if number == 2:
+            waiting_fails()
+        with torch.autocast("cuda", torch.bfloat16):
+            output = module.compute_loss(batch)
+        (output.loss_sum / output.weight).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_step_0_is_ln_2_over_hundreds_of_pairs(
+    model_dir: Callable[[str], Path], family: str
+) -> None:
+    """Policy and reference score alike in bf16 autocast: every pair's margin is 0."""
+    module = DPOModule(
+        str(model_dir(family)), lora=LoRAConfig(targets="all-linear"), dtype="bfloat16"
+    )
+    module = module.to(CUDA).train()
+    batch = collate(pairs(256)).to(CUDA)
+    with torch.autocast("cuda", torch.bfloat16):
+        output = module.compute_loss(batch)
+    assert (output.loss_sum / output.weight).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert output.metrics["rewards/margins"].item() == 0.0
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_losses_fall_as_on_the_cpu(
+    model_dir: Callable[[str], Path], tmp_path: Path, compiled: bool
+) -> None:
+    """The same ten steps on both devices, bf16-mixed: losses stay together and fall."""
+    found = {}
+    for accelerator in ("cpu", "gpu"):
+        module = DPOModule(
+            str(model_dir("gpt2")),
+            lora=LoRAConfig(targets="all-linear"),
+            dtype="bfloat16",
+            compile=compiled and accelerator == "gpu",
+            schedule="constant_with_warmup",
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0),
+        )
+        losses = logged_steps(module)
+        run = trainer(tmp_path, accelerator=accelerator, precision="bf16-mixed", max_epochs=10)
+        run.fit(module, loader(pairs(8), 8))
+        found[accelerator] = losses["train/loss"]
+    assert found["gpu"][-1] < found["gpu"][0] - 0.05
+    assert found["gpu"] == pytest.approx(found["cpu"], abs=0.05)

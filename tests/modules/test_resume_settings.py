@@ -310,3 +310,16 @@ def test_a_run_without_a_number_of_steps(
         fit(schedule="linear")
     with pytest.raises(AlignkitError, match=r"model.warmup_steps=0.1: .*trainer.max_steps"):
         fit(**CONSTANT, warmup_steps=0.1)
+
+
+def test_another_seed_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random state is the checkpoint's: another seed would be taken and change nothing."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    *_, last = run(steps=2)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    with pytest.raises(AlignkitError, match=r"seeded with 0 .*seed_everything=7 would change"):
+        run(resume=last)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    run(resume=last)
+    monkeypatch.delenv("PL_GLOBAL_SEED")  # a run in Python without a seed goes on as before
+    run(resume=last)

@@ -127,9 +127,13 @@ def kind(loss: PreferenceLoss) -> str:
     return type(loss).__name__
 
 
+# What stands in tests/objectives/test_weighed.py, as it reads more than two sums.
+ELSEWHERE = {"PlackettLuce", "WPO", "LDDPO"}
+
+
 def test_every_loss_that_ships_is_worked_out_below() -> None:
     ship = {k.__name__ for k in known_losses() if k.__module__.startswith("alignkit.")}
-    assert ship == set(map(kind, BY_HAND))
+    assert ship == set(map(kind, BY_HAND)) | ELSEWHERE
 
 
 @pytest.mark.parametrize("loss", BY_HAND, ids=kind)

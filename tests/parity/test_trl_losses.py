@@ -11,6 +11,7 @@ Where trl 1.16 and alignkit differ on purpose: trl's ``sigmoid`` and ``sigmoid_n
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 from alignkit.objectives.preference import (
     CPO,
     DPO,
+    LDDPO,
     ORPO,
+    WPO,
     AlphaDPO,
     AlphaPO,
     ChosenNLL,
@@ -53,10 +56,14 @@ class _Model:
 
     training = True
 
-    def __init__(self, log_probs: Tensor) -> None:
+    def __init__(self, log_probs: Tensor, collision: Tensor | None = None) -> None:
         zeros = torch.zeros_like(log_probs)
         self.outputs = SimpleNamespace(
-            log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+            log_probs=log_probs,
+            entropy=zeros,
+            mean_logits=zeros,
+            is_top1=zeros.bool(),
+            log_sum_sq_probs=collision,
         )
 
     def __call__(self, **_: Any) -> SimpleNamespace:
@@ -81,6 +88,7 @@ def _trl_loss(
     mask: Tensor,
     beta: float,
     label_smoothing: float = 0.0,
+    collision: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     identity = SimpleNamespace(
@@ -112,7 +120,9 @@ def _trl_loss(
         "ref_chosen_logps": ref_chosen,
         "ref_rejected_logps": ref_rejected,
     }
-    return trl.DPOTrainer._compute_loss(trainer, _Model(policy), inputs, return_outputs=False)
+    return trl.DPOTrainer._compute_loss(
+        trainer, _Model(policy, collision), inputs, return_outputs=False
+    )
 
 
 def _pair_scores(logps: Tensor, mask: Tensor) -> PairScores:
@@ -183,6 +193,41 @@ def test_divergences(loss: PreferenceLoss, settings: dict[str, Any], seed: int) 
     theirs = _trl_loss("sigmoid", near, reference, mask, 0.3, **settings)
     ours = loss(_pair_scores(near, mask), _pair_scores(reference, mask)).mean()
     _same(ours, theirs, near)
+
+
+def _token_weights(loss: LDDPO, mask: Tensor) -> Tensor:
+    """The weights of tokens [2B, L-1], chosen answers first; 0 off the completion."""
+    own = mask[:, 1:].sum(1, keepdim=True)
+    other = own.roll(PAIRS, 0)
+    place = mask[:, 1:].cumsum(1) - 1
+    return loss.token_weights(place, own, other) * mask[:, 1:]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_length_desensitised(alpha: float, seed: int) -> None:
+    drawn, reference, mask = _batch(seed)
+    policy = drawn * mask[:, 1:]  # trl counts zeros behind a completion too
+    loss = LDDPO(0.3, alpha=alpha)
+    weights = _token_weights(loss, mask)
+    theirs = _trl_loss("sigmoid", policy, reference * weights, mask, 0.3, ld_alpha=alpha)
+    scores = _pair_scores(policy * weights, mask), _pair_scores(reference * weights, mask)
+    _same(loss(*scores).mean(), theirs, drawn)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "nca_pair"])
+def test_wpo_weights(name: str, seed: int) -> None:
+    policy, reference, mask = _batch(seed)
+    generator = torch.Generator().manual_seed(seed)
+    collision = -3 * torch.rand(policy.shape, generator=generator)
+    theirs = _trl_loss(name, policy, reference, mask, 0.3, use_weighting=True, collision=collision)
+    gaps = (policy.detach() - collision) * mask[:, 1:]
+    weights = (gaps.sum(1) / mask[:, 1:].sum(1)).exp().chunk(2)
+    scores = _pair_scores(policy, mask)
+    scores = replace(scores, chosen_weight=weights[0], rejected_weight=weights[1])
+    ours = WPO(_loss(name, 0.3))(scores, _pair_scores(reference, mask)).mean()
+    _same(ours, theirs, policy)
 
 
 @pytest.mark.parametrize("seed", range(3))

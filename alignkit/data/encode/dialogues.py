@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.encode.chunks import chunks, one_ahead
 from alignkit.data.encode.code import code_identity
 from alignkit.data.encode.columns import named_row
-from alignkit.data.encode.draft import Draft, rendered_defects
-from alignkit.data.encode.draft_ids import DraftIds
+from alignkit.data.encode.draft import DraftExample, rendered_defects
+from alignkit.data.encode.draft_tokens import DraftTokenizer
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.encode.writer import ExampleWriter
 from alignkit.data.read.rows import BadRow, Row, Source
@@ -36,7 +36,7 @@ class DialogueEncoder:
 
     Args:
         tokenizer: A fast tokenizer.
-        sides: Reads a row: `preference_sides` or `sft_sides`.
+        sides: Reads a row: `preference_sides`, `sft_sides` or `unpaired_sides`.
         max_length: Most tokens of a prompt and one response together, EOS included.
         prompt_format: See `alignkit.data.text.formats`.
         all_turns: Score every turn of the assistant instead of the last alone.
@@ -79,7 +79,7 @@ class DialogueEncoder:
         self._columns = columns_read(sides)
         self._names = check_columns(columns)
         self._sides = reader(sides) if prompt_format == "raw" else sides
-        self._ids = DraftIds(self._encode_texts, self._format, masked=all_turns)
+        self._ids = DraftTokenizer(self._encode_texts, self._format, masked=all_turns)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class DialogueEncoder:
             ends=tuple(ends),
         )
 
-    def drafts(self, source: Source, tally: Tally) -> Iterator[Draft]:
+    def drafts(self, source: Source, tally: Tally) -> Iterator[DraftExample]:
         """Yield the source's finished drafts, in order; ``tally`` counts rows and defects."""
         judge = Judge(source.name, self.policies, tally)
         for drafts in one_ahead(self._tokenize, chunks(self._settled(source, judge), _CHUNK)):
@@ -146,16 +146,17 @@ class DialogueEncoder:
                     continue
                 yield draft
 
-    def _tokenize(self, drafts: Sequence[Draft]) -> None:
+    def _tokenize(self, drafts: Sequence[DraftExample]) -> None:
         """Run all that needs the tokenizer, which two threads may not use at once."""
         self.encode(drafts)
         self._drop_turns(drafts)
 
-    def example(self, draft: Draft) -> Example:
+    def example(self, draft: DraftExample) -> Example:
         """Return a finished draft as the example that the engine takes."""
-        return Example(draft.prompt, draft.responses, draft.scored if self.masked else None)
+        scored = draft.scored if self.masked else None
+        return Example(draft.prompt, draft.responses, scored, draft.label)
 
-    def _settled(self, source: Source, judge: Judge) -> Iterator[Draft]:
+    def _settled(self, source: Source, judge: Judge) -> Iterator[DraftExample]:
         for line, row in source.rows():
             judge.tally.add("rows", line)
             try:
@@ -173,15 +174,15 @@ class DialogueEncoder:
                         judge.unread(["`tools`"], line)
                     else:
                         judge.count("unwritten_tools", line)
-                yield Draft(line, judge.settle(sides, line))
+                yield DraftExample(line, judge.settle(sides, line), label=sides[0].label)
             except Dropped:
                 continue
 
-    def encode(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
-        """Compute the ids of drafts; see `DraftIds`."""
+    def encode(self, drafts: Sequence[DraftExample], starts: Sequence[int] | None = None) -> None:
+        """Compute the ids of drafts; see `DraftTokenizer`."""
         self._ids.fill(drafts, starts)
 
-    def _drop_turns(self, drafts: Sequence[Draft]) -> None:
+    def _drop_turns(self, drafts: Sequence[DraftExample]) -> None:
         """Remove old turns, whole, from the dialogues that are too long.
 
         A dialogue restarts at a later turn of the human, as every published one starts with one;
@@ -198,10 +199,10 @@ class DialogueEncoder:
                 place = self._format.question(draft.dialogue, draft.start, draft.text)
                 draft.movable = self._ids.tokens_of(draft.text.prompt, *place)
 
-    def _too_long(self, draft: Draft) -> bool:
+    def _too_long(self, draft: DraftExample) -> bool:
         return not draft.refusal and draft.length > self.max_length
 
-    def _finish(self, draft: Draft, judge: Judge) -> None:
+    def _finish(self, draft: DraftExample, judge: Judge) -> None:
         """Apply the policies that need ids, and cut a prompt that is still too long on its left."""
         if draft.refusal:
             judge.refuse("bad_rows", draft.line, draft.refusal)

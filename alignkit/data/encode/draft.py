@@ -9,11 +9,11 @@ from alignkit.data.text.formats import Rendered
 
 
 @dataclass
-class Draft:
+class DraftExample:
     """Hold an example while it is turned from text into ids.
 
     Example:
-        >>> draft = Draft(1, Dialogue("2 + 2?", (" 4",)), prompt=[8, 9], responses=[[4, 0]])
+        >>> draft = DraftExample(1, Dialogue("2 + 2?", (" 4",)), prompt=[8, 9], responses=[[4, 0]])
         >>> draft.answer_length, draft.length
         (2, 4)
 
@@ -27,6 +27,7 @@ class Draft:
         prompt: Ids of the prompt, BOS first where there is one.
         responses: Ids of each response, EOS last.
         scored: Which of them carry loss.
+        label: Whether its answer is good, of an unpaired row.
         movable: The part of the prompt's ids that may be cut, from its left; what is before and
             after (BOS, a template's markers) stays.
         truncated: Whether the prompt was shortened.
@@ -45,6 +46,7 @@ class Draft:
     prompt: list[int] = field(default_factory=list)
     responses: list[list[int]] = field(default_factory=list)
     scored: list[list[bool]] = field(default_factory=list)
+    label: bool | None = None
     movable: tuple[int, int] = (0, 0)
     truncated: bool = False
     proved: bool = False
@@ -62,7 +64,7 @@ class Draft:
         return len(self.prompt) + self.answer_length
 
 
-def rendered_defects(draft: Draft) -> list[str]:
+def rendered_defects(draft: DraftExample) -> list[str]:
     """Return the defects that an encoded draft has and its text had not.
 
     A template or a tokenizer may strip or normalise what made two answers differ.

@@ -67,9 +67,9 @@ class TextEncoder:
 
     def prompts(self, texts: Sequence[str], kind: TextKind) -> list[list[int]]:
         """Return the ids of rendered prompts, as training and generation feed them to a model."""
-        return [self.led(ids, kind) for ids in self(texts, specials=kind in SPECIALS)]
+        return [self.with_bos(ids, kind) for ids in self(texts, specials=kind in SPECIALS)]
 
-    def led(self, ids: list[int], kind: TextKind) -> list[int]:
+    def with_bos(self, ids: list[int], kind: TextKind) -> list[int]:
         """Return a text's ids behind the BOS that is to precede them.
 
         A chat template writes its own BOS, or means none: transformers encodes what it renders

@@ -7,6 +7,7 @@ A store is a directory:
     examples.bin  [E+1] int64, each example's first segment: its prompt, then its k responses
     lines.bin     [E] int64, the line of the source each example came from
     scored.bin    [T] bool, present where only some response tokens carry loss
+    labels.bin    [E] bool, present where examples have labels
     manifest.json sizes and checksums of the above, and the counts made while encoding
 
 The manifest is written last, so a directory without one, or whose files differ from it, was left
@@ -39,7 +40,9 @@ _DTYPES = {
     "examples": np.int64,
     "lines": np.int64,
     "scored": np.bool_,
+    "labels": np.bool_,
 }
+_OPTIONAL = {"scored", "labels"}
 _MANIFEST = "manifest.json"
 _BLOCK = 2**16
 _PENDING = 2**16  # tokens
@@ -60,7 +63,7 @@ class StoreWriter:
 
     def __init__(self, directory: Path, *, scored: bool = False) -> None:
         self._directory = directory
-        names = [name for name in _DTYPES if scored or name != "scored"]
+        names = [name for name in _DTYPES if name not in _OPTIONAL or (scored and name == "scored")]
         self._files = {name: (directory / f"{name}.bin").open("wb") for name in names}
         # What is not yet in the files: appending to them for every example would take far longer.
         self._pending: dict[str, list[int]] = {name: [] for name in names}
@@ -82,6 +85,10 @@ class StoreWriter:
             masks = example.scored or [[True] * len(part) for part in example.responses]
             for mask in ([False] * len(example.prompt), *masks):
                 pending["scored"].extend(mask)
+        if example.label is not None:
+            if self.examples == 0:
+                self._files["labels"] = (self._directory / "labels.bin").open("wb")
+            pending.setdefault("labels", []).append(example.label)
         self._segments += len(parts)
         self.examples += 1
         pending["examples"].append(self._segments)
@@ -110,7 +117,7 @@ class StoreWriter:
         }
         body = json.dumps({"arrays": arrays, "meta": meta})
         manifest = {"xxh3": xxhash.xxh3_64_hexdigest(body.encode()), "body": body}
-        (self._directory / _MANIFEST).write_text(json.dumps(manifest))
+        (self._directory / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
     def _flush(self) -> None:
         for name, values in self._pending.items():
@@ -128,7 +135,7 @@ class Store:
     Attributes:
         meta: What was given to `StoreWriter.finish`.
         source: What a person calls the source that was encoded; whoever opens the store says.
-        digest: Hash of the examples: tokens, where they part, and which of them are scored.
+        digest: Hash of the examples: tokens, where they part, which are scored, and labels.
 
     Raises:
         StoreError: The manifest is missing, or an array is not what it says.
@@ -138,7 +145,7 @@ class Store:
         self.directory = directory
         self.source = str(directory)
         try:
-            manifest = json.loads((directory / _MANIFEST).read_text())
+            manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
             intact = manifest["xxh3"] == xxhash.xxh3_64_hexdigest(manifest["body"].encode())
             body = json.loads(manifest["body"])
             arrays, self.meta = body["arrays"], body["meta"]
@@ -183,6 +190,13 @@ class Store:
         lengths: NDArray[np.int64] = np.diff(starts)
         return lengths
 
+    @property
+    def prompt_lengths(self) -> NDArray[np.int64]:
+        """Return the tokens of each example's prompt, [E] int64."""
+        segments, first = self._arrays["segments"], np.asarray(self._arrays["examples"][:-1])
+        lengths: NDArray[np.int64] = segments[first + 1] - segments[first]
+        return lengths
+
     def __getitem__(self, index: int) -> Example:
         """Return one example; its ids are views of the mapped file, int32."""
         arrays = self._arrays
@@ -194,7 +208,8 @@ class Store:
         scored: list[Any] | None = None
         if "scored" in self._names:
             scored = [arrays["scored"][start:end] for start, end in pairs[1:]]
-        return Example(parts[0], parts[1:], scored)
+        label = bool(arrays["labels"][index]) if "labels" in self._names else None
+        return Example(parts[0], parts[1:], scored, label)
 
 
 class _Arrays(dict[str, NDArray[Any]]):
@@ -253,16 +268,6 @@ class ExampleSet(Dataset[Example]):
         part = bisect_right(self._ends, index)
         first = self._ends[part - 1] if part else 0
         return self._stores[part], int(self._chosen[part][index - first])
-
-
-class Unsized(Dataset[Example]):
-    """Hold examples without a length, so that no loader can ask for one."""
-
-    def __init__(self, examples: ExampleSet) -> None:
-        self._examples = examples
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[index]
 
 
 def _measure(path: Path, *, whole: bool = False) -> dict[str, Any]:

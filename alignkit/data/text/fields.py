@@ -46,6 +46,14 @@ _CONTEXT: dict[str, tuple[Any, ...]] = {
 }
 """Columns that say more about a dialogue than its prompt and answers."""
 
+_VERDICTS = {
+    **dict.fromkeys(("chosen", "good", "liked", "thumbs_up", "upvoted", "positive"), True),
+    **dict.fromkeys(("approved", "correct", "selected", "winner", "helpful", "best"), True),
+    **dict.fromkeys(("rejected", "bad", "disliked", "thumbs_down", "downvoted"), False),
+    **dict.fromkeys(("negative", "flagged", "incorrect", "wrong", "spam"), False),
+}
+"""Columns that judge an answer where they hold a yes or a no, with what says that it is good."""
+
 
 _YES = ("true", "1", "1.0", "yes", "y", "good", "desirable")
 _NO = ("false", "0", "0.0", "no", "n", "bad", "undesirable")
@@ -109,6 +117,10 @@ def unread_columns(
     known = _WEIGHTS if said is None else {**_WEIGHTS, **_CONTEXT}
     unread = []
     for name, value in row.items():
+        good = _VERDICTS.get(_known_as(name)) if said is not None else None
+        if good is not None and name not in read and truth_of(value) is (not good):
+            unread.append(_shown(name, value))
+            continue
         usually = known.get(_known_as(name))
         if usually is not None and name not in read and is_set(value):
             if any(_same(value, usual) for usual in usually):

@@ -16,11 +16,16 @@ from alignkit.data.text.shapes import (
     sft_sides,
     with_label,
 )
+from alignkit.data.text.unpaired import labelled, unpaired_sides
 
 
 def reader(sides: Sides) -> Sides:
     """Return the reader of raw rows that belongs to ``sides``; a user's own reader stays."""
-    twins: dict[Sides, Sides] = {preference_sides: raw_preference_sides, sft_sides: raw_sft_sides}
+    twins: dict[Sides, Sides] = {
+        preference_sides: raw_preference_sides,
+        sft_sides: raw_sft_sides,
+        unpaired_sides: raw_unpaired_sides,
+    }
     return twins.get(sides, sides)
 
 
@@ -53,6 +58,15 @@ def raw_sft_sides(row: Mapping[str, Any]) -> list[Side]:
     key = "completion" if row.get("completion") is not None else "chosen"
     side = _side(row, _text(row, "prompt"), _text(row, key), SFT_COLUMNS)
     return [with_label(side, row)]
+
+
+def raw_unpaired_sides(row: Mapping[str, Any]) -> list[Side]:
+    """Return the side of `raw_sft_sides` with what the row's ``label`` says.
+
+    Raises:
+        RowError: As `raw_preference_sides` and `unpaired_sides`.
+    """
+    return labelled(row, raw_sft_sides)
 
 
 def _side(row: Mapping[str, Any], prompt: str, answer: str, columns: frozenset[str]) -> Side:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
 
 from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import is_set
@@ -56,22 +55,14 @@ def renamed(row: Columns, columns: Mapping[str, str] | None) -> Columns:
     return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
-class Reading(NamedTuple):
-    """Hold a row in the columns that are understood, and the shape it came in.
+def readings(row: Columns, shapes: tuple[Shape, ...]) -> list[tuple[Shape, Columns]]:
+    """Return the readings of a row: each shape it may be, with the row in the usual columns.
 
     Example:
-        >>> (found,) = readings({"question": "2 + 2?", "answer": "4"}, SFT)
-        >>> found.shape.name, found.row
+        >>> ((shape, row),) = readings({"question": "2 + 2?", "answer": "4"}, SFT)
+        >>> shape.name, row
         ('questions with answers', {'prompt': [{'role': 'user', 'content': '2 + 2?'}],
         'completion': '4'})
-    """
-
-    shape: Shape
-    row: Columns
-
-
-def readings(row: Columns, shapes: tuple[Shape, ...]) -> list[Reading]:
-    """Return the readings of a row, one for each shape it may be.
 
     Raises:
         RowError: It has none; the nearest shape is named with what is missing.
@@ -81,7 +72,7 @@ def readings(row: Columns, shapes: tuple[Shape, ...]) -> list[Reading]:
         found = _matching(frozenset(name for name in row if row[name] is not None), shapes)
     if not found:
         raise RowError(_missing(row, shapes))
-    return [Reading(shape, _canonical(row, shape)) for shape in found]
+    return [(shape, _canonical(row, shape)) for shape in found]
 
 
 @lru_cache(maxsize=64)
@@ -116,10 +107,17 @@ def document_of(row: Columns) -> str:
 
 
 def _canonical(row: Columns, shape: Shape) -> Columns:
-    """Return a row with the usual names of its columns and speakers."""
+    """Return a row with the usual names of its columns and speakers.
+
+    Raises:
+        RowError: A column that holds a text elsewhere holds a yes or a no.
+    """
     read = shape.read(row)
     others = SPOKEN - shape.columns
     gone = others | (shape.columns - {"label"}) if read else others
+    for name in sorted(others.intersection(row)):
+        if isinstance(row[name], bool):  # a verdict on the answer, under the name of one
+            raise RowError(f"`{name}` is {row[name]}, not a text; an answer's verdict is `label`")
     kept = row if gone.isdisjoint(row) else {name: row[name] for name in row if name not in gone}
     found = {**kept, **read} if read else kept
     spoken = {name: found[name] for name in SPOKEN if isinstance(found.get(name), list | dict)}

@@ -54,6 +54,7 @@ class Side(NamedTuple):
         fields: Of the answer, as in `Message`.
         continued: As in `Dialogue`, as for ``tools``.
         shape: The name of the shape that the row was read as.
+        label: Whether the answer is good, of an unpaired row.
     """
 
     prompt: str
@@ -68,6 +69,7 @@ class Side(NamedTuple):
     continued: str = ""
     tools: str = ""
     shape: str = ""
+    label: bool | None = None
 
     @property
     def reply(self) -> Message:
@@ -119,15 +121,15 @@ def columns_read(sides: Sides) -> frozenset[str] | None:
 
 def _one_reading(row: Columns, shapes: tuple[Shape, ...], read: Sides) -> list[Side]:
     """Return a row's sides by the one shape it has, or by several that agree on them."""
-    found = readings(row, shapes)
-    sides = read(found[0].row)
-    for other in found[1:]:
-        if not all(map(_says_no_more, read(other.row), sides)):
+    (shape, columns), *others = readings(row, shapes)
+    sides = read(columns)
+    for other, theirs in others:
+        if not all(map(_says_no_more, read(theirs), sides)):
             raise RowError(
-                f"the row may be read as {found[0].shape.name} or as {other.shape.name}, which "
-                "differ; name the columns that are meant in data.columns"
+                f"the row may be read as {shape.name} or as {other.name}, which differ; name the "
+                "columns that are meant in data.columns"
             )
-    return [side._replace(shape=found[0].shape.name) for side in sides]
+    return [side._replace(shape=shape.name) for side in sides]
 
 
 def _says_no_more(other: Side, side: Side) -> bool:

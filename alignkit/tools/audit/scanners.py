@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.dialogues import DialogueEncoder
-from alignkit.data.encode.draft import Draft, rendered_defects
+from alignkit.data.encode.draft import DraftExample, rendered_defects
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.text.defects import (
@@ -123,7 +123,7 @@ class DialogueScanner(_Scanner):
             if self._templated is not None:
                 sides = list(self._templated.settle(sides, judge, number))
             try:
-                drafts.append(Draft(number, judge.settle(sides, number)))
+                drafts.append(DraftExample(number, judge.settle(sides, number)))
             except Dropped:
                 continue
         if self._encoder:
@@ -157,7 +157,7 @@ class DialogueScanner(_Scanner):
             text = f"{sign.told}: {_snippet('templated_text', sides)}"
             self._found.add("templated_text", number, text, self._limit)
 
-    def _measure(self, draft: Draft) -> None:
+    def _measure(self, draft: DraftExample) -> None:
         dialogue = draft.dialogue
         if self._encoder:
             prompt = len(draft.prompt)

@@ -23,7 +23,9 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
         with suppress(PermissionError):  # some sandboxes forbid it; the peak is then the process's
-            _CLEAR.write_text("5")  # proc(5): the peak resident set size becomes the current one
+            _CLEAR.write_text(
+                "5", encoding="ascii"
+            )  # proc(5): the peak resident set size becomes the current one
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -31,7 +33,7 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return _peak_of_life()

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 
-from alignkit.data.encode.draft import Draft
+from alignkit.data.encode.draft import DraftExample
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.text.dialogue import ASSISTANT
 from alignkit.data.text.formats import Format, Rendered
 from alignkit.errors import AlignkitError
 
 
-class DraftIds:
+class DraftTokenizer:
     """Render drafts and compute their token ids.
 
     Args:
@@ -28,13 +28,13 @@ class DraftIds:
         self._masked = masked
 
     @cached_property
-    def _lead(self) -> str:
+    def _answer_label(self) -> str:
         """Return the label before every answer, where it is enough for the boundary proof."""
         simple = self._format.name == "boundary" and not self._masked
         apart = simple and self._encode.reads_words_apart
         return f"\n\n{ASSISTANT}" if apart else ""
 
-    def fill(self, drafts: Sequence[Draft], starts: Sequence[int] | None = None) -> None:
+    def fill(self, drafts: Sequence[DraftExample], starts: Sequence[int] | None = None) -> None:
         """Compute the ids, each prompt once, with the boundary proof.
 
         Args:
@@ -49,35 +49,37 @@ class DraftIds:
                 draft.refusal = str(error)
             draft.proved, draft.violation = False, None
         drafts = [draft for draft in drafts if not draft.refusal]
-        if self._lead:
-            self._fill_led([d for d in drafts if d.text.prompt.endswith(self._lead)])
+        if self._answer_label:
+            self._fill_after_label(
+                [d for d in drafts if d.text.prompt.endswith(self._answer_label)]
+            )
         self._fill_whole([draft for draft in drafts if not draft.proved])
         for draft in drafts:
             kept = len(self._encode.bos)
             draft.movable = (0, 0) if self._format.keeps_start else (kept, len(draft.prompt))
 
-    def _fill_led(self, drafts: Sequence[Draft]) -> None:
+    def _fill_after_label(self, drafts: Sequence[DraftExample]) -> None:
         """Encode each answer behind its label, which proves the boundary at little cost.
 
         Where the prompt's ids end with the label's and the led answer's begin with them, the
         two meet in the same text and the same tokens, so nothing changes when they are joined
         (see `TextEncoder.reads_words_apart`). Other drafts stay unproved.
         """
-        texts = [self._lead]
+        texts = [self._answer_label]
         for draft in drafts:
             texts.append(draft.text.prompt)
-            texts += [self._lead + answer for (answer,) in draft.text.responses]
+            texts += [self._answer_label + answer for (answer,) in draft.text.responses]
         lead, *encoded = self._encode(texts)
         ids, size = iter(encoded), len(lead)
         for draft in drafts:
             prompt = next(ids)
             answers = [next(ids) for _ in draft.text.responses]
             draft.proved = all(part[:size] == lead for part in (prompt[-size:], *answers))
-            draft.prompt = self._encode.led(prompt, self._format.name)
+            draft.prompt = self._encode.with_bos(prompt, self._format.name)
             draft.responses = [[*answer[size:], self._encode.eos] for answer in answers]
             draft.blank = any(len(answer) == size for answer in answers)
 
-    def _fill_whole(self, drafts: Sequence[Draft]) -> None:
+    def _fill_whole(self, drafts: Sequence[DraftExample]) -> None:
         """Encode each prompt alone and then with each piece that follows it.
 
         A text is encoded as one, as a tokenizer that puts something before every text wants it.
@@ -88,7 +90,7 @@ class DraftIds:
         """
         grown = [text for draft in drafts for text in _growing(draft.text)]
         ids = iter(self._encode(grown, specials=self._format.specials))
-        apart: list[Draft] = []
+        apart: list[DraftExample] = []
         for draft in drafts:
             bare = next(ids)
             pieces = []
@@ -106,7 +108,7 @@ class DraftIds:
                     split.append(whole[same:])
                     before = whole
                 pieces.append(split)
-            draft.prompt = self._encode.led(bare, self._format.name)
+            draft.prompt = self._encode.with_bos(bare, self._format.name)
             if draft.violation is None:
                 self._put(draft, pieces)
             else:
@@ -116,7 +118,7 @@ class DraftIds:
         for draft in apart:
             self._put(draft, [[next(ids) for _ in each] for each in draft.text.responses])
 
-    def _put(self, draft: Draft, pieces: Sequence[Sequence[list[int]]]) -> None:
+    def _put(self, draft: DraftExample, pieces: Sequence[Sequence[list[int]]]) -> None:
         """Put a draft's responses together from the ids of their pieces."""
         draft.responses, draft.scored, draft.blank = [], [], draft.text.blank
         for text, split in zip(draft.text.responses, pieces, strict=True):

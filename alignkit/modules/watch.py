@@ -1,0 +1,145 @@
+"""Measure the pairs of a validation by gauges, and warn where chosen answers fall."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.modules.gauges import GAUGES, Gauge, RatedPairs
+from alignkit.modules.referenced import ReferencedModule
+
+_SURE = 2.0
+"""How many standard errors a mean must lie from 0."""
+_FEWEST = 4
+"""Pairs below which a standard error says too little."""
+log = logging.getLogger(__name__)
+
+
+class WatchedModule(ReferencedModule):
+    """Log the gauges of validations, of the pairs that a subclass hands to ``watch``.
+
+    Attributes:
+        watch: Takes batches of pairs.
+    """
+
+    watch: PairWatch
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin the validation's gauges."""
+        super().on_validation_epoch_start()
+        self.watch.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin the test's gauges."""
+        super().on_test_epoch_start()
+        self.watch.reset()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Check whether chosen answers fall, at the steps that are logged."""
+        super().on_train_batch_end(*args)
+        if self.is_logged_step:
+            self.watch.falling.check()
+
+    def _log_evaluation(self, stage: str) -> None:
+        super()._log_evaluation(stage)
+        for name, gauge in self.watch.named().items():
+            self.log(f"{stage}/{name}", gauge, metric_attribute=f"watch.gauges.{name}")
+        if not self.trainer.sanity_checking:
+            self.watch.falling.check()
+
+
+class PairWatch(nn.Module):
+    """Add pairs to the gauges of validations, and to `FallingChosen` in training as well.
+
+    Args:
+        compares: Whether the policy is compared with a reference.
+    """
+
+    def __init__(self, compares: bool) -> None:
+        super().__init__()
+        used = {name: kind for name, kind in GAUGES.items() if compares or not kind.compares}
+        self.gauges = nn.ModuleDict({name: kind() for name, kind in used.items()})
+        self.falling = FallingChosen(compares)
+
+    def named(self) -> dict[str, Gauge]:
+        """Return the gauges by the names that they are logged under."""
+        return {name: cast(Gauge, gauge) for name, gauge in self.gauges.items()}
+
+    def reset(self) -> None:
+        """Begin a validation."""
+        self.falling.reset()
+        for gauge in self.named().values():
+            gauge.reset()
+
+    @torch.no_grad()
+    def add(self, pairs: RatedPairs, training: bool) -> None:
+        """Add a batch, which takes part in the gauges outside of training."""
+        self.falling.add(pairs, training)
+        for gauge in self.named().values() if not training else ():
+            gauge.update(pairs)
+
+
+class FallingChosen:
+    """Warn once where the chosen answers become less likely while the margin grows.
+
+    With a reference the batches since the last check are judged: their chosen answers are less
+    likely than under the reference, and their margins above 0, both by two standard errors. Without
+    one, a validation is compared with the run's first.
+
+    Args:
+        compares: Whether there is a reference.
+    """
+
+    def __init__(self, compares: bool) -> None:
+        self.compares = compares
+        self.told = False
+        self._sums: Tensor | None = None
+        self._first: tuple[float, float] | None = None
+
+    def reset(self) -> None:
+        """Forget the batches since the last check."""
+        self._sums = None
+
+    def add(self, pairs: RatedPairs, training: bool) -> None:
+        """Add a batch, without waiting for the device."""
+        if self.told or (training and not self.compares):
+            return
+        chosen = pairs.policy.chosen.double()
+        if self.compares:
+            chosen = chosen - pairs.reference.chosen.double()
+        columns = (chosen, pairs.margin, torch.ones_like(chosen))
+        own = torch.stack([part.sum() for part in (*columns, *(c.square() for c in columns[:2]))])
+        self._sums = own if self._sums is None else self._sums + own
+
+    def check(self) -> None:
+        """Warn if chosen answers fell in the batches since the last check, the first time alone."""
+        if self._sums is None or self.told:
+            return
+        chosen, margin, count, chosen_squares, margin_squares = self._sums.tolist()
+        self._sums = None
+        if count < _FEWEST:
+            return
+        means = chosen / count, margin / count
+        errors = [
+            (max(squares / count - mean**2, 0.0) / (count - 1)) ** 0.5
+            for squares, mean in zip((chosen_squares, margin_squares), means, strict=True)
+        ]
+        if self.compares:
+            fallen = means[0] < -_SURE * errors[0] and means[1] > _SURE * errors[1]
+            change, grown = means
+        else:
+            self._first = self._first or means
+            change, grown = (now - then for now, then in zip(means, self._first, strict=True))
+            fallen = change < 0 < grown
+        if fallen:
+            self.told = True
+            log.warning(
+                "chosen answers become less likely (by %.3g nats on average, of %d pairs) while "
+                "the margin grows (by %.3g): the rejected ones fall faster; a term for the chosen "
+                "ones (RPO, DPOP, or WeightedSum with ChosenNLL), a larger beta or a lower "
+                "learning rate keeps them",
+                -change, count, grown,
+            )  # fmt: skip
