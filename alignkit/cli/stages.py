@@ -1,10 +1,10 @@
-"""Translate ``alignkit lora``, ``sft`` and ``dpo`` with their short flags to ``fit``."""
+"""Turn ``alignkit lora``, ``sft`` and ``dpo`` with their short flags into ``fit``."""
 
 from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -146,10 +146,10 @@ def stage_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def _add(group: ArgumentParser | object, name: str, metavar: str, says: str) -> None:
+def _add(group: _ArgumentGroup, name: str, metavar: str, says: str) -> None:
     """Add a flag that may be written with hyphens or with underscores."""
     flags = (f"--{name}", f"--{name.replace('-', '_')}")
-    group.add_argument(*flags, metavar=metavar, help=says)  # type: ignore[attr-defined]
+    group.add_argument(*flags, metavar=metavar, help=says)
 
 
 def _class_flags(name: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
+from alignkit.models.place import find_base
 from alignkit.models.stamp import (
     STAMP,
     check_adapter,
@@ -153,17 +154,33 @@ def policy_base(path: str) -> str:
     """Return where the base of a checkpoint or adapter lies; any other path is a base itself.
 
     Raises:
+        AlignkitError: The file is unreadable, or is an adapter that names no base; or the base has
+            moved.
+    """
+    path = find_checkpoint(path)
+    named, kept = base_record(path)
+    return find_base(named, kept, path) if kept is not None else named
+
+
+def base_record(path: str) -> tuple[str, Mapping[str, str] | None]:
+    """Return the base as a checkpoint or adapter names it, and what else it says of its place.
+
+    The latter is ``None`` for any other path, which is a base itself.
+
+    Raises:
         AlignkitError: The file is unreadable, or is an adapter that names no base.
     """
     path = find_checkpoint(path)
     if path.endswith(".ckpt"):
-        return str(read_checkpoint(path)[STAMP]["base"])
+        stamp = read_checkpoint(path)[STAMP]
+        return str(stamp["base"]), stamp
     if is_adapter(path):
-        base = read_adapter(Path(path)).config.get("base_model_name_or_path")
+        files = read_adapter(Path(path))
+        base = files.config.get("base_model_name_or_path")
         if not base:
-            raise AlignkitError(f"{path}: names no base model; pass it as base")
-        return str(base)
-    return path
+            raise AlignkitError(f"{path}: names no base model; pass it as --base")
+        return str(base), files.header
+    return path, None
 
 
 def policy_format(path: str) -> TextFormat | None:

@@ -29,6 +29,7 @@ from alignkit.models.start import find_start
 from alignkit.models.text_format import KEY as TEXT
 from alignkit.models.text_format import TextFormat
 from alignkit.modules.checkpoint_io import seal_checkpoints
+from alignkit.modules.dashboard import Dashboard
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
 from alignkit.modules.optimize import check_rates, make_optimizer, make_schedule, total_steps
 from alignkit.modules.resume import KEY as SETTINGS
@@ -209,11 +210,12 @@ class AlignmentModule(TrainerSupport):
     # Checkpoints ----------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that handles signals, and reserve the run's folder."""
+        """Return the callbacks that every run has, and reserve the run's folder."""
         super().configure_callbacks()
         claim_run_folder(self.trainer)
-        there = any(isinstance(c, Signals) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there else [Signals()]
+        added: list[Callback] = [Signals(), Dashboard()]
+        there = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [each for each in added if type(each) not in there]
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -242,14 +244,6 @@ class AlignmentModule(TrainerSupport):
         super().on_load_checkpoint(checkpoint)
         # Tuners restore their initial state when the optimizer exists; a resumed run has none yet.
         self._resumed = checkpoint if self._settings is None else None
-
-    def on_train_start(self) -> None:
-        """Log the share of rows that the data module truncated."""
-        super().on_train_start()
-        truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
-        if truncated is not None:  # constant over the run, so no mean over ranks or steps
-            for logger in self.loggers:
-                logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
 
     def checkpoint_stamp(self) -> dict[str, Any]:
         """Return the identity that a checkpoint and the module that resumes it must share."""

@@ -13,11 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.data.text.chat_templates import template_of
 from alignkit.errors import AlignkitError
 from alignkit.lora.merge import merged_plain
-from alignkit.models.checkpoint import load_policy, policy_base, policy_format
+from alignkit.models.checkpoint import base_record, load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
 from alignkit.models.fingerprint import base_identity
 from alignkit.models.load import embedding_size, load_model
+from alignkit.models.place import absolute_base, base_header
 from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.text_format import TextFormat, write_format
 
@@ -66,15 +67,26 @@ def export(
     # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
     kept = "float32" if to != "merged" and dtype == "float16" else dtype
     policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, kept))
-    name = base or policy_base(model)
+    place_of_base = base or policy_base(model)
     trained = policy_format(model)
     if trained is not None and to == "merged":
         _keep_text_format(policy, tokenizer, trained)
     told = ""
     if to == "merged" and quantization(policy) is not None:
-        told = _unpack(policy, name, onto)
-    header = {} if to == "merged" else base_identity(policy).header()
-    write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
+        told = _unpack(policy, place_of_base, onto)
+    header = {}
+    if to != "merged":
+        named = base or base_record(model)[0]
+        header = {**base_identity(policy).header(), **base_header(place_of_base, named)}
+    write_model(
+        policy,
+        place,
+        to,
+        base=absolute_base(place_of_base),
+        plain=plain,
+        tokenizer=tokenizer,
+        header=header,
+    )
     if trained is not None:
         write_format(trained, place)
     Console().print(f"wrote {place} ({to}{told})", highlight=False)
