@@ -49,7 +49,8 @@ def find_base(named: str, kept: Mapping[str, str], where: str) -> str:
         if os.path.exists(os.path.expanduser(place)):
             return place
     if os.path.isabs(absolute):
+        called = kept.get(_NAMED_KEY, named)
         raise AlignkitError(
-            f"{where}: its base model {kept.get(_NAMED_KEY, named)} is not at {absolute} any more; pass --base"
+            f"{where}: its base model {called} is not at {absolute} any more; pass --base"
         )
     return named
