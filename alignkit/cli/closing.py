@@ -33,7 +33,7 @@ def closing_lines(trainer: Trainer) -> Iterator[str]:
         yield "wrote no checkpoint, as the trainer was told"
     else:
         model = shlex.quote(_shown(kept))
-        yield f'next: alignkit generate --model {model} --prompts "How do I keep bread fresh?"'
+        yield f"next: alignkit chat {model}"
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             yield f"curves: tensorboard --logdir {shlex.quote(_shown(Path(logger.root_dir)))}"

@@ -19,13 +19,15 @@ from alignkit.cli.errors import explain
 from alignkit.cli.launch import RankFailed, keep_relaunchable
 from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.optimizer import spell_out_optimizers
-from alignkit.cli.parsers import tool_parser
+from alignkit.cli.parsers import Parser, tool_parser
 from alignkit.cli.settings import check_config_files
 from alignkit.cli.stages import STAGES, fit_arguments
 from alignkit.cli.training import AlignCLI
 from alignkit.models.checkpoint import policy_base
 from alignkit.utils.interrupts import Stopped, stop_on_signals
 from alignkit.utils.ranks import is_first_rank, is_lost_connection
+
+__all__ = ["TOOLS", "Parser", "run", "run_tool"]
 
 _OTHER_RANK_SECONDS = 2.0  # time for another rank to report the cause of an error first
 

@@ -35,6 +35,7 @@ _GROUPS = {
         "test": Command("Measure a checkpoint on the test split."),
     },
     "Use what you trained": {
+        "chat": Command("Talk with models, switching between them.", "alignkit.tools.chat.command"),
         "generate": Command("Answer prompts with a model.", "alignkit.tools.generate.command"),
         "compare": Command("Put several models' answers side by side.", "alignkit.tools.compare"),
         "export": Command("Write a checkpoint for use elsewhere.", "alignkit.tools.export"),
@@ -60,7 +61,7 @@ _EXAMPLES = """\
 Examples:
   alignkit demo
   alignkit dpo --base HuggingFaceTB/SmolLM2-135M-Instruct --data pairs.jsonl
-  alignkit generate --model runs/dpo --prompts "How do I keep bread fresh?"
+  alignkit chat runs/dpo
 """
 _OPTIONS = {
     "--help": "Show this, or a command's options after the command.",
@@ -80,7 +81,7 @@ def help_text() -> str:
         "Options": _OPTIONS,
     }
     lists = "\n".join(
-        f"{title}:\n" + "".join(f"  {name:12}{says}\n" for name, says in group.items())
+        f"{title}:\n" + "".join(f"    {name:12}{says}\n" for name, says in group.items())
         for title, group in told.items()
     )
     return f"{_USAGE}\n\n{_PURPOSE}\n\n{lists}\n{_EXAMPLES}"
@@ -94,7 +95,7 @@ def version_text() -> str:
 def unknown_command(name: str) -> AlignkitError:
     """Return the error about a command that does not exist, with the nearest that does."""
     if not name:
-        return AlignkitError("give a command; alignkit --help lists them")
+        return AlignkitError("give a subcommand; alignkit --help lists them")
     return AlignkitError(
         f"{name}: no such command{did_you_mean(name, COMMANDS)}; see alignkit --help"
     )

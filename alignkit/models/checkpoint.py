@@ -150,6 +150,39 @@ def _load_policy(
     return model.requires_grad_(False).train(False), loaded
 
 
+def add_policy(model: PreTrainedModel, path: str, name: str) -> bool:
+    """Add the adapter of a checkpoint to a model, and make it the active one.
+
+    Args:
+        model: The base of the checkpoint, with or without other adapters.
+        path: As in `load_policy`.
+        name: What to call the adapter.
+
+    Returns:
+        Whether there was an adapter; without one the model is unchanged.
+
+    Raises:
+        AlignkitError: Something is missing, damaged, or belongs to another base.
+    """
+    path = find_checkpoint(path)
+    if is_adapter(path):
+        check_adapter_base(base_identity(model), Path(path), path)
+        load_adapter(model, path, name=name, untie=True, trainable=False)
+        return True
+    if not path.endswith(".ckpt"):
+        return False
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["hyper_parameters"]["lora"]
+    if settings is None:
+        return False
+    check_base(base_identity(model), checkpoint[STAMP], path)
+    inject_lora(model, LoRAConfig.from_dict(settings), name)
+    check_adapter(active_identity(model), checkpoint[STAMP], path)
+    state = {key.replace(".default.", f".{name}."): v for key, v in model_state(checkpoint).items()}
+    load_trainable(model, state, path)
+    return True
+
+
 def policy_base(path: str) -> str:
     """Return where the base of a checkpoint or adapter lies; any other path is a base itself.
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from alignkit.errors import AlignkitError
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
+from alignkit.tools.generate.options import gather_options
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.utils.atomic import check_output, write_atomically
 from alignkit.utils.progress import counting
@@ -102,6 +103,7 @@ def compare(
     markdown_file = check_output(markdown, "markdown")
     json_file = check_output(json, "json")
     named = name_models(models)
+    options = gather_options(options)
     request = Request(**options)
     comparison = Comparison(request.questions)
     console = Console()

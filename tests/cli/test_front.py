@@ -40,7 +40,7 @@ def test_help_is_at_hand() -> None:
     assert out.startswith("usage: alignkit ")
     assert "Lightning" not in out
     for name, command in COMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", out, re.M), name
+        assert re.search(rf"^    {name} +{re.escape(command.summary)}$", out, re.M), name
     assert out.partition("Examples:")[2].count("\n  alignkit ") == 3
     assert max(map(len, out.splitlines())) <= 80
 
@@ -54,7 +54,7 @@ def test_version() -> None:
     ("arguments", "line"),
     [
         (["gnerate"], "gnerate: no such command; did you mean generate?"),
-        ([], "give a command"),
+        ([], "give a subcommand"),
         (["completion", "fish"], "completion: got fish; give one of bash, zsh"),
     ],
 )
