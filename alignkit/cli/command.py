@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 import time
@@ -17,6 +16,7 @@ from jsonargparse.typing import register_type
 from alignkit.cli.commands import TOOLS
 from alignkit.cli.errors import explain
 from alignkit.cli.launch import RankFailed, keep_relaunchable
+from alignkit.cli.logs import log_unraisable
 from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.optimizer import spell_out_optimizers
 from alignkit.cli.parsers import Parser, tool_parser
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str], *, debug: bool = False, alone: bool = True) ->
         keep_relaunchable()
         sys.path.append(os.getcwd())  # finds a user's own classes in the working folder
         if not debug:
-            sys.unraisablehook = _log_unraisable
+            sys.unraisablehook = log_unraisable
     set_parsing_settings(add_print_completion_argument=True)
     register_type(torch.device)  # some of Lightning's callbacks have one in their defaults
     with stop_on_signals():
@@ -74,6 +74,8 @@ def run_tool(name: str, arguments: Sequence[str]) -> int:
         What the module's function ``status`` returns for the result, 0 if it has none.
     """
     module = importlib.import_module(TOOLS[name].place)
+    if hasattr(module, "run"):
+        return int(module.run(arguments))
     parser = tool_parser(name)
     config = parser.instantiate(parser.parse_args(list(arguments)))
     result = getattr(module, name)(**config.as_dict())
@@ -104,11 +106,3 @@ def _report_error(error: Exception) -> int:
     of_rank = "" if is_first_rank() else f" (rank {rank})"
     print(f"alignkit: error{of_rank}: {line}", file=sys.stderr)
     return status
-
-
-def _log_unraisable(about: sys.UnraisableHookArgs) -> None:
-    """Log at debug level what failed while an object was being deleted.
-
-    Some of Lightning's profilers fail so a second time after their ``__init__`` was refused.
-    """
-    logging.getLogger("alignkit").debug("ignored: %r in %r", about.exc_value, about.object)

@@ -20,7 +20,8 @@ class Command(NamedTuple):
     Attributes:
         summary: What it does, in one sentence.
         place: The module of a tool, which has a function of the command's name and
-            ``add_arguments(parser)``; empty for what Lightning or another command runs.
+            ``add_arguments(parser)``, or else ``run(arguments)``, which parses them itself and
+            returns the exit status. Empty for what Lightning or another command runs.
     """
 
     summary: str
@@ -42,6 +43,7 @@ _GROUPS = {
     },
     "Look closer": {
         "audit": Command("Report every defect of a data set.", "alignkit.tools.audit.command"),
+        "plan": Command("Size a fit before it runs.", "alignkit.tools.plan.command"),
         "profile": Command("Time LoRA against full training.", "alignkit.tools.profile.command"),
     },
     "Begin": {

@@ -53,5 +53,13 @@ def configure_logs(quiet: bool = False) -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def log_unraisable(about: sys.UnraisableHookArgs) -> None:
+    """Log at debug level what failed while an object was being deleted.
+
+    Some of Lightning's profilers fail so a second time after their ``__init__`` was refused.
+    """
+    logging.getLogger("alignkit").debug("ignored: %r in %r", about.exc_value, about.object)
+
+
 def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()

@@ -140,7 +140,9 @@ class PrintCompletion(Action):
         """Print the script."""
         training: dict[str, TrainingParser] = parser._subcommands_action.choices
         flags = {name: each.flags() for name, each in training.items()}
-        flags |= {name: flags_of(tool_parser(name)) for name in TOOLS}
+        for name, tool in TOOLS.items():
+            own = not hasattr(import_module(tool.place), "run")
+            flags[name] = flags_of(tool_parser(name)) if own else flags["fit"]
         flags |= {name: flags_of(stage_parser(name)) for name in STAGES}
         print(completion_script(shell, flags), end="")
         parser.exit()

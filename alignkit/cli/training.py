@@ -31,15 +31,16 @@ class AlignCLI(LightningCLI):
 
     Args:
         arguments: The command line after ``alignkit``.
+        **options: Further ones of `LightningCLI`.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], **options: Any) -> None:
         super().__init__(
             AlignmentModule,
             LightningDataModule,
             args=list(arguments),
             parser_class=TrainingParser,
-            parser_kwargs={"prog": "alignkit"},
+            parser_kwargs=options.pop("parser_kwargs", {"prog": "alignkit"}),
             save_config_callback=SaveConfig,
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -51,6 +52,7 @@ class AlignCLI(LightningCLI):
                 # The modules log one line of parameter counts, which says more.
                 "enable_model_summary": False,
             },
+            **options,
         )
 
     @staticmethod
@@ -72,10 +74,11 @@ class AlignCLI(LightningCLI):
             compute_fn=lambda base, tokenizer: tokenizer or base,
         )
 
-    def setup_parser(self, *args: Any) -> None:
+    def setup_parser(self, add_subcommands: bool, *args: Any) -> None:
         """Make the parser, which can also write its completion."""
-        super().setup_parser(*args)
-        self.parser.add_argument("--completion", action=PrintCompletion, choices=SHELLS)
+        super().setup_parser(add_subcommands, *args)
+        if add_subcommands:
+            self.parser.add_argument("--completion", action=PrintCompletion, choices=SHELLS)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)

@@ -12,6 +12,7 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.deal.elastic import Recount
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler
 from alignkit.data.keep.cache import cache_root
 from alignkit.data.keep.position import SETTINGS, Plan
@@ -36,7 +37,8 @@ class AlignmentDataModule(LightningDataModule):
 
     The training split is dealt in random order by `TokenBudgetBatchSampler`; a run resumes from
     a checkpoint at the very batch it would have had next. Validation and test examples are each
-    shown once, however many ranks there are.
+    shown once, however many ranks there are. A run may resume on another number of ranks: the
+    rest of an epoch comes in the same order, see `alignkit.data.deal.elastic`.
 
     Args:
         tokenizer: A Hub id or a local directory.
@@ -152,6 +154,9 @@ class AlignmentDataModule(LightningDataModule):
             sampler.set_epoch(self.trainer.current_epoch)
         if position := self.take_position():
             sampler.load_state_dict(position)
+            if sampler.goes_on and self.trainer is not None:
+                shift = sampler.start - position["batches"]
+                self.trainer.callbacks.insert(0, Recount(shift))  # type: ignore[attr-defined]
         self._plan = sampler.fingerprint
         self._sampler = sampler
         return self.loader(self._set("train"), batch_sampler=sampler, collate_fn=collate)
@@ -197,6 +202,14 @@ class AlignmentDataModule(LightningDataModule):
                     "anew from its weights with model.init_from"
                 )
         return position
+
+    def steps_ahead(self, epochs: int) -> int | None:
+        """Count the optimizer steps from a resumed position to the end of ``epochs`` epochs.
+
+        Returns:
+            ``None`` if no training loader of known length was made.
+        """
+        return None if self._sampler is None else self._sampler.steps_ahead(epochs)
 
     def rows_of_batch(self, number: int) -> list[tuple[str, int]]:
         """Return the source and line of each example in a micro-batch of this rank's epoch.

@@ -22,7 +22,7 @@ from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.noise import refuse_noise
-from alignkit.models.policy import build_policy
+from alignkit.models.policy import build_policy, checkpoint_activations
 from alignkit.models.quantize import Quantization
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
@@ -97,6 +97,7 @@ class AlignmentModule(TrainerSupport):
     """How text became tokens in training, if the data module or a checkpoint says so."""
     _settings: dict[str, Any] | None = None
     _resumed: dict[str, Any] | None = None
+    _steps_before = 0
 
     def __init__(
         self,
@@ -146,9 +147,7 @@ class AlignmentModule(TrainerSupport):
             )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
         if activation_checkpointing:
-            self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
-                {"use_reentrant": False}
-            )
+            checkpoint_activations(self.model)
         with phase(f"checking how {base} is scored"):
             check_engine(self.model, packing)
         self.dropout = dropout
@@ -169,6 +168,7 @@ class AlignmentModule(TrainerSupport):
         seal_checkpoints(self.trainer)
         self.text_format = format_of_run(self.trainer, self.model, self.base, self.text_format)
         self._settings = None
+        self._steps_before = 0
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Refuse token ids beyond the model's embedding, while they are still on the CPU."""
@@ -202,9 +202,9 @@ class AlignmentModule(TrainerSupport):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer over trainable parameters and its per-step schedule."""
         optimizer = make_optimizer(self.model, self.optimizer, self.lora_plus_ratio)
-        total = total_steps(self.trainer)
+        total = total_steps(self.trainer, self._steps_before)
         schedule = make_schedule(optimizer, self.schedule, self.warmup_steps, total)
-        self._settings = run_settings(self, optimizer)
+        self._settings = run_settings(self, optimizer, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Checkpoints ----------------------------------------------------------------------------
@@ -242,6 +242,7 @@ class AlignmentModule(TrainerSupport):
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         super().on_load_checkpoint(checkpoint)
+        self._steps_before = checkpoint["global_step"]
         # Tuners restore their initial state when the optimizer exists; a resumed run has none yet.
         self._resumed = checkpoint if self._settings is None else None
 
