@@ -29,6 +29,7 @@ from alignkit.models.load import load_tokenizer
 from alignkit.models.text_format import TextFormat
 from alignkit.models.tokenizer import vocabulary_size
 from alignkit.utils.interrupts import ignore_signals
+from alignkit.utils.phases import phase
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -226,7 +227,8 @@ class AlignmentDataModule(LightningDataModule):
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """Find the sources of each split that are to be encoded."""
-        return find_splits(place, splits=self.splits, hashes=self._hashes)
+        with phase(f"looking through {place}"):
+            return find_splits(place, splits=self.splits, hashes=self._hashes)
 
     def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
         sampler = TokenBudgetBatchSampler(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -84,6 +84,22 @@ def build_policy(
         start.fill(model)
     _say_what_must_train(model, lora)
     return model, identity, lora
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let a model's blocks compute their activations again in the backward pass.
+
+    Raises:
+        AlignkitError: Its class does not support that.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise AlignkitError(
+            f"model.activation_checkpointing: {type(model).__name__} does not support it; leave it "
+            "off and lower data.tokens_per_batch"
+        )
+    # transformers 5.23 has renamed the method, and warns about the old name.
+    enable: Any = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _say_what_must_train(model: PreTrainedModel, lora: LoRAConfig | None) -> None:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -58,16 +57,6 @@ class ExactSteps(HasLoss):
             self.epoch_sums.clear()
         if self.position.before_batch(batch_idx, self.trainer, self.device):
             self.window.clear()
-
-    def transfer_batch_to_device(
-        self, batch: PackedBatch, device: torch.device, dataloader_idx: int
-    ) -> PackedBatch:
-        """Copy a batch without waiting for the device, which Lightning does for plain tensors only.
-
-        A copy that waits also waits for every step before it. From memory that is not page-locked
-        the copy is safe too: CUDA then reads it before it returns.
-        """
-        return batch.to(device, non_blocking=device.type == "cuda")
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         """Return the batch's mean loss with the gradient of its *sum*.

@@ -35,8 +35,8 @@ GRACE = 1.3
 GRACE_SECONDS = 20.0
 
 
-class BrokenOff(Exception):
-    """A part went on long after its share of the time was used."""
+class BrokenOff(BaseException):
+    """A part went on long after its share of the time was used; no part may catch it."""
 
 
 def run(day: Day, parts: Sequence[str], limit: float) -> list[str]:
@@ -87,7 +87,7 @@ def _run_one(day: Day, part: str, share: float) -> bool:
     except NotRun as reason:
         day.note("not run", str(reason), "")  # not whole: a later run may have what was missing
         return True
-    except Exception as error:
+    except (Exception, BrokenOff) as error:
         day.console.print_exception()
         day.note(
             ERROR,

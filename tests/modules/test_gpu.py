@@ -134,12 +134,10 @@ def test_a_whole_step_over_new_rows_never_waits(
         optimizer.zero_grad()
 
 
-def test_a_batch_arrives_without_waiting(
-    model_dir: Callable[[str], Path], waiting_fails: Callable[[], None]
-) -> None:
-    module, batch = DPOModule(str(model_dir("gpt2"))), collate(pairs(4)).pin_memory()
+def test_a_batch_arrives_without_waiting(waiting_fails: Callable[[], None]) -> None:
+    batch = collate(pairs(4)).pin_memory()
     waiting_fails()
-    arrived = module.transfer_batch_to_device(batch, CUDA, 0)
+    arrived = batch.to(CUDA)
     torch.cuda.set_sync_debug_mode("default")
     assert arrived.input_ids.equal(batch.input_ids.to(CUDA))
 
@@ -159,7 +157,9 @@ def test_step_0_is_ln_2_over_hundreds_of_pairs(
     assert output.metrics["rewards/margins"].item() == 0.0
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 def test_losses_fall_as_on_the_cpu(
     model_dir: Callable[[str], Path], tmp_path: Path, compiled: bool
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,19 +108,17 @@ def test_steps_on_the_paths_of_a_gpu_never_wait(
     assert totals.means["loss"].isfinite()
 
 
-class _Copied:
-    """Stands for a batch, and keeps how it was asked to move."""
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> _Copied:
-        self.how = (device.type, non_blocking)
-        return self
-
-
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_batch_is_copied_to_a_gpu_without_waiting(
-    model_dir: Callable[[str], Path], device: str
+    monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """Back from a device it has to wait: nobody else would."""
-    module, batch = DPOModule(str(model_dir("gpt2"))), _Copied()
-    module.transfer_batch_to_device(batch, torch.device(device), 0)  # type: ignore[arg-type]
-    assert batch.how == (device, device == "cuda")
+    """As Lightning moves it; back from a device it has to wait, as nobody else would."""
+    batch, asked = collate(pairs(2)), []
+
+    def copy(self: Tensor, to: torch.device, non_blocking: bool = False) -> Tensor:
+        asked.append((to.type, non_blocking))
+        return self
+
+    monkeypatch.setattr(Tensor, "to", copy)
+    move_data_to_device(batch, torch.device(device))
+    assert set(asked) == {(device, device == "cuda")}

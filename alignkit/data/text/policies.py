@@ -111,6 +111,10 @@ def choices(defect: str) -> tuple[str, ...]:
     return get_args(Policies.__dataclass_fields__[defect].type)
 
 
+DEFAULTS = Policies()
+"""What happens to each defect unless something else is said."""
+
+
 class Tally:
     """Count rows by defect, with the lines where they stand and the columns not read.
 
