@@ -29,6 +29,7 @@ from alignkit.models.load import load_tokenizer
 from alignkit.models.text_format import TextFormat
 from alignkit.models.tokenizer import vocabulary_size
 from alignkit.utils.interrupts import ignore_signals
+from alignkit.utils.phases import phase
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -66,7 +67,6 @@ class AlignmentDataModule(LightningDataModule):
         stats: After `setup`: numbers about the training split (rows, examples, tokens, a count
             for each defect, ``truncated_frac``), for logging.
         text_format: After `setup`: how text became tokens, which checkpoints keep.
-        vocabulary: After `setup`: one above the largest id that the tokenizer may give.
     """
 
     # A rank may hold one evaluation batch less than another; evaluation does not synchronise.
@@ -106,7 +106,7 @@ class AlignmentDataModule(LightningDataModule):
         self.max_val_examples = max_val_examples
         self.stats: dict[str, float] = {}
         self.text_format: TextFormat | None = None
-        self.vocabulary = 0
+        self._loaded: PreTrainedTokenizerBase | None = None
         self._cache = cache_root(cache_dir)
         self._hashes = FileHashes(self._cache)
         self._sets: dict[str, ExampleSet] = {}
@@ -115,6 +115,11 @@ class AlignmentDataModule(LightningDataModule):
         self._plan: Plan = {}
         self._sampler: TokenBudgetBatchSampler | None = None
         self._position: dict[str, Any] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        """Return one above the tokenizer's largest id, 0 before `setup`; listing ids takes time."""
+        return 0 if self._loaded is None else vocabulary_size(self._loaded)
 
     @abstractmethod
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
@@ -222,7 +227,8 @@ class AlignmentDataModule(LightningDataModule):
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """Find the sources of each split that are to be encoded."""
-        return find_splits(place, splits=self.splits, hashes=self._hashes)
+        with phase(f"looking through {place}"):
+            return find_splits(place, splits=self.splits, hashes=self._hashes)
 
     def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
         sampler = TokenBudgetBatchSampler(
@@ -270,8 +276,7 @@ class AlignmentDataModule(LightningDataModule):
         return self._sets[split]
 
     def _load(self) -> None:
-        tokenizer = load_tokenizer(self.tokenizer)
-        self.vocabulary = vocabulary_size(tokenizer)
+        tokenizer = self._loaded = load_tokenizer(self.tokenizer)
         opened = open_splits(
             self.path,
             self.find_splits,

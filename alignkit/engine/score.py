@@ -58,7 +58,7 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
     """
     _check_positions(model, batch)
     if fits_a_row(model, _SCORERS, batch):
-        hidden_ND = _last_hidden_state(model, batch)[batch.score_from]
+        hidden_ND = last_hidden_state(model, batch)[batch.score_from]
     else:
         hidden_ND = hidden_alone(model, batch)
     return head_scores(model, hidden_ND, batch.target_ids, stats)
@@ -81,12 +81,18 @@ def final_states(model: PreTrainedModel, batch: PackedBatch, skipped: int) -> Te
     place_T = torch.arange(len(ids_T), device=ids_T.device)
     end_R = torch.cummax(torch.where(ids_T == skipped, 0, place_T), 0).values[last_R]
     if fits_a_row(model, _SCORERS, batch):
-        return _last_hidden_state(model, batch)[end_R]
+        return last_hidden_state(model, batch)[end_R]
     ends = replace(batch, score_from=end_R, response_index=torch.arange(len(end_R)).to(end_R))
     return hidden_alone(model, ends)
 
 
-def _last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Compute the backbone's output for a packed row, [T, D].
+
+    Args:
+        model: A model for which packed rows are right.
+        batch: On the model's device.
+    """
     use_packed_attention(model)
     batch = padded_for(model, batch)
     device = batch.input_ids.device
@@ -159,7 +165,7 @@ def check_engine(model: PreTrainedModel, packing: Packing = "auto") -> None:
 
 
 def _packed_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    hidden_ND = _last_hidden_state(model, batch)[batch.score_from]
+    hidden_ND = last_hidden_state(model, batch)[batch.score_from]
     return head_scores(model, hidden_ND, batch.target_ids).logps
 
 

@@ -61,9 +61,10 @@ class WholeStepModule(WatchedModule):
         Where the loss compares pairs of several micro-batches or ranks, the step's last micro-batch
         has the whole loss and the others none.
         """
+        if not self.loss.whole_step:
+            return super().training_step(batch, batch_idx)
         trainer = self.trainer
-        one_batch = trainer.accumulate_grad_batches == trainer.world_size == 1
-        if not self.loss.whole_step or one_batch:
+        if trainer.accumulate_grad_batches == trainer.world_size == 1:
             return super().training_step(batch, batch_idx)
         waits = trainer.fit_loop._should_accumulate()
         policy, reference = self.scores(batch, recompute=waits)

@@ -15,7 +15,8 @@ from alignkit.data.text.chat_templates import template_of
 from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.merge import merged_plain
-from alignkit.models.checkpoint import load_policy, policy_base, policy_format
+from alignkit.lora.resize import rows_before
+from alignkit.models.checkpoint import base_record, load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
 from alignkit.models.find import find_checkpoint
@@ -24,6 +25,7 @@ from alignkit.models.gguf_file import need_gguf
 from alignkit.models.hub import check_push
 from alignkit.models.hub import push as push_folder
 from alignkit.models.load import embedding_size, load_model, stored_dtype
+from alignkit.models.place import absolute_base, base_header
 from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.readback import refuse_other_answers
 from alignkit.models.reward import save_reward_model
@@ -87,8 +89,9 @@ def export(
     if to == "gguf":
         need_gguf()
     whole = to in ("merged", "gguf")
-    name = base or policy_base(model)
-    written = stored_dtype(name) if dtype == "base" else getattr(torch, dtype)
+    place_of_base = base or policy_base(model)
+    named = base or base_record(model)[0]
+    written = stored_dtype(place_of_base) if dtype == "base" else getattr(torch, dtype)
     # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
     policy, tokenizer = load_policy(model, base=base, dtype=written if whole else torch.float32)
     trained = policy_format(model)
@@ -96,16 +99,28 @@ def export(
         _keep_text_format(policy, tokenizer, trained)
     told = ""
     if whole and quantization(policy) is not None:
-        told = _unpack(policy, name, onto)
-    header = {} if whole else base_identity(policy).header()
-    write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
+        told = _unpack(policy, place_of_base, onto)
+    header = {}
+    if not whole:
+        header = {**base_identity(policy).header(), **base_header(place_of_base, named)}
+    write_model(
+        policy,
+        place,
+        to,
+        base=absolute_base(place_of_base),
+        plain=plain,
+        tokenizer=tokenizer,
+        header=header,
+    )
     if to == "merged":
         with merged_plain(policy) if adapter_configs(policy) else nullcontext():
             refuse_other_answers(policy, place)
     if trained is not None:
         write_format(trained, place)
+    if to == "peft" and rows_before(policy) is not None:
+        tokenizer.save_pretrained(str(place))  # the base's has not all of the tokens
     precision = str(written if whole else torch.float32).removeprefix("torch.")
-    write_card(model, place, to, base=name, dtype=precision)
+    write_card(model, place, to, base=named, dtype=precision)
     told = f", {precision}{told}" if whole else ""
     Console().print(f"wrote {place} ({to}{told})", highlight=False)
     if push is not None:
