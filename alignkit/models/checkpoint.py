@@ -120,11 +120,11 @@ def load_policy(
     """
     path = find_checkpoint(path)
     with phase(f"loading {path}"):
-        return _load_policy(path, base or policy_base(path), dtype)
+        return _load_policy(path, base or policy_base(path), dtype, reward)
 
 
 def _load_policy(
-    path: str, base: str, dtype: torch.dtype
+    path: str, base: str, dtype: torch.dtype, reward: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = base
     # A base rounded to float16 would no longer be the one that a checkpoint names.
