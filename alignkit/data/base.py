@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from typing import Any
 
 import torch
 from lightning import LightningDataModule, Trainer
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.deal.elastic import Recount
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler
+from alignkit.data.deal.workers import start_worker
 from alignkit.data.keep.cache import cache_root
 from alignkit.data.keep.position import SETTINGS, Plan
 from alignkit.data.keep.splits import RowEncoder, open_splits
@@ -28,7 +27,6 @@ from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
 from alignkit.models.text_format import TextFormat
 from alignkit.models.tokenizer import vocabulary_size
-from alignkit.utils.interrupts import ignore_signals
 from alignkit.utils.phases import phase
 
 
@@ -254,7 +252,7 @@ class AlignmentDataModule(LightningDataModule):
             # A loader draws a number whenever it starts: not from the stream that dropout draws
             # from, where a run resumed between two epochs would miss one.
             generator=torch.Generator().manual_seed(self.seed),
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             **options,
         )
 
@@ -293,10 +291,3 @@ class AlignmentDataModule(LightningDataModule):
         self.text_format = opened.text_format
         settings = {**opened.content[SETTINGS], "splits": self.splits}
         self._content = {**opened.content, SETTINGS: settings}
-
-
-def _start_worker(worker: int) -> None:
-    """Keep a worker alive for the batches that a stopping run still needs."""
-    ignore_signals()
-    if os.environ.get("PL_SEED_WORKERS") == "1":  # what Lightning does where there is no function
-        pl_worker_init_function(worker)
