@@ -5,6 +5,8 @@ Shape letters: T row tokens, N scored tokens, R responses, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -60,6 +62,28 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
     else:
         hidden_ND = hidden_alone(model, batch)
     return head_scores(model, hidden_ND, batch.target_ids, stats)
+
+
+def final_states(model: PreTrainedModel, batch: PackedBatch, skipped: int) -> Tensor:
+    """Compute the hidden state at the end of each response, [R, D].
+
+    Args:
+        model: As in `score`.
+        batch: As in `score`.
+        skipped: A token id (padding) that does not count as a response's last token.
+    """
+    _check_positions(model, batch)
+    ids_T = batch.input_ids
+    lengths = [length for span in batch.spans for length in (span.prompt, *span.responses)]
+    is_response = [k > 0 for span in batch.spans for k in range(len(span.responses) + 1)]
+    last_S = torch.tensor(lengths).cumsum(0) - 1
+    last_R = last_S[torch.tensor(is_response)].to(ids_T.device)
+    place_T = torch.arange(len(ids_T), device=ids_T.device)
+    end_R = torch.cummax(torch.where(ids_T == skipped, 0, place_T), 0).values[last_R]
+    if fits_a_row(model, _SCORERS, batch):
+        return last_hidden_state(model, batch)[end_R]
+    ends = replace(batch, score_from=end_R, response_index=torch.arange(len(end_R)).to(end_R))
+    return hidden_alone(model, ends)
 
 
 def last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -21,12 +21,14 @@ from alignkit.lora import LoRAConfig, inject_lora, load_adapter
 from alignkit.lora.adapter import FROZEN
 from alignkit.lora.identity import active_identity
 from alignkit.lora.peft_files import CONFIG_FILE, read_adapter
+from alignkit.lora.resize import resize_embeddings, rows_before
 from alignkit.lora.state import refuse_differences
 from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
 from alignkit.models.place import find_base
+from alignkit.models.reward import attach_head, holds_reward
 from alignkit.models.stamp import (
     STAMP,
     check_adapter,
@@ -81,6 +83,11 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         value.copy_(state[name])
 
 
+def embedding_rows(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many rows a checkpoint's embeddings were resized to; 0 for its base's own."""
+    return int(checkpoint["hyper_parameters"].get("resize_embeddings") or 0)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
 
@@ -94,7 +101,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str, base: str | None = None, dtype: torch.dtype = torch.float32
+    path: str, base: str | None = None, dtype: torch.dtype = torch.float32, *, reward: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a trained or a plain model for generation and export.
 
@@ -103,6 +110,7 @@ def load_policy(
             `load_model` takes.
         base: Where the base model lies now, if not where the checkpoint or adapter says.
         dtype: Of the base's weights.
+        reward: Whether a reward model's checkpoint is wanted, and nothing else.
 
     Returns:
         The model in eval mode on the CPU, adapters active, and its base's tokenizer.
@@ -112,11 +120,11 @@ def load_policy(
     """
     path = find_checkpoint(path)
     with phase(f"loading {path}"):
-        return _load_policy(path, base or policy_base(path), dtype)
+        return _load_policy(path, base or policy_base(path), dtype, reward)
 
 
 def _load_policy(
-    path: str, base: str, dtype: torch.dtype
+    path: str, base: str, dtype: torch.dtype, reward: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = base
     # A base rounded to float16 would no longer be the one that a checkpoint names.
@@ -124,24 +132,38 @@ def _load_policy(
     if path.endswith(".ckpt"):
         checkpoint = read_checkpoint(path)
         hparams = checkpoint["hyper_parameters"]
+        if holds_reward(checkpoint) is not reward:
+            raise AlignkitError(
+                f"{path}: is a language model, without the head of a reward model"
+                if reward
+                else f"{path}: is a reward model, which answers nothing; write it with `alignkit "
+                "export --to reward`"
+            )
         tokenizer = hparams.get("tokenizer") or base
         # The whole model lies in the checkpoint if it was trained in full from random weights.
         from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
         packed = checkpoint[STAMP]["base_settings"].get(QUANTIZE)
         model = load_model(base, dtype=first, random_init=from_scratch, quantize=packed)
         check_base(base_identity(model), checkpoint[STAMP], path, weights=not from_scratch)
+        resize_embeddings(model, embedding_rows(checkpoint))
         if hparams["lora"] is None:
             model.requires_grad_(True)
         else:
             model = inject_lora(model, LoRAConfig.from_dict(hparams["lora"]))
         check_adapter(active_identity(model), checkpoint[STAMP], path)
+        if reward:
+            attach_head(model)
         load_trainable(model, model_state(checkpoint), path)
+    elif reward:
+        raise AlignkitError(f"{path}: is no checkpoint of a reward model")
     elif is_adapter(path):
         packed = read_adapter(Path(path)).header.get(QUANTIZE)
         model = load_model(base, dtype=first, quantize=packed)  # type: ignore[arg-type]
         check_adapter_base(base_identity(model), Path(path), path)
         # An adapter on tied embeddings was trained with them untied.
         load_adapter(model, path, untie=True)
+        if rows_before(model) is not None and (Path(path) / "tokenizer.json").is_file():
+            tokenizer = path  # it has tokens that the base's lacks
     else:
         model = load_model(base, dtype=first)
     nn.Module.to(model, dtype)  # transformers' own override has no usable type

@@ -200,7 +200,9 @@ def _locate(name: str, argument: str) -> tuple[str, dict[str, Any]]:
         _need_gguf_packages(name, argument)
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        held = (path / "tokenizer.json").exists() and argument == "tokenizer"
+        adapter = (path / "adapter_config.json").exists() and not (path / "config.json").exists()
+        if adapter and not held:
             raise AlignkitError(
                 f"{argument} '{name}': is a LoRA adapter, not a model; pass it to init_from and "
                 f"the model it was trained on as {argument}"

@@ -18,9 +18,11 @@ from alignkit.engine import PackedBatch, Packing, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
 from alignkit.lora.adapter import adapter_layers
 from alignkit.lora.inject import base_parameter_count
+from alignkit.lora.resize import rows_before
 from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
+from alignkit.models.load import embedding_size, load_tokenizer
 from alignkit.models.noise import refuse_noise
 from alignkit.models.policy import build_policy, checkpoint_activations
 from alignkit.models.quantize import Quantization
@@ -28,6 +30,7 @@ from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
 from alignkit.models.text_format import KEY as TEXT
 from alignkit.models.text_format import TextFormat
+from alignkit.models.tokenizer import vocabulary_size
 from alignkit.modules.checkpoint_io import seal_checkpoints
 from alignkit.modules.dashboard import Dashboard
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
@@ -64,6 +67,9 @@ class AlignmentModule(TrainerSupport):
         quantize: Keep the frozen linear layers of the base in 4 bits (``nf4``, with double
             quantization) or 8 (``int8``), for adapters over them; needs ``alignkit[quant]``.
         random_init: Draw the base's weights at random from its config, reading none.
+        resize_embeddings: Give embeddings and output head a row for each of the tokenizer's ids, or
+            for a number of them, where they have fewer. New rows start as the mean of the others;
+            with LoRA, ``modules_to_save`` has to name both for them to train.
         optimizer: A function from the trainable parameters to an optimizer.
         schedule: Shape of the learning rate after warm-up, a name of transformers'
             ``get_scheduler``; it advances every optimizer step.
@@ -108,6 +114,7 @@ class AlignmentModule(TrainerSupport):
         dtype: Literal["float32", "bfloat16"] = "float32",
         quantize: Quantization | None = None,
         random_init: bool = False,
+        resize_embeddings: bool | int = False,
         optimizer: OptimizerCallable = lambda params: AdamW(
             params, lr=2e-4, weight_decay=0.0, fused=True
         ),
@@ -128,6 +135,9 @@ class AlignmentModule(TrainerSupport):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.lora_plus_ratio = lora_plus_ratio
+        rows = int(resize_embeddings)
+        if resize_embeddings is True:
+            rows = vocabulary_size(load_tokenizer(tokenizer or base))
         start = None
         if init_from is not None:
             init_from = self.hparams["init_from"] = find_checkpoint(init_from)
@@ -144,8 +154,13 @@ class AlignmentModule(TrainerSupport):
                 random_init=random_init,
                 dropout=dropout,
                 quantize=quantize,
+                embeddings=rows,
             )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
+        resized = rows_before(self.model) is not None
+        self._keep_hyperparameter(
+            "resize_embeddings", embedding_size(self.model) if resized else False
+        )
         if activation_checkpointing:
             checkpoint_activations(self.model)
         with phase(f"checking how {base} is scored"):

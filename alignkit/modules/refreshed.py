@@ -1,4 +1,4 @@
-"""Refresh the reference from the policy every so many steps (TR-DPO, arXiv:2404.09656)."""
+"""Move the reference to the policy every so many steps (TR-DPO, arXiv:2404.09656)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEY = "refreshed_reference"
 
 
 class RefreshedModule(ReferencedModule):
-    """Refresh the reference every ``reference_every`` optimizer steps, where that is set.
+    """Move the reference every ``reference_every`` optimizer steps, where that is set.
 
     θ_ref ← α θ + (1 − α) θ_ref, Gorbatovski et al. 2024: with α = 1 the
     reference becomes a copy of the policy, and rewards start at 0 again. What is mixed are the

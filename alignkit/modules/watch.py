@@ -56,13 +56,15 @@ class PairWatch(nn.Module):
 
     Args:
         compares: Whether the policy is compared with a reference.
+        warns: Whether falling chosen answers are told of.
     """
 
-    def __init__(self, compares: bool) -> None:
+    def __init__(self, compares: bool, warns: bool = True) -> None:
         super().__init__()
         used = {name: kind for name, kind in GAUGES.items() if compares or not kind.compares}
         self.gauges = nn.ModuleDict({name: kind() for name, kind in used.items()})
         self.falling = FallingChosen(compares)
+        self.falling.told = not warns
 
     def named(self) -> dict[str, Gauge]:
         """Return the gauges by the names that they are logged under."""

@@ -15,6 +15,7 @@ from alignkit.data.text.chat_templates import template_of
 from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.merge import merged_plain
+from alignkit.lora.resize import rows_before
 from alignkit.models.checkpoint import base_record, load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
@@ -27,6 +28,7 @@ from alignkit.models.load import embedding_size, load_model, stored_dtype
 from alignkit.models.place import absolute_base, base_header
 from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.readback import refuse_other_answers
+from alignkit.models.reward import save_reward_model
 from alignkit.models.text_format import TextFormat, write_format
 from alignkit.tools.card import write_card
 
@@ -38,7 +40,7 @@ def export(
     model: str,
     output: str,
     *,
-    to: Format = "peft",
+    to: Format | Literal["reward"] = "peft",
     base: str | None = None,
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base",
     plain: bool = False,
@@ -57,7 +59,8 @@ def export(
             adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or
             llama.cpp's converter; ``safetensors``, the adapter as one file; ``gguf``, the merged
             model and its tokenizer as one file for llama.cpp and Ollama, in the families Llama,
-            Mistral, Qwen2 and Qwen3.
+            Mistral, Qwen2 and Qwen3; ``reward``, a reward model's checkpoint as a whole model for
+            AutoModelForSequenceClassification.
         base: The base model's path, if it is no longer where the checkpoint says.
         dtype: Dtype of the weights of a merged model or a GGUF file; ``base`` is the one that the
             base is stored in.
@@ -81,6 +84,8 @@ def export(
     model = find_checkpoint(model)
     if push is not None:
         check_push(push)
+    if to == "reward":
+        return _export_reward(model, place, base)
     if to == "gguf":
         need_gguf()
     whole = to in ("merged", "gguf")
@@ -112,12 +117,25 @@ def export(
             refuse_other_answers(policy, place)
     if trained is not None:
         write_format(trained, place)
+    if to == "peft" and rows_before(policy) is not None:
+        tokenizer.save_pretrained(str(place))  # the base's has not all of the tokens
     precision = str(written if whole else torch.float32).removeprefix("torch.")
     write_card(model, place, to, base=named, dtype=precision)
     told = f", {precision}{told}" if whole else ""
     Console().print(f"wrote {place} ({to}{told})", highlight=False)
     if push is not None:
         Console().print(f"pushed to {push_folder(place, push)}", highlight=False)
+    return place
+
+
+def _export_reward(model: str, place: Path, base: str | None) -> Path:
+    """Write a reward model with its tokenizer and its text format."""
+    policy, tokenizer = load_policy(model, base=base, reward=True)
+    save_reward_model(policy, place, tokenizer)
+    trained = policy_format(model)
+    if trained is not None:
+        write_format(trained, place)
+    Console().print(f"wrote {place} (reward)", highlight=False)
     return place
 
 
