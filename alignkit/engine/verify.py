@@ -156,6 +156,12 @@ def fits_a_row(model: PreTrainedModel, scorers: Scorers, batch: PackedBatch) -> 
     return batch.longest <= verified.packed
 
 
+def needs_no_probe(model: PreTrainedModel, longest: int) -> bool:
+    """Tell whether a batch whose longest sequence has this length is known to fit a packed row."""
+    verified: VerifiedLengths | None = getattr(model, _VERIFIED, None)
+    return verified is not None and longest <= verified.packed
+
+
 def is_never_packed(model: PreTrainedModel) -> bool:
     """Tell whether a model is known to be scored one sequence a forward, whatever the length."""
     verified: VerifiedLengths | None = getattr(model, _VERIFIED, None)

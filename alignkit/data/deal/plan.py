@@ -1,4 +1,4 @@
-"""Compute the plan of an epoch: an order of examples, cut into optimizer steps and dealt to micro-batches."""
+"""Compute an epoch's plan: examples in an order, cut into steps and dealt to micro-batches."""
 
 from __future__ import annotations
 

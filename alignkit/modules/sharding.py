@@ -1,0 +1,322 @@
+"""Shard a model's blocks over processes: FSDP2, through Lightning's `ModelParallelStrategy`.
+
+Each decoder block is a unit of PyTorch's `fully_shard`. The parameters outside of blocks
+(embedding, last norm, head) stay whole in every process, because the engine reads the head's
+weight without calling the head; their gradients are averaged here. The root is no unit either: the
+engine calls the backbone below it. Checkpoints hold whole tensors, as under every other strategy,
+so any command and any number of processes reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from alignkit.engine import PackedBatch, blocks_of, needs_no_probe
+from alignkit.errors import AlignkitError
+
+NAME = "fsdp2"
+USABLE = f"ddp, ddp_fork, ddp_notebook, {NAME} or auto"
+_REFUSED_CALLBACKS = (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Train with sharded blocks, and write checkpoints of whole tensors into one file.
+
+    The data-parallel size is the number of processes unless it is given, and tensors are not
+    sharded in any other way. A plain `ModelParallelStrategy` becomes this class when a module of
+    ours is set up.
+    """
+
+    def setup_environment(self) -> None:
+        """Connect the processes, all of them in one group that shards."""
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        if self._tensor_parallel_size == "auto":
+            self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Restore weights once blocks are sharded and before the optimizer is made."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Let Lightning hand over the optimizer's state."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the module's state with whole tensors; every rank must call it."""
+        assert self.lightning_module is not None
+        return {name: _whole(value) for name, value in self.lightning_module.state_dict().items()}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Restore the module from whole tensors, of which each rank keeps its part."""
+        assert self.lightning_module is not None
+        own = dict(self.lightning_module.named_parameters())
+        state = {n: _part(value, own.get(n)) for n, value in checkpoint["state_dict"].items()}
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return an optimizer's state with whole tensors; every rank must call it."""
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        whole = {
+            number: {name: _whole(value) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": whole}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the optimizers from whole tensors, of which each rank keeps its part."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            own = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [number for group in saved["param_groups"] for number in group["params"]]
+            parameter_of = dict(zip(numbers, own, strict=True))
+            state = {
+                number: {name: _part(v, parameter_of[number]) for name, v in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
+    ) -> None:
+        """Write one file, as strategies that shard nothing do."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read one file, as strategies that shard nothing do."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+if NAME not in StrategyRegistry:
+    StrategyRegistry.register(NAME, ShardedStrategy, description=str(ShardedStrategy.__doc__))
+
+
+def refuse_strategy(kind: type, name: str) -> None:
+    """Refuse strategies whose processes do not hold what ours need.
+
+    Args:
+        kind: The strategy's class.
+        name: As the user gave it.
+
+    Raises:
+        AlignkitError: The class is neither one of those that train correctly, nor derived from one.
+    """
+    theirs = next((each for each in kind.__mro__ if each.__module__.startswith("lightning.")), kind)
+    if theirs in (DDPStrategy, SingleDeviceStrategy, ModelParallelStrategy):
+        return
+    raise AlignkitError(
+        f"trainer.strategy={name}: {theirs.__name__} is not supported: it flattens or partitions "
+        "parameters, so that adapters, reference and checkpoints do not find them; to shard a "
+        f"model use {NAME} (FSDP2), else one of {USABLE}"
+    )
+
+
+def set_up_sharding(module: LightningModule, trainer: Trainer) -> None:
+    """Let a module's blocks be sharded when Lightning configures its model, if its trainer shards.
+
+    Raises:
+        AlignkitError: The strategy is not supported, or something that does not work with it.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    refuse_strategy(type(strategy), name)
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    mesh = strategy.device_mesh
+    if mesh["tensor_parallel"].size() != 1:
+        raise AlignkitError(
+            f"trainer.strategy={name}: tensor_parallel_size={mesh['tensor_parallel'].size()} is "
+            f"not supported; use {NAME}, or set it to 1 and data_parallel_size to the number of "
+            "processes"
+        )
+    _refuse_with_sharding(module, trainer)
+    if type(strategy) is ModelParallelStrategy:
+        # Its own checkpoints are restored without the checks of ours, and read by no command.
+        strategy.__class__ = ShardedStrategy
+    # An attribute of the module alone: Lightning's averaging warns of a class that has the method.
+    module.configure_model = partial(_shard, module, mesh["data_parallel"])  # type: ignore[method-assign]
+
+
+def _refuse_with_sharding(module: Any, trainer: Trainer) -> None:
+    """Refuse what needs whole parameters, or as many forward passes on every rank."""
+    options = module.hparams
+    reasons = {
+        "model.compile": bool(options.get("compile")),
+        "model.quantize": options.get("quantize") is not None,
+        "model.reference_cache": options.get("reference_cache") is not None,
+        "trainer.precision=16-mixed": getattr(trainer.precision_plugin, "scaler", None) is not None,
+        "trainer.precision=64-true": str(trainer.precision) == "64-true",
+    }
+    told = [name for name, given in reasons.items() if given]
+    told += [
+        type(each).__name__
+        for each in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(each, _REFUSED_CALLBACKS)
+    ]
+    if told:
+        raise AlignkitError(
+            f"trainer.strategy={NAME}: does not work with {', '.join(told)}; leave that out, or "
+            "use ddp"
+        )
+    for model in _models(module):
+        if not blocks_of(model):
+            raise AlignkitError(
+                f"trainer.strategy={NAME}: {type(model).__name__} has no blocks to shard; use ddp"
+            )
+
+
+def _models(module: Any) -> list[Any]:
+    """Return the policy, and the reference's model if there is one."""
+    reference = getattr(module, "reference", None)
+    return [module.model, *([reference.model] if reference is not None else [])]
+
+
+def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
+    """Shard the blocks of the policy and of its reference, which share frozen shards too."""
+    models = _models(module)
+    if any(isinstance(each, FSDPModule) for each in models[0].modules()):
+        return
+    owner: dict[int, tuple[nn.Module, str]] = {}
+    for number, model in enumerate(models):
+        shared = []
+        for block in blocks_of(model):
+            for part, name, parameter in _parameters(block):
+                if number == 0:
+                    owner[id(parameter)] = part, name
+                elif id(parameter) in owner:
+                    shared.append((part, name, owner[id(parameter)]))
+            fully_shard(block, mesh=mesh)
+        for part, name, (theirs, their_name) in shared:
+            # A unit takes over what its modules hold when it first runs.
+            part.register_parameter(name, theirs._parameters[their_name])
+
+
+def _parameters(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for part in block.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                yield part, name, parameter
+
+
+def units(module: Any) -> list[FSDPModule]:
+    """Return the sharded blocks of a module's models; none under other strategies."""
+    return [
+        each
+        for model in _models(module)
+        for each in model.modules()
+        if isinstance(each, FSDPModule)
+    ]
+
+
+def refuse_probe(module: Any, batch: PackedBatch) -> None:
+    """Refuse a batch that would be scored by another number of forward passes on each rank.
+
+    Each pass gathers the blocks from all ranks, which would wait for one another forever.
+
+    Raises:
+        AlignkitError: The batch does not fit a packed row as far as is known.
+    """
+    if units(module) and not needs_no_probe(module.model, batch.longest):
+        raise AlignkitError(
+            f"trainer.strategy={NAME}: {type(module.model).__name__} is not scored in one packed "
+            f"row for sequences of {batch.longest} tokens, and sharded blocks need as many passes "
+            "on every rank; use ddp, or lower data.max_length"
+        )
+
+
+def gather_blocks(module: Any) -> None:
+    """Hold whole blocks from here on: in an evaluation ranks may differ by a batch."""
+    for unit in units(module):
+        unit.set_reshard_after_forward(False)
+        unit.unshard()
+
+
+def release_blocks(module: Any) -> None:
+    """Hold shards alone again, after `gather_blocks`."""
+    for unit in units(module):
+        unit.set_reshard_after_forward(True)
+        unit.reshard()
+
+
+# Gradients ------------------------------------------------------------------------------
+
+
+def local_gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """Return this rank's part of every gradient there is, the very storage."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [g._local_tensor if isinstance(g, DTensor) else g for g in gradients]
+
+
+def average_whole_gradients(parameters: list[Tensor]) -> None:
+    """Average over ranks the gradients of parameters that are not sharded, where others are.
+
+    FSDP2 averages those of its units; every rank must call it.
+    """
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+
+def gradient_norm(parameters: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients, the same on every rank, which must call it."""
+    sharded: list[Tensor] = [p for p in parameters if isinstance(p, DTensor)]
+    if not sharded:
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    squared = nn.utils.get_total_norm(local_gradients(sharded)) ** 2
+    dist.all_reduce(squared)
+    whole = local_gradients([p for p in parameters if not isinstance(p, DTensor)])
+    return (squared + nn.utils.get_total_norm(whole).to(squared) ** 2).sqrt()
+
+
+def _whole(value: Any) -> Any:
+    """Return a tensor whole and on the CPU where it is sharded."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def _part(value: Any, like: Tensor | None) -> Any:
+    """Return this rank's part of a whole tensor, where ``like`` of the same shape is sharded."""
+    if not isinstance(like, DTensor) or not isinstance(value, Tensor) or value.shape != like.shape:
+        return value
+    there = value.to(like.device)
+    # Every rank has read the same file, so nothing need be sent.
+    return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
