@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import (
 )
 
 from alignkit.errors import AlignkitError
-from alignkit.modules.sharding import USABLE, refuse_strategy
+from alignkit.modules.strategy import USABLE, refuse_strategy
 from alignkit.utils.ranks import is_lost_connection
 
 _WAIT_SECONDS = 10.0  # for a failed process to report why

@@ -77,10 +77,11 @@ def trained() -> dict[str, torch.Tensor]:
         (MODULE, "ddp"),
         (CODE, "ddp"),
         (TORCHRUN, "ddp"),
+        (SCRIPT, "fsdp2"),
         (SCRIPT, "ddp_fork"),
         (SCRIPT, "ddp_notebook"),
     ],
-    ids=["script", "module", "code", "torchrun", "fork", "notebook"],
+    ids=["script", "module", "code", "torchrun", "sharded", "fork", "notebook"],
 )
 def test_two_processes_train_once(
     start: list[str], strategy: str, command: Callable, tmp_path: Path

@@ -20,6 +20,7 @@ from alignkit.callbacks import Checkpoint
 from alignkit.modules import DPOModule, SFTModule
 from tests.modules.helpers import trainer
 
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
 LORA = {"r": 4, "dropout": 0.0}
 
 
@@ -42,14 +43,17 @@ class Keep(L.Callback):
     def __init__(self) -> None:
         self.steps: list[list[float]] = []
         self.shared = 0
+        self.taken = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-        if not trainer.is_global_zero or trainer.global_step == len(self.steps):
+        if not trainer.is_global_zero or trainer.global_step == self.taken:
             return
+        self.taken = trainer.global_step
         logged = trainer.callback_metrics
         self.steps.append([float(logged["train/loss"]), float(logged["train/grad_norm"])])
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.taken = trainer.global_step
         reference = getattr(module, "reference", None)
         if reference is not None:
             own = dict(module.model.named_parameters())
@@ -61,11 +65,20 @@ class Keep(L.Callback):
 
 def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
     kind, options, settings = CASES[case]
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = RANKS
+    if ranks > 1:
+        os.environ["WORLD_SIZE"] = str(ranks)  # Lightning deletes it at the end of a run
     torch.manual_seed(0)
     module = kind(base, optimizer=adamw, schedule="linear", **options)
     source = HHPreferenceDataModule if kind is DPOModule else HHSFTDataModule
-    data = source(base, str(home / "data"), examples_per_batch=8, cache_dir=str(home / "cache"))
+    # Small batches, so that one rank has more of them to validate on than the other.
+    data = source(
+        base,
+        str(home / "data"),
+        examples_per_batch=8,
+        tokens_per_batch=150,
+        cache_dir=str(home / "cache"),
+    )
     keep = Keep()
     place = home / f"{case}-{ranks}{'-resumed' if resume else ''}"
     run = trainer(
@@ -74,7 +87,10 @@ def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
         accumulate_grad_batches=2 if ranks == 1 else 1,
         strategy="fsdp2" if ranks > 1 else "auto",
         max_epochs=2,
-        callbacks=[Checkpoint(dirpath=str(place), every_n_train_steps=2, save_top_k=-1), keep],
+        callbacks=[
+            Checkpoint(dirpath=str(place), every_n_train_steps=2, save_top_k=-1, save_last=True),
+            keep,
+        ],
         enable_checkpointing=True,
         **settings,
     )

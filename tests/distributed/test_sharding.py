@@ -61,7 +61,7 @@ def home(
     def words() -> str:
         return " ".join(draw.choices(["bread", "tea", "salt", "rain"], k=draw.randint(1, 12)))
 
-    for split, count in (("train", 33), ("test", 7)):
+    for split, count in (("train", 32), ("test", 7)):
         prompts = [f"\n\nHuman: {i} {words()}?\n\nAssistant:" for i in range(count)]
         rows = [{"chosen": f"{p} {words()}!", "rejected": f"{p} {words()}."} for p in prompts]
         (place / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -83,7 +83,7 @@ def test_two_ranks_that_shard_train_as_one_process_does(case: str, home: tuple[P
     place, _ = home
     (one, whole), (two, gathered) = results(place, f"{case}-1"), results(place, f"{case}-2")
     tolerance = {"rtol": 1e-6, "atol": 2e-6} if case != "mixed" else {"rtol": 2e-2, "atol": 1e-3}
-    assert len(two["steps"]) == 10
+    assert len(two["steps"]) == 8
     torch.testing.assert_close(
         torch.tensor(two["steps"]), torch.tensor(one["steps"]), **{**tolerance, "rtol": 1e-5}
     )
@@ -110,7 +110,7 @@ def test_a_checkpoint_is_one_file_that_every_command_and_any_number_of_ranks_rea
     state = results(place, f"{case}-2")[1]
     own = dict(model.named_parameters())
     assert all(torch.equal(own[name.removeprefix("model.")], v) for name, v in state.items())
-    # Four of the ten steps were two ranks', the others are one process's, and the other way round.
+    # Four of the eight steps were two ranks' and the others are one process's, or the reverse.
     for ranks, other in ((1, 2), (2, 1)):
         (middle,) = (place / f"{case}-{other}").glob("*step=4.ckpt")
         launch(ranks, case, place, base, middle)
