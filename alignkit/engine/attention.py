@@ -17,6 +17,7 @@ from alignkit.engine.segments import (
 )
 from alignkit.engine.tiles import TiledAttention
 from alignkit.engine.varlen import VarlenAttention, varlen_refusal
+from alignkit.utils.real import on_real_tensors
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 # Policy and reference score the same row, and a model's layers may differ in their windows. The
 # cache lays out each of these plans once.
 @lru_cache(maxsize=4)
+@on_real_tensors
 def make_plan(
     spans: tuple[Span, ...],
     device: torch.device,

@@ -25,6 +25,7 @@ from alignkit.engine.attention import make_plan
 from alignkit.engine.explicit import ExplicitAttention
 from alignkit.engine.segments import AttentionPlan, Reach, Window
 from alignkit.errors import AlignkitError
+from alignkit.utils.real import on_real_tensors
 
 _CURRENT_ROW: ContextVar[PackedRow | None] = ContextVar("alignkit_row", default=None)
 # Attribute of a mask that stands for attention over a row.
@@ -78,6 +79,7 @@ class PackedRow:
         self.longest = max(span.prompt + max(span.responses) for span in spans)
         self._causal_mask: Tensor | None = None
 
+    @on_real_tensors
     def mask(self, given: dict[str, Any]) -> Tensor:
         """Return a tensor without content that stands for a layer's mask.
 

@@ -56,6 +56,11 @@ def head_scores(
     return token_scores(head, hidden_ND, target_N, stats, curve)
 
 
+def assume_plain_tail(model: PreTrainedModel) -> None:
+    """Record that logits are the head's products, untried, for a model without content."""
+    setattr(model, _CURVE, PLAIN)
+
+
 class _OwnForward(nn.Module):
     """Run a model's forward on hidden states in place of tokens."""
 

@@ -34,6 +34,7 @@ from alignkit.engine.segments import (
     visible,
 )
 from alignkit.utils.autocast import no_autocast
+from alignkit.utils.real import on_real_tensors
 
 QUERIES = 128
 """Rows of a tile. Shorter ones waste less above the diagonal, longer ones pay fewer calls."""
@@ -178,6 +179,7 @@ def _stack(
     return _Stack(queries_Sn, keys_Sm, real_Sn, mask_Snm[:, None])
 
 
+@on_real_tensors
 def _gather(stacks: list[_Stack], heads: int, key_heads: int, rows: int) -> _Gather:
     def by_head(rows_Sn: Tensor, count: int) -> Tensor:
         return (rows_Sn[:, None] * count + torch.arange(count)[:, None]).flatten()

@@ -162,6 +162,11 @@ def needs_no_probe(model: PreTrainedModel, longest: int) -> bool:
     return verified is not None and longest <= verified.packed
 
 
+def assume_packed(model: PreTrainedModel) -> None:
+    """Record that packed rows are right, unchecked, for a model whose tensors have no content."""
+    setattr(model, _VERIFIED, VerifiedLengths(packed=math.inf))
+
+
 def is_never_packed(model: PreTrainedModel) -> bool:
     """Tell whether a model is known to be scored one sequence a forward, whatever the length."""
     verified: VerifiedLengths | None = getattr(model, _VERIFIED, None)

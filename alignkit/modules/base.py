@@ -18,17 +18,21 @@ from alignkit.engine import PackedBatch, Packing, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
 from alignkit.lora.adapter import adapter_layers
 from alignkit.lora.inject import base_parameter_count
+from alignkit.lora.resize import rows_before
 from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
+from alignkit.models.load import embedding_size, load_tokenizer
 from alignkit.models.noise import refuse_noise
-from alignkit.models.policy import build_policy
+from alignkit.models.policy import build_policy, checkpoint_activations
 from alignkit.models.quantize import Quantization
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
 from alignkit.models.text_format import KEY as TEXT
 from alignkit.models.text_format import TextFormat
+from alignkit.models.tokenizer import vocabulary_size
 from alignkit.modules.checkpoint_io import seal_checkpoints
+from alignkit.modules.dashboard import Dashboard
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
 from alignkit.modules.optimize import check_rates, make_optimizer, make_schedule, total_steps
 from alignkit.modules.resume import KEY as SETTINGS
@@ -38,6 +42,7 @@ from alignkit.modules.sharding import refuse_probe
 from alignkit.modules.signals import Signals
 from alignkit.modules.text import format_of_checkpoint, format_of_run
 from alignkit.modules.trainer_support import TrainerSupport
+from alignkit.utils.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +68,9 @@ class AlignmentModule(TrainerSupport):
         quantize: Keep the frozen linear layers of the base in 4 bits (``nf4``, with double
             quantization) or 8 (``int8``), for adapters over them; needs ``alignkit[quant]``.
         random_init: Draw the base's weights at random from its config, reading none.
+        resize_embeddings: Give embeddings and output head a row for each of the tokenizer's ids, or
+            for a number of them, where they have fewer. New rows start as the mean of the others;
+            with LoRA, ``modules_to_save`` has to name both for them to train.
         optimizer: A function from the trainable parameters to an optimizer.
         schedule: Shape of the learning rate after warm-up, a name of transformers'
             ``get_scheduler``; it advances every optimizer step.
@@ -107,6 +115,7 @@ class AlignmentModule(TrainerSupport):
         dtype: Literal["float32", "bfloat16"] = "float32",
         quantize: Quantization | None = None,
         random_init: bool = False,
+        resize_embeddings: bool | int = False,
         optimizer: OptimizerCallable = lambda params: AdamW(
             params, lr=2e-4, weight_decay=0.0, fused=True
         ),
@@ -127,6 +136,9 @@ class AlignmentModule(TrainerSupport):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.lora_plus_ratio = lora_plus_ratio
+        rows = int(resize_embeddings)
+        if resize_embeddings is True:
+            rows = vocabulary_size(load_tokenizer(tokenizer or base))
         start = None
         if init_from is not None:
             init_from = self.hparams["init_from"] = find_checkpoint(init_from)
@@ -134,21 +146,26 @@ class AlignmentModule(TrainerSupport):
             self.text_format = start.text_format()
         # A checkpoint's hyper-parameters hold the config as plain values.
         choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
-        self.model, self.base_identity, self.lora = build_policy(
-            base,
-            choice,
-            start,
-            dtype=dtype,
-            random_init=random_init,
-            dropout=dropout,
-            quantize=quantize,
-        )
-        self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
-        if activation_checkpointing:
-            self.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
-                {"use_reentrant": False}
+        with phase(f"loading {base}"):
+            self.model, self.base_identity, self.lora = build_policy(
+                base,
+                choice,
+                start,
+                dtype=dtype,
+                random_init=random_init,
+                dropout=dropout,
+                quantize=quantize,
+                embeddings=rows,
             )
-        check_engine(self.model, packing)
+        self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
+        resized = rows_before(self.model) is not None
+        self._keep_hyperparameter(
+            "resize_embeddings", embedding_size(self.model) if resized else False
+        )
+        if activation_checkpointing:
+            checkpoint_activations(self.model)
+        with phase(f"checking how {base} is scored"):
+            check_engine(self.model, packing)
         self.dropout = dropout
         if not dropout:
             refuse_noise(self.model)
@@ -210,11 +227,12 @@ class AlignmentModule(TrainerSupport):
     # Checkpoints ----------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that handles signals, and reserve the run's folder."""
+        """Return the callbacks that every run has, and reserve the run's folder."""
         super().configure_callbacks()
         claim_run_folder(self.trainer)
-        there = any(isinstance(c, Signals) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there else [Signals()]
+        added: list[Callback] = [Signals(), Dashboard()]
+        there = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [each for each in added if type(each) not in there]
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -244,14 +262,6 @@ class AlignmentModule(TrainerSupport):
         self._steps_before = checkpoint["global_step"]
         # Tuners restore their initial state when the optimizer exists; a resumed run has none yet.
         self._resumed = checkpoint if self._settings is None else None
-
-    def on_train_start(self) -> None:
-        """Log the share of rows that the data module truncated."""
-        super().on_train_start()
-        truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
-        if truncated is not None:  # constant over the run, so no mean over ranks or steps
-            for logger in self.loggers:
-                logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
 
     def checkpoint_stamp(self) -> dict[str, Any]:
         """Return the identity that a checkpoint and the module that resumes it must share."""

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
 from gpuday.day import Day
 
 ROOT = Path(__file__).parents[2]
-_LINE = re.compile(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)", re.MULTILINE)
+# `name PASSED [ 3%]`, or with pytest-xdist `[gw0] [ 3%] PASSED name`.
+_LINE = re.compile(
+    r"^(?:\S+::.* |\[gw\d+\] \[ *\d+%\] )(PASSED|FAILED|SKIPPED|ERROR)\b", re.MULTILINE
+)
 
 
 def test_files() -> list[str]:
@@ -27,10 +31,21 @@ def measure(day: Day) -> None:
     """Note how many passed, and the names and last lines of those that failed."""
     files = test_files()[:1] if day.tiny else test_files()
     report, output = day.scratch / "cuda-tests.xml", day.scratch / "cuda-tests.log"
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", f"--junitxml={report}", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-m",
+        "gpu and not slow",
+        f"--junitxml={report}",
+        *files,
+    ]
     # What is at stake is the device: a package that this machine lacks may be named in the
     # project's list of warnings, and another version's advice is no failure.
     command += ["-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+    if find_spec("xdist") is not None and not day.tiny:
+        command += ["-n", "5"]
     began = time.monotonic()
     with output.open("w") as log:
         try:
@@ -39,7 +54,7 @@ def measure(day: Day) -> None:
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": _path()},
+                env={**os.environ, "PYTHONPATH": _path(), "HF_HUB_OFFLINE": "1"},
                 timeout=max(day.deadline - began, 30.0),
             )
         except subprocess.TimeoutExpired:

@@ -8,6 +8,7 @@ held against PEFT in transformers' trainer, and DPO takes its steps alone.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,7 +21,6 @@ from sidebyside import summary
 from sidebyside.experiment import Bounds, Contest, Outcome, Round, compare
 from sidebyside.job import Arm, Task
 from sidebyside.options import UNITS, Options
-from sidebyside.plan import PARITY_STEPS
 
 from gpuday import bare
 from gpuday.clock import interleaved, peak_above
@@ -29,25 +29,39 @@ from gpuday.day import Day
 _WANTED = {"dpo": dpo.WANTED, "sft": dpo.WANTED, "lm": lora.WANTED}
 # Of 64 pairs a step, and of the shorter rows of SFT, one turn of TRL's takes seconds on a GPU.
 _PEER_BATCH = 8
+# Of eight micro-batches each: twenty took longer than everything that was timed.
+_PARITY_STEPS = 4
 
 
 def measure(day: Day) -> None:
-    """Take every contest that has not been taken yet."""
-    late = []
+    """Take every contest that has not been taken yet; one that fails leaves the others."""
+    late, failed, longest = [], [], 0.0
     for task, shape in day.sizes.contests:
         name = f"{shape} {task}"
         if day.has(f"{name}: whole"):
             continue
-        if day.is_late():
+        # A contest that would be broken off leaves its rounds and no more.
+        if day.is_late() or day.seconds_left() < 0.8 * longest:
             late.append(name)
             continue
+        began = time.monotonic()
         contest = contest_of(task)
         if contest is None:
-            _alone(day, task, shape, name)
+            _alone(day, task, shape, name, "TRL is not installed")
         else:
-            _contest(day, contest, shape, name)
+            try:
+                _contest(day, contest, shape, name)
+            except Exception as error:
+                day.note(f"{name}: error", f"{type(error).__name__}: {error}"[:1000], "")
+                failed.append(name)
+                bare.free(day)
+                _alone(day, task, shape, name, "an arm failed")
+                continue
         bare.free(day)
-        day.note(f"{name}: whole", True, "")
+        longest = max(longest, time.monotonic() - began)
+        day.note(f"{name}: whole", True, "", seconds=round(time.monotonic() - began, 1))
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
     if late:
         raise TimeoutError(f"no time was left for {', '.join(late)}")
 
@@ -98,7 +112,13 @@ def _contest(day: Day, contest: Contest, shape: str, name: str) -> None:
         }
         day.note(f"{name}: round {number + 1}", seconds, "s")
 
-    bounds = Bounds(day.deadline, whatever=True, ceiling=day.ceiling(), tell=tell)
+    bounds = Bounds(
+        deadline=day.deadline,
+        whatever=True,
+        parity_steps=_PARITY_STEPS,
+        ceiling=day.ceiling(),
+        tell=tell,
+    )
     outcome = compare(contest, options, day.console, bounds)
     unit = UNITS[contest.task]
     about = {
@@ -110,7 +130,7 @@ def _contest(day: Day, contest: Contest, shape: str, name: str) -> None:
         else "random tokens in the lengths of real pairs",
     }
     verdict = outcome.parity
-    day.note(f"{name}: parity", verdict["passed"], "", steps=PARITY_STEPS, verdict=verdict)
+    day.note(f"{name}: parity", verdict["passed"], "", steps=_PARITY_STEPS, verdict=verdict)
     for arm, found in summary.arms(outcome, unit).items():
         _note_arm(day, f"{name}: {arm}", found, outcome, unit, about)
     wanted = _WANTED[contest.task] | lora.WANTED  # those whose peer took no part drop out
@@ -142,14 +162,14 @@ def _note_arm(
     )
 
 
-def _alone(day: Day, task: Task, shape: str, name: str) -> None:
+def _alone(day: Day, task: Task, shape: str, name: str, peers: str) -> None:
     examples = bare.steps_of(day, task, shape, 2)
     step = bare.Step(bare.build(day, task, shape), bare.batches_of(day, examples))
     step()
     step()
     times = interleaved({name: step}, day.sizes.rounds, 2, day.device, day.is_late)[name]
     flops = sum(bare.flops_of(task, shape, members) for members in examples) / 2
-    about = {"per_step": day.sizes.per_step, "trainer": "none", "peers": "TRL is not installed"}
+    about = {"per_step": day.sizes.per_step, "trainer": "none", "peers": peers}
     day.note(f"{name}: step alone", median(times), "s", rounds=times, **about)
     used = flops / (median(times) * day.ceiling())
     day.note(f"{name}: MFU of useful tokens", used, "of the ceiling", **about)

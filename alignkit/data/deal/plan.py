@@ -1,4 +1,4 @@
-"""Compute an epoch's plan: examples in an order, cut into steps and dealt to micro-batches."""
+"""Compute an epoch's plan: an order of examples, cut into steps and dealt to micro-batches."""
 
 from __future__ import annotations
 
