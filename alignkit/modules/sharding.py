@@ -1,4 +1,4 @@
-"""Shard a model's blocks over processes: FSDP2, through Lightning's `ModelParallelStrategy`.
+"""Divide a model's blocks among processes: FSDP2, through Lightning's `ModelParallelStrategy`.
 
 Each decoder block is a unit of PyTorch's `fully_shard`. The parameters outside of blocks
 (embedding, last norm, head) stay whole in every process, because the engine reads the head's
@@ -101,7 +101,7 @@ def _models(module: Any) -> list[Any]:
 
 
 def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
-    """Shard the blocks of the policy and of its reference, which share frozen shards too."""
+    """Divide the blocks of the policy and of its reference, which share frozen shards too."""
     models = _models(module)
     if any(isinstance(each, FSDPModule) for each in models[0].modules()):
         return
@@ -177,7 +177,7 @@ def local_gradients(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def average_whole_gradients(parameters: list[Tensor]) -> None:
-    """Average over ranks the gradients of parameters that are not sharded, where others are.
+    """Make the gradients of whole parameters their means over ranks, where others are sharded.
 
     FSDP2 averages those of its units; every rank must call it.
     """
