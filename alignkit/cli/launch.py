@@ -16,16 +16,14 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
-    DDPStrategy,
-    SingleDeviceStrategy,
     Strategy,
     StrategyRegistry,
 )
 
 from alignkit.errors import AlignkitError
+from alignkit.modules.strategy import USABLE, refuse_strategy
 from alignkit.utils.ranks import is_lost_connection
 
-_USABLE = "ddp, ddp_fork, ddp_notebook or auto"
 _WAIT_SECONDS = 10.0  # for a failed process to report why
 _ALWAYS_ALLOWED = 8  # processes on a CPU of any number of cores, to try things out
 # Variables in which launchers unknown to Lightning give the number of processes.
@@ -74,17 +72,12 @@ def check_strategy(strategy: Any) -> None:
         options = {**options, **(strategy.get("init_args") or {})}
         options.update(strategy.get("dict_kwargs") or {})
     if kind is None:
-        raise AlignkitError(f"trainer.strategy={name}: no such strategy; use {_USABLE}")
-    theirs = next((each for each in kind.__mro__ if each.__module__.startswith("lightning.")), kind)
-    if theirs not in (DDPStrategy, SingleDeviceStrategy):
-        raise AlignkitError(
-            f"trainer.strategy={name}: adapters, reference and checkpoints need every parameter "
-            f"whole in every process, which {theirs.__name__} does not keep; use {_USABLE}"
-        )
+        raise AlignkitError(f"trainer.strategy={name}: no such strategy; use {USABLE}")
+    refuse_strategy(kind, name)
     if options.get("start_method", "popen") not in ("popen", "fork"):
         raise AlignkitError(
             f"trainer.strategy={name}: a command cannot be handed to spawned processes; use "
-            f"{_USABLE}"
+            f"{USABLE}"
         )
 
 

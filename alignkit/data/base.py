@@ -10,7 +10,6 @@ from lightning import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.deal.elastic import Recount
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler
 from alignkit.data.deal.workers import start_worker
 from alignkit.data.keep.cache import cache_root
@@ -156,9 +155,9 @@ class AlignmentDataModule(LightningDataModule):
             sampler.set_epoch(self.trainer.current_epoch)
         if position := self.take_position():
             sampler.load_state_dict(position)
-            if sampler.goes_on and self.trainer is not None:
-                shift = sampler.start - position["batches"]
-                self.trainer.callbacks.insert(0, Recount(shift))  # type: ignore[attr-defined]
+            recount = sampler.recount(position)
+            if recount is not None and self.trainer is not None:
+                self.trainer.callbacks.insert(0, recount)  # type: ignore[attr-defined]
         self._plan = sampler.fingerprint
         self._sampler = sampler
         return self.loader(self._set("train"), batch_sampler=sampler, collate_fn=collate)

@@ -1,7 +1,7 @@
 """Compute the log-probability of every scored token of a packed row, in plain PyTorch."""
 
 from alignkit.batch import Example, PackedBatch, Span, collate
-from alignkit.engine.compile import compile_blocks
+from alignkit.engine.compile import blocks_of, compile_blocks
 from alignkit.engine.head import TokenScores
 from alignkit.engine.onednn import bound_caches
 from alignkit.engine.score import (
@@ -13,7 +13,7 @@ from alignkit.engine.score import (
     score,
     score_with_stats,
 )
-from alignkit.engine.verify import Packing
+from alignkit.engine.verify import Packing, needs_no_probe
 
 bound_caches()
 
@@ -23,10 +23,12 @@ __all__ = [
     "Packing",
     "Span",
     "TokenScores",
+    "blocks_of",
     "check_engine",
     "collate",
     "compile_blocks",
     "final_states",
+    "needs_no_probe",
     "response_lengths",
     "response_means",
     "response_sums",

@@ -42,7 +42,7 @@ def compile_blocks(model: PreTrainedModel) -> int:
             f"model.compile: {type(model).__name__} is scored one sequence a forward, for which "
             "its blocks are not compiled; leave it off"
         )
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     if not blocks:
         raise AlignkitError(
             f"model.compile: {type(model).__name__} has no blocks to compile; leave it off"
@@ -59,7 +59,7 @@ def padded_for(model: PreTrainedModel, batch: PackedBatch) -> PackedBatch:
     The padding is one more example, of which nothing is scored. T grows and N stays.
     """
     missing = -batch.num_tokens % ROW_MULTIPLE
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     if missing == 0 or not blocks or blocks[0]._compiled_call_impl is None:
         return batch
     padding = torch.arange(missing, device=batch.position_ids.device)
@@ -71,7 +71,8 @@ def padded_for(model: PreTrainedModel, batch: PackedBatch) -> PackedBatch:
     )
 
 
-def _blocks(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+def blocks_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return a model's decoder blocks, which are all alike."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

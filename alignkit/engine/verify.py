@@ -156,6 +156,12 @@ def fits_a_row(model: PreTrainedModel, scorers: Scorers, batch: PackedBatch) -> 
     return batch.longest <= verified.packed
 
 
+def needs_no_probe(model: PreTrainedModel, longest: int) -> bool:
+    """Tell whether a batch whose longest sequence has this length is known to fit a packed row."""
+    verified: VerifiedLengths | None = getattr(model, _VERIFIED, None)
+    return verified is not None and longest <= verified.packed
+
+
 def assume_packed(model: PreTrainedModel) -> None:
     """Record that packed rows are right, unchecked, for a model whose tensors have no content."""
     setattr(model, _VERIFIED, VerifiedLengths(packed=math.inf))

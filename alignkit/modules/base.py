@@ -38,6 +38,7 @@ from alignkit.modules.optimize import check_rates, make_optimizer, make_schedule
 from alignkit.modules.resume import KEY as SETTINGS
 from alignkit.modules.resume import apply_settings, run_settings
 from alignkit.modules.runs import claim_run_folder
+from alignkit.modules.sharding import refuse_probe
 from alignkit.modules.signals import Signals
 from alignkit.modules.text import format_of_checkpoint, format_of_run
 from alignkit.modules.trainer_support import TrainerSupport
@@ -188,6 +189,7 @@ class AlignmentModule(TrainerSupport):
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Refuse token ids beyond the model's embedding, while they are still on the CPU."""
         refuse_unknown_ids(self.model, batch.input_ids)
+        refuse_probe(self, batch)
         return batch
 
     def on_fit_start(self) -> None:

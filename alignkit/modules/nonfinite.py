@@ -24,6 +24,7 @@ from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
 from alignkit.models.archive import read_archive, write_archive
 from alignkit.modules.hook import HasLoss
+from alignkit.modules.sharding import units
 from alignkit.modules.window import MicroBatch, WindowTotals
 
 OnNonFinite = Literal["stop", "skip"]
@@ -162,6 +163,8 @@ def _locate_nonfinite(module: HasLoss, micro_batches: list[MicroBatch]) -> str:
 
     Every rank must call it.
     """
+    if units(module):  # computing again would need all ranks to compute as often
+        return "its rows are not sought in sharded blocks; ddp would name them"
     found = [m for m in micro_batches if not _has_finite_loss(module, m.batch)]
     place = Path(module.trainer.log_dir or module.trainer.default_root_dir)  # broadcasts
     told = [_describe_batch(module, micro, place) for micro in found[:1]]

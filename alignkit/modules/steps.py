@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from alignkit.engine import PackedBatch
@@ -20,6 +20,13 @@ from alignkit.modules.metrics import EpochMetrics, EpochSums
 from alignkit.modules.nonfinite import OnNonFinite, StepGuard
 from alignkit.modules.position import Position
 from alignkit.modules.precision import unscale_gradients
+from alignkit.modules.sharding import (
+    average_whole_gradients,
+    gather_blocks,
+    gradient_norm,
+    local_gradients,
+    release_blocks,
+)
 from alignkit.modules.tuning import mean_with_gradient_of_sum
 from alignkit.modules.window import LossOutput, Window, scale_gradients
 
@@ -87,8 +94,9 @@ class ExactSteps(HasLoss):
         # Undo Lightning's division by the number of micro-batches and DDP's by that of ranks.
         constant = self.trainer.accumulate_grad_batches * self.trainer.world_size
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        average_whole_gradients(parameters)
         scale_gradients(parameters, constant / totals.weight)
-        self._norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._norm = gradient_norm(parameters)
         scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         admitted = self.guard.admits(self, totals, None if scales else self._norm)
         self._log("train/lr", optimizer.param_groups[0]["lr"])
@@ -123,9 +131,10 @@ class ExactSteps(HasLoss):
         """
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if gradient_clip_val and gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif gradient_clip_val:
-            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._norm)
+            for gradient in local_gradients(parameters):
+                gradient.clamp_(-gradient_clip_val, gradient_clip_val)
+        elif gradient_clip_val:  # as `nn.utils.clip_grad_norm_`, which computes the norm again
+            scale_gradients(parameters, (gradient_clip_val / (self._norm + 1e-6)).clamp(max=1.0))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, and then count the window as done."""
@@ -147,18 +156,22 @@ class ExactSteps(HasLoss):
     def on_validation_epoch_start(self) -> None:
         """Begin the validation means."""
         self.val_metrics.reset()
+        gather_blocks(self)
 
     def on_test_epoch_start(self) -> None:
         """Begin the test means."""
         self.val_metrics.reset()
+        gather_blocks(self)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means as ``val/…``."""
+        release_blocks(self)
         self._log_evaluation("val")
         self.position.after_validation(self.trainer)
 
     def on_test_epoch_end(self) -> None:
         """Log the test means as ``test/…``."""
+        release_blocks(self)
         self._log_evaluation("test")
 
     def on_train_epoch_start(self) -> None:

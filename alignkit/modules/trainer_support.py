@@ -24,6 +24,7 @@ from alignkit.modules.precision import (
     cast_before_restore,
     keep_batches_uncast,
 )
+from alignkit.modules.sharding import set_up_sharding
 from alignkit.modules.state import keep_trained_state
 from alignkit.modules.steps import ExactSteps
 from alignkit.modules.tuning import learning_rate, with_learning_rate
@@ -73,6 +74,7 @@ class TrainerSupport(ExactSteps):
 
     def setup(self, stage: str) -> None:
         """Refuse a precision that would train wrongly, and cast the module as it asks."""
+        set_up_sharding(self, self.trainer)
         keep_batches_uncast(self.trainer)
         cast_before_restore(self, trained_in_full=self.lora is None)
         self.averaged = self.resumes = False

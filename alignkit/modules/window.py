@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alignkit.engine import PackedBatch
+from alignkit.modules.sharding import local_gradients
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,6 @@ class WindowTotals:
 
 def scale_gradients(parameters: list[Tensor], factor: Tensor) -> None:
     """Multiply gradients in place by a scalar tensor, without waiting for its value."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = local_gradients(parameters)
     if gradients:
         torch._foreach_mul_(gradients, factor.to(gradients[0].device))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,10 +79,11 @@ def trained() -> dict[str, torch.Tensor]:
         (MODULE, "ddp"),
         (CODE, "ddp"),
         (TORCHRUN, "ddp"),
+        (SCRIPT, "fsdp2"),
         (SCRIPT, "ddp_fork"),
         (SCRIPT, "ddp_notebook"),
     ],
-    ids=["script", "module", "code", "torchrun", "fork", "notebook"],
+    ids=["script", "module", "code", "torchrun", "sharded", "fork", "notebook"],
 )
 def test_two_processes_train_once(
     start: list[str], strategy: str, command: Callable, tmp_path: Path
@@ -88,6 +91,46 @@ def test_two_processes_train_once(
     """Whatever started them: one run's folder, one checkpoint."""
     done = command(start, "--trainer.devices", 2, "--trainer.strategy", strategy)
     assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("version_*"))) == 1
+    assert len(list(tmp_path.rglob("events.out.*"))) == 1
+    assert trained()
+
+
+def machine(rank: int, port: int, launcher: str) -> tuple[list[str], dict[str, str]]:
+    """One of two machines with a process each: what is started there, and in which environment."""
+    if launcher == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank"]
+        start += [str(rank), "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+        return [*start, "--master_port", str(port), "-m", "alignkit"], {}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if launcher == "srun":
+        slurm = SLURM | {
+            "SLURM_NNODES": "2",
+            "SLURM_NTASKS_PER_NODE": "1",
+            "SLURM_JOB_NUM_NODES": "2",
+        }
+        slurm |= {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}
+        return SCRIPT, address | slurm
+    return SCRIPT, address | {"NODE_RANK": str(rank)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "variables", "srun"])
+def test_two_machines_train_once(launcher: str, command: Callable, tmp_path: Path) -> None:
+    """Two starts on this machine, as many as two machines of one device would have."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> subprocess.CompletedProcess[str]:
+        arguments, environment = machine(rank, port, launcher)
+        nodes = ["--trainer.num_nodes", 2, "--trainer.devices", 1]
+        done: subprocess.CompletedProcess[str] = command(arguments, *nodes, environment=environment)
+        return done
+
+    with ThreadPoolExecutor(2) as pool:
+        ended = list(pool.map(start, range(2)))
+    assert [done.returncode for done in ended] == [0, 0], "".join(done.stderr for done in ended)
     assert len(list(tmp_path.rglob("version_*"))) == 1
     assert len(list(tmp_path.rglob("events.out.*"))) == 1
     assert trained()

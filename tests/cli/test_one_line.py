@@ -22,12 +22,12 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "accelerator": (("--trainer.accelerator", "gpuu"), ("gpuu", "--trainer.accelerator")),
     "precision": (("--trainer.precision", "17"), ("trainer.precision", "bf16-mixed", "'17'")),
     "strategy": (("--trainer.strategy", "dpp"), ("trainer.strategy=dpp", "use ddp")),
-    "fsdp": (("--trainer.strategy", "fsdp"), ("trainer.strategy=fsdp", "use ddp")),
-    "deepspeed": (("--trainer.strategy", "deepspeed_stage_2"), ("DeepSpeedStrategy", "use ddp")),
-    "xla": (("--trainer.strategy", "xla"), ("XLAStrategy", "use ddp")),
-    "model-parallel": (
-        ("--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"),
-        ("ModelParallelStrategy does not keep", "use ddp"),
+    "fsdp": (("--trainer.strategy", "fsdp"), ("trainer.strategy=fsdp: FSDPStrategy", "use fsdp2")),
+    "deepspeed": (("--trainer.strategy", "deepspeed_stage_2"), ("DeepSpeedStrategy", "use fsdp2")),
+    "xla": (("--trainer.strategy", "xla"), ("XLAStrategy", "ddp, ddp_fork")),
+    "sharded": (
+        ("--trainer.strategy", "fsdp2", "--trainer.precision", "64-true"),
+        ("fsdp2: does not work with trainer.precision=64-true", "use ddp"),
     ),
     "spawn": (("--trainer.strategy", "ddp_spawn", "--trainer.devices", 2), ("use ddp, ddp_fork",)),
     "wandb": (("--trainer.logger", f"{LOGGERS}.WandbLogger"), ("pip install wandb",)),

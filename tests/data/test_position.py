@@ -158,6 +158,19 @@ class TestPairs:
         (told,) = [r.message for r in caplog.records if "the epoch begins with other" in r.message]
         assert "train.jsonl's content changed" in told and "\n" not in told
 
+    @pytest.mark.parametrize("change", [{"tokens_per_batch": 500}, {"accumulate": 2}])
+    def test_an_epoch_s_last_batch_is_its_end_whatever_the_next_epoch_s_length(
+        self, data: Callable[..., Any], tmp_path: Path, change: dict[str, int]
+    ) -> None:
+        """Lightning took a shorter epoch for an unfinished one, and the next lost its beginning."""
+        per_epoch = len(train(data())) // 2
+        path = stopped(data(), tmp_path / "a.ckpt", after=per_epoch)
+        accumulate = change.get("accumulate", 1)
+        budget = {"tokens_per_batch": change.get("tokens_per_batch", 900)}
+        whole = train(data(**budget), accumulate=accumulate)
+        seen = train(data(**budget), resume=path, accumulate=accumulate)
+        assert seen == [each for each in whole if each[0] == 1]
+
     def test_another_kind_of_data_is_refused(
         self, data: Callable[..., Any], hh_dir: Path, tmp_path: Path, make: Callable[..., Any]
     ) -> None:

@@ -115,24 +115,30 @@ class Recount(Callback):
     """Let Lightning count an epoch that other ranks began in the micro-batches of these.
 
     Args:
-        shift: By how many more micro-batches these ranks reach the same step.
+        before: The number of micro-batches after which the run goes on, as they were counted.
+        now: The same number as these ranks count: those of the same step, or of a whole epoch.
+        reload: Whether the epoch that the run goes on with may have another length than others.
     """
 
-    def __init__(self, shift: int) -> None:
-        self.shift = shift
+    def __init__(self, before: int, now: int, reload: bool) -> None:
+        self.before, self.now = before, now
+        self._goes_on = reload
         self._reload: int | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the number of the micro-batch that the run goes on after."""
         progress = trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.ready != self.before:  # the epoch was limited, or has ended
+            return
         for tracker in (progress.total, progress.current):
             for name in ("ready", "started", "processed", "completed"):
-                setattr(tracker, name, getattr(tracker, name) + self.shift)
-        self.shift = 0
+                setattr(tracker, name, getattr(tracker, name) + self.now - self.before)
+        self.before = self.now
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make Lightning ask for the loader again: the next epoch has another length."""
-        if self._reload is None:
+        if self._goes_on:
+            self._goes_on = False
             self._reload = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
             trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from alignkit.data.deal.elastic import (
     PARTS,
     Part,
+    Recount,
     comparable,
     describe,
     parts_before,
@@ -129,15 +130,14 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             **({PARTS: [list(part) for part in self._parts]} if self._parts else {}),
         }
 
-    @property
-    def goes_on(self) -> bool:
-        """Tell whether other ranks began the epoch, which need not be as long as others then."""
-        return bool(self._parts)
-
-    @property
-    def start(self) -> int:
-        """Return the micro-batches of the epoch that were done when its position was loaded."""
-        return self._start
+    def recount(self, state: Mapping[str, Any]) -> Recount | None:
+        """Return the callback that a run needs to go on from a loaded position, if it needs one."""
+        if self._parts:
+            return Recount(state["batches"], self._start, reload=True)
+        whole = (state.get("plan") or {}).get("batches", 0)
+        # Lightning takes an epoch that was shorter than this run's for an unfinished one.
+        at_the_end = self._start == 0 and whole not in (0, len(self))
+        return Recount(whole, len(self), reload=False) if at_the_end else None
 
     def steps_ahead(self, epochs: int) -> int:
         """Count the optimizer steps from the loaded position to the end of ``epochs`` epochs."""

@@ -1,0 +1,203 @@
+"""Divide a model's blocks among processes: FSDP2, through Lightning's `ModelParallelStrategy`.
+
+Each decoder block is a unit of PyTorch's `fully_shard`. The parameters outside of blocks
+(embedding, last norm, head) stay whole in every process, because the engine reads the head's
+weight without calling the head; their gradients are averaged here. The root is no unit either: the
+engine calls the backbone below it. Checkpoints hold whole tensors, as under every other strategy,
+so any command and any number of processes reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from alignkit.engine import PackedBatch, blocks_of, needs_no_probe
+from alignkit.errors import AlignkitError
+from alignkit.modules.strategy import NAME, ShardedStrategy, refuse_strategy
+
+_REFUSED_CALLBACKS = (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+
+
+def set_up_sharding(module: LightningModule, trainer: Trainer) -> None:
+    """Let a module's blocks be sharded when Lightning configures its model, if its trainer shards.
+
+    Raises:
+        AlignkitError: The strategy is not supported, or something that does not work with it.
+    """
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+    refuse_strategy(type(strategy), name)
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    mesh = strategy.device_mesh
+    if mesh["tensor_parallel"].size() != 1:
+        raise AlignkitError(
+            f"trainer.strategy={name}: tensor_parallel_size={mesh['tensor_parallel'].size()} is "
+            f"not supported; use {NAME}, or set it to 1 and data_parallel_size to the number of "
+            "processes"
+        )
+    _refuse_with_sharding(module, trainer)
+    if type(strategy) is ModelParallelStrategy:
+        # Its own checkpoints are restored without the checks of ours, and read by no command.
+        strategy.__class__ = ShardedStrategy
+    # An attribute of the module alone: Lightning's averaging warns of a class that has the method.
+    module.configure_model = partial(_shard, module, mesh["data_parallel"])  # type: ignore[method-assign]
+
+
+def _refuse_with_sharding(module: Any, trainer: Trainer) -> None:
+    """Refuse what needs whole parameters, or as many forward passes on every rank."""
+    options = module.hparams
+    reasons = {
+        "model.compile": bool(options.get("compile")),
+        "model.quantize": options.get("quantize") is not None,
+        "model.reference_cache": options.get("reference_cache") is not None,
+        "trainer.precision=16-mixed": getattr(trainer.precision_plugin, "scaler", None) is not None,
+        "trainer.precision=64-true": str(trainer.precision) == "64-true",
+    }
+    told = [name for name, given in reasons.items() if given]
+    told += [
+        type(each).__name__
+        for each in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(each, _REFUSED_CALLBACKS)
+    ]
+    if told:
+        raise AlignkitError(
+            f"trainer.strategy={NAME}: does not work with {', '.join(told)}; leave that out, or "
+            "use ddp"
+        )
+    for model in _models(module):
+        if not blocks_of(model):
+            raise AlignkitError(
+                f"trainer.strategy={NAME}: {type(model).__name__} has no blocks to shard; use ddp"
+            )
+
+
+def _models(module: Any) -> list[Any]:
+    """Return the policy, and the reference's model if there is one."""
+    reference = getattr(module, "reference", None)
+    return [module.model, *([reference.model] if reference is not None else [])]
+
+
+def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
+    """Divide the blocks of the policy and of its reference, which share frozen shards too."""
+    models = _models(module)
+    if any(isinstance(each, FSDPModule) for each in models[0].modules()):
+        return
+    owner: dict[int, tuple[nn.Module, str]] = {}
+    for number, model in enumerate(models):
+        shared = []
+        for block in blocks_of(model):
+            for part, name, parameter in _parameters(block):
+                if number == 0:
+                    owner[id(parameter)] = part, name
+                elif id(parameter) in owner:
+                    shared.append((part, name, owner[id(parameter)]))
+            fully_shard(block, mesh=mesh)
+        for part, name, (theirs, their_name) in shared:
+            # A unit takes over what its modules hold when it first runs.
+            part.register_parameter(name, theirs._parameters[their_name])
+
+
+def _parameters(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for part in block.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                yield part, name, parameter
+
+
+def units(module: Any) -> list[FSDPModule]:
+    """Return the sharded blocks of a module's models; none under other strategies."""
+    return [
+        each
+        for model in _models(module)
+        for each in model.modules()
+        if isinstance(each, FSDPModule)
+    ]
+
+
+def refuse_probe(module: Any, batch: PackedBatch) -> None:
+    """Refuse a batch that would be scored by another number of forward passes on each rank.
+
+    Each pass gathers the blocks from all ranks, which would wait for one another forever.
+
+    Raises:
+        AlignkitError: The batch does not fit a packed row as far as is known.
+    """
+    if units(module) and not needs_no_probe(module.model, batch.longest):
+        raise AlignkitError(
+            f"trainer.strategy={NAME}: {type(module.model).__name__} is not scored in one packed "
+            f"row for sequences of {batch.longest} tokens, and sharded blocks need as many passes "
+            "on every rank; use ddp, or lower data.max_length"
+        )
+
+
+def gather_blocks(module: Any) -> None:
+    """Hold whole blocks from here on: in an evaluation ranks may differ by a batch."""
+    for unit in units(module):
+        unit.set_reshard_after_forward(False)
+        unit.unshard()
+
+
+def release_blocks(module: Any) -> None:
+    """Hold shards alone again, after `gather_blocks`."""
+    for unit in units(module):
+        unit.set_reshard_after_forward(True)
+        unit.reshard()
+
+
+# Gradients ------------------------------------------------------------------------------
+
+
+def local_gradients(parameters: list[Tensor]) -> list[Tensor]:
+    """Return this rank's part of every gradient there is, the very storage."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return [g._local_tensor if isinstance(g, DTensor) else g for g in gradients]
+
+
+def average_whole_gradients(parameters: list[Tensor]) -> None:
+    """Make the gradients of whole parameters their means over ranks, where others are sharded.
+
+    FSDP2 averages those of its units; every rank must call it.
+    """
+    if not any(isinstance(p, DTensor) for p in parameters):
+        return
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+
+def gradient_norm(parameters: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients, the same on every rank, which must call it."""
+    sharded: list[Tensor] = [p for p in parameters if isinstance(p, DTensor)]
+    if not sharded:
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    squared = nn.utils.get_total_norm(local_gradients(sharded)) ** 2
+    dist.all_reduce(squared)
+    whole = local_gradients([p for p in parameters if not isinstance(p, DTensor)])
+    return (squared + nn.utils.get_total_norm(whole).to(squared) ** 2).sqrt()

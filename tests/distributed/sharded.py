@@ -1,0 +1,109 @@
+"""Runs that are the same on one process and on several that shard: ``python -m … CASES HOME BASE``.
+
+Under ``LOCAL_RANK`` and ``WORLD_SIZE`` the process is one rank of a sharded run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.optim import AdamW
+
+from alignkit import HHPreferenceDataModule, HHSFTDataModule
+from alignkit.callbacks import Checkpoint
+from alignkit.modules import DPOModule, SFTModule
+from tests.modules.helpers import trainer
+
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+LORA = {"r": 4, "dropout": 0.0}
+
+
+def adamw(parameters: Any) -> AdamW:
+    return AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True)
+
+
+CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "lora": (SFTModule, {"lora": LORA}, {}),
+    "full": (SFTModule, {"lora": None}, {"gradient_clip_val": 0.5}),
+    "dpo": (DPOModule, {"lora": LORA}, {"gradient_clip_val": 0.01}),
+    "mixed": (DPOModule, {"lora": LORA, "dtype": "bfloat16"}, {"precision": "bf16-mixed"}),
+    "full_dpo": (DPOModule, {"lora": None, "activation_checkpointing": True}, {}),
+}
+
+
+class Keep(L.Callback):
+    """Keeps the loss and the norm of every step, and how much of the blocks this rank holds."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[float]] = []
+        self.shared = 0
+        self.taken = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if not trainer.is_global_zero or trainer.global_step == self.taken:
+            return
+        self.taken = trainer.global_step
+        logged = trainer.callback_metrics
+        self.steps.append([float(logged["train/loss"]), float(logged["train/grad_norm"])])
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        self.taken = trainer.global_step
+        reference = getattr(module, "reference", None)
+        if reference is not None:
+            own = dict(module.model.named_parameters())
+            for name, frozen in reference.model.named_parameters():
+                mine = own[name]
+                same = getattr(frozen, "_local_tensor", frozen).data_ptr()
+                self.shared += same == getattr(mine, "_local_tensor", mine).data_ptr()
+
+
+def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
+    kind, options, settings = CASES[case]
+    ranks = RANKS
+    if ranks > 1:
+        os.environ["WORLD_SIZE"] = str(ranks)  # Lightning deletes it at the end of a run
+    torch.manual_seed(0)
+    module = kind(base, optimizer=adamw, schedule="linear", **options)
+    source = HHPreferenceDataModule if kind is DPOModule else HHSFTDataModule
+    # Small batches, so that one rank has more of them to validate on than the other.
+    data = source(
+        base,
+        str(home / "data"),
+        examples_per_batch=8,
+        tokens_per_batch=150,
+        cache_dir=str(home / "cache"),
+    )
+    keep = Keep()
+    place = home / f"{case}-{ranks}{'-resumed' if resume else ''}"
+    run = trainer(
+        place,
+        devices=ranks,
+        accumulate_grad_batches=2 if ranks == 1 else 1,
+        strategy="fsdp2" if ranks > 1 else "auto",
+        max_epochs=2,
+        callbacks=[
+            Checkpoint(dirpath=str(place), every_n_train_steps=2, save_top_k=-1, save_last=True),
+            keep,
+        ],
+        enable_checkpointing=True,
+        **settings,
+    )
+    run.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    state = run.strategy.lightning_module_state_dict()
+    if run.is_global_zero:
+        val = float(run.callback_metrics["val/loss"])
+        found = {"steps": keep.steps, "val": val, "shared": keep.shared}
+        (place / "found.json").write_text(json.dumps(found))
+        torch.save(state, place / "end.pt")
+
+
+if __name__ == "__main__":
+    cases, home, base, *rest = sys.argv[1:]
+    for case in cases.split(","):
+        run(case, Path(home), base, *rest)

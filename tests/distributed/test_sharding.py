@@ -1,0 +1,119 @@
+"""Two gloo ranks that shard their blocks against one process: losses, norms and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignkit.models.checkpoint import load_policy
+from tests.distributed.sharded import CASES
+
+pytestmark = pytest.mark.slow
+MODULE = [sys.executable, "-W", "ignore", "-m", "tests.distributed.sharded"]
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    mine = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    return {k: str(v) for k, v in mine.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def launch(ranks: int, *arguments: object) -> None:
+    """Run the cases on one process or on several, which must all end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [
+        subprocess.Popen(
+            [*MODULE, *map(str, arguments)],
+            env=os.environ | (rank_environment(rank, ranks, port) if ranks > 1 else {}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        errors = [process.communicate(timeout=500)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), "\n".join(errors)
+
+
+@pytest.fixture(scope="module")
+def home(
+    model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """Every case trained by one process and by two."""
+    place = tmp_path_factory.mktemp("sharded")
+    (place / "data").mkdir()
+    draw = random.Random(0)
+
+    def words() -> str:
+        return " ".join(draw.choices(["bread", "tea", "salt", "rain"], k=draw.randint(1, 12)))
+
+    for split, count in (("train", 32), ("test", 7)):
+        prompts = [f"\n\nHuman: {i} {words()}?\n\nAssistant:" for i in range(count)]
+        rows = [{"chosen": f"{p} {words()}!", "rejected": f"{p} {words()}."} for p in prompts]
+        (place / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    base = str(model_dir("llama"))
+    launch(1, ",".join(CASES), place, base)
+    launch(2, ",".join(CASES), place, base)
+    return place, base
+
+
+def results(place: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    folder = place / name
+    return json.loads((folder / "found.json").read_text()), torch.load(
+        folder / "end.pt", weights_only=True
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_that_shard_train_as_one_process_does(case: str, home: tuple[Path, str]) -> None:
+    place, _ = home
+    (one, whole), (two, gathered) = results(place, f"{case}-1"), results(place, f"{case}-2")
+    tolerance = {"rtol": 1e-6, "atol": 2e-6} if case != "mixed" else {"rtol": 2e-2, "atol": 1e-3}
+    assert len(two["steps"]) == 8
+    torch.testing.assert_close(
+        torch.tensor(two["steps"]), torch.tensor(one["steps"]), **{**tolerance, "rtol": 1e-5}
+    )
+    torch.testing.assert_close(two["val"], one["val"], **tolerance)
+    assert gathered.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(gathered[name], value, **tolerance)
+
+
+def test_the_reference_shares_the_policy_s_frozen_shards(home: tuple[Path, str]) -> None:
+    """All but the two factors of each of the seven linear layers in two blocks."""
+    found, _ = results(home[0], "dpo-2")
+    one, _ = results(home[0], "dpo-1")
+    assert found["shared"] == one["shared"] > 0
+
+
+@pytest.mark.parametrize("case", ["lora", "full"])
+def test_a_checkpoint_is_one_file_that_every_command_and_any_number_of_ranks_reads(
+    case: str, home: tuple[Path, str]
+) -> None:
+    place, base = home
+    file = place / f"{case}-2" / "last.ckpt"
+    model, _ = load_policy(str(file))
+    state = results(place, f"{case}-2")[1]
+    own = dict(model.named_parameters())
+    assert all(torch.equal(own[name.removeprefix("model.")], v) for name, v in state.items())
+    # Four of the eight steps were two ranks' and the others are one process's, or the reverse.
+    for ranks, other in ((1, 2), (2, 1)):
+        (middle,) = (place / f"{case}-{other}").glob("*step=4.ckpt")
+        launch(ranks, case, place, base, middle)
+        resumed = results(place, f"{case}-{ranks}-resumed")[1]
+        for name, value in state.items():
+            torch.testing.assert_close(resumed[name], value, rtol=1e-6, atol=2e-6)
