@@ -106,6 +106,7 @@ def sums_of(arm: str, base: str, examples: list[Any], dtype: torch.dtype) -> tup
 
     stored = torch.float32 if arm in ("truth", "trl") else dtype
     model = load_model(base, dtype=stored) if arm != "trl" else plain_model(base)
+    model.requires_grad_(False)  # a frozen head, as with LoRA
     with ExitStack() as stack:
         if arm in ("residual", "both"):
             from alignkit.models.residual import widen_residual

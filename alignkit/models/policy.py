@@ -13,6 +13,7 @@ from alignkit.models.dropout import zero_dropout
 from alignkit.models.fingerprint import BaseIdentity, base_identity
 from alignkit.models.load import load_model
 from alignkit.models.quantize import Quantization
+from alignkit.models.residual import Residual, widen_residual
 from alignkit.models.start import Choice, Start
 
 
@@ -25,6 +26,7 @@ def build_policy(
     random_init: bool,
     dropout: bool,
     quantize: Quantization | None = None,
+    residual: Residual = "weights",
 ) -> tuple[PreTrainedModel, BaseIdentity, LoRAConfig | None]:
     """Load a base, make the parameters to be trained trainable, and copy given weights.
 
@@ -36,6 +38,7 @@ def build_policy(
         random_init: Draw the base's weights at random.
         dropout: Keep the base's own dropout.
         quantize: Pack the base's linear layers.
+        residual: Dtype in which blocks add up.
 
     Returns:
         The model, the identity of its base as loaded, and the adapter that was injected.
@@ -48,6 +51,8 @@ def build_policy(
         base, dtype=getattr(torch, dtype), random_init=random_init, quantize=quantize
     )
     identity = base_identity(model)
+    if residual == "float32":
+        widen_residual(model)
     if not dropout:
         zero_dropout(model)
     if start is not None:

@@ -24,6 +24,7 @@ from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.noise import refuse_noise
 from alignkit.models.policy import build_policy, checkpoint_activations
 from alignkit.models.quantize import Quantization
+from alignkit.models.residual import Residual
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
 from alignkit.models.text_format import KEY as TEXT
@@ -61,6 +62,8 @@ class AlignmentModule(TrainerSupport):
             are always fp32; without LoRA the whole model trains, which needs ``float32``.
         quantize: Keep the frozen linear layers of the base in 4 bits (``nf4``, with double
             quantization) or 8 (``int8``), for adapters over them; needs ``alignkit[quant]``.
+        residual: Dtype in which blocks add up: that of the ``weights``, or ``float32`` over weights
+            in half precision, which makes scores more exact; see `alignkit.models.residual`.
         random_init: Draw the base's weights at random from its config, reading none.
         optimizer: A function from the trainable parameters to an optimizer.
         schedule: Shape of the learning rate after warm-up, a name of transformers'
@@ -104,6 +107,7 @@ class AlignmentModule(TrainerSupport):
         init_from: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         quantize: Quantization | None = None,
+        residual: Residual = "weights",
         random_init: bool = False,
         optimizer: OptimizerCallable = lambda params: AdamW(
             params, lr=2e-4, weight_decay=0.0, fused=True
@@ -140,6 +144,7 @@ class AlignmentModule(TrainerSupport):
             random_init=random_init,
             dropout=dropout,
             quantize=quantize,
+            residual=residual,
         )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
         if activation_checkpointing:
