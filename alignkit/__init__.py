@@ -13,9 +13,18 @@ if TYPE_CHECKING:
         PreferenceDataModule,
         SFTDataModule,
         TextDataModule,
+        UnpairedDataModule,
     )
     from alignkit.errors import AlignkitError
-    from alignkit.modules import AlignmentModule, DPOModule, LoRAModule, LossOutput, SFTModule
+    from alignkit.modules import (
+        AlignmentModule,
+        DPOModule,
+        KTOModule,
+        LoRAModule,
+        LossOutput,
+        RewardModule,
+        SFTModule,
+    )
 
 __version__ = "0.1.0"
 
@@ -25,13 +34,16 @@ __all__ = [
     "DPOModule",
     "HHPreferenceDataModule",
     "HHSFTDataModule",
+    "KTOModule",
     "LoRAModule",
     "LossOutput",
     "OpenWebTextDataModule",
     "PreferenceDataModule",
+    "RewardModule",
     "SFTDataModule",
     "SFTModule",
     "TextDataModule",
+    "UnpairedDataModule",
 ]
 
 _HOMES = {
@@ -42,6 +54,7 @@ _HOMES = {
     "PreferenceDataModule": "alignkit.data",
     "SFTDataModule": "alignkit.data",
     "TextDataModule": "alignkit.data",
+    "UnpairedDataModule": "alignkit.data",
 }
 
 

@@ -130,9 +130,14 @@ class PackedBatch:
         """Return the length of the longest sequence in tokens: a prompt with one response."""
         return max(span.prompt + max(span.responses) for span in self.spans)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Return the batch with its tensors on ``device``; the spans stay plain ints."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
+        """Return the batch with its tensors on ``device``; the spans stay plain ints.
+
+        A copy to a GPU does not wait by default, as waiting for it is waiting for every step
+        before it. From memory that is not page-locked, CUDA reads the batch before it returns.
+        """
+        waits_not = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
+        return self._map(lambda tensor: tensor.to(device, non_blocking=waits_not))
 
     def pin_memory(self) -> Self:
         """Return the batch in page-locked memory, for copies that do not block the host."""

@@ -9,6 +9,10 @@ there. alignkit's time includes its boundary proof of every pair; TRL has none.
 
 Memory is the peak above what the process held before it began, for the file and for the file
 repeated ``--grow`` times.
+
+    python benchmarks/data.py --data … --tokenizer … --before ../before
+
+compares this checkout with another one instead, in the same order: ratios are after / before.
 """
 
 from __future__ import annotations
@@ -25,14 +29,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from alignkit.utils.atomic import write_atomically
-
 ARMS = ("alignkit", "trl")
+STATES = ("cold", "warm")
+HERE = Path(__file__).parents[1]
 
 
 def main() -> int:
@@ -46,18 +51,80 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of A B B A")
     parser.add_argument("--grow", type=int, default=100, help="how often the file is repeated")
     parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--before", type=Path, help="another checkout of alignkit, instead of TRL")
     parser.add_argument("--worker", choices=ARMS, help=argparse.SUPPRESS)
     parser.add_argument("--cache", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         print(json.dumps(work(options)))
         return 0
+    if options.before and not (options.before / "alignkit" / "__init__.py").exists():
+        parser.error(f"{options.before}: holds no alignkit package")
     with tempfile.TemporaryDirectory() as scratch:
-        results = measure(options, Path(scratch))
-    print(table(results))
+        results = (compare if options.before else measure)(options, Path(scratch))
+    print(checkouts_table(results) if options.before else table(results))
     if options.json:
-        write_atomically(Path(options.json), json.dumps(results, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Run workers of two checkouts in turn; ratios are this checkout's seconds by the other's."""
+    pairs = scratch / "pairs.jsonl"
+    lines = read_lines(Path(options.data))
+    pairs.write_bytes(b"".join(lines))
+    checkouts = {"before": options.before, "after": HERE}
+    seconds: dict[str, list[float]] = {f"{arm}_{s}": [] for arm in checkouts for s in STATES}
+    examples: dict[str, int] = {}
+    for round_ in range(options.repeats):
+        for turn, arm in enumerate((*checkouts, *reversed(checkouts))):
+            cache = scratch / f"cache-{round_}-{turn}"
+            for state in STATES:
+                run = start(options, "alignkit", pairs, cache, checkouts[arm])
+                seconds[f"{arm}_{state}"].append(run["seconds"])
+                examples[arm] = run["examples"]
+                print(".", end="", file=sys.stderr, flush=True)
+    print("", file=sys.stderr)
+    ratios = {
+        state: [
+            after / before
+            for before, after in zip(
+                seconds[f"before_{state}"], seconds[f"after_{state}"], strict=True
+            )
+        ]
+        for state in STATES
+    }
+    return {
+        "ratios": {state: statistics.median(found) for state, found in ratios.items()},
+        "all_ratios": ratios,
+        "pairs": len(lines),
+        "examples": examples,
+        "seconds": {name: statistics.median(found) for name, found in seconds.items()},
+        "machine": machine(),
+    }
+
+
+def checkouts_table(results: dict[str, Any]) -> str:
+    """Return the comparison of two checkouts for a person."""
+    seconds, ratios = results["seconds"], results["ratios"]
+    rows = [f"{'':28}{'before':>12}{'after':>12}{'ratio':>9}"]
+    for state, told in (("cold", "encode, s"), ("warm", "start with a warm cache, s")):
+        spread = sorted(results["all_ratios"][state])
+        rows.append(
+            f"{told:28}{seconds[f'before_{state}']:12.4f}{seconds[f'after_{state}']:12.4f}"
+            f"{ratios[state]:9.3f}   ({spread[0]:.3f} to {spread[-1]:.3f})"
+        )
+    return "\n".join(rows)
+
+
+def machine() -> dict[str, Any]:
+    """Return what the numbers were measured on."""
+    return {
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("trl", "datasets", "tokenizers", "transformers")},
+    }
 
 
 def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -66,12 +133,12 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     lines = read_lines(Path(options.data))
     pairs.write_bytes(b"".join(lines))
     runs: dict[str, list[dict[str, Any]]] = {
-        f"{arm}_{state}": [] for arm in ARMS for state in ("cold", "warm")
+        f"{arm}_{state}": [] for arm in ARMS for state in STATES
     }
     for round_ in range(options.repeats):
         for turn, arm in enumerate((*ARMS, *reversed(ARMS))):
             cache = scratch / f"cache-{round_}-{turn}"
-            for state in ("cold", "warm"):
+            for state in STATES:
                 runs[f"{arm}_{state}"].append(start(options, arm, pairs, cache))
                 print(".", end="", file=sys.stderr, flush=True)
     grown = scratch / "grown.jsonl"
@@ -105,12 +172,7 @@ def measure(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "grown_seconds": many["seconds"],
         },
         "runs": runs,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "platform": platform.platform(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("trl", "datasets", "tokenizers", "transformers")},
-        },
+        "machine": machine(),
     }
 
 
@@ -130,12 +192,21 @@ def read_lines(path: Path) -> list[bytes]:
         return [line.rstrip(b"\n") + b"\n" for line in file if line.strip()]
 
 
-def start(options: argparse.Namespace, arm: str, pairs: Path, cache: Path) -> dict[str, Any]:
-    """Run one worker and return what it measured."""
+def start(
+    options: argparse.Namespace, arm: str, pairs: Path, cache: Path, checkout: Path = HERE
+) -> dict[str, Any]:
+    """Run one worker on a checkout's package and return what it measured."""
     command = [sys.executable, __file__, "--worker", arm, "--data", str(pairs)]
     command += ["--tokenizer", options.tokenizer, "--max_length", str(options.max_length)]
     command += ["--cache", str(cache)]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    if options.before:
+        command += ["--before", str(options.before)]
+    environment = {
+        **os.environ,
+        "HF_DATASETS_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(checkout.resolve()),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -144,21 +215,31 @@ def start(options: argparse.Namespace, arm: str, pairs: Path, cache: Path) -> di
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """One measurement: everything is imported and the tokenizer loaded before the clock starts."""
-    import torch
-
     from alignkit.models import load_tokenizer
-    from alignkit.tools.profile.memory import peak_bytes, reset_peak
 
     logging.disable()
     tokenizer = load_tokenizer(options.tokenizer)
     prepare = prepare_with_trl(options) if options.worker == "trl" else prepare_with_us(options)
     tokenizer(["Both sides find the tokenizer used once.", "And its threads started."])
-    cpu = torch.device("cpu")
     gc.collect()  # or the garbage of the imports is collected at some point of either side's time
+    if options.before:  # another checkout may measure memory elsewhere, or not at all
+        began = time.perf_counter()
+        prepared = prepare(tokenizer)
+        return {"seconds": time.perf_counter() - began, "examples": len(prepared)}
+    return measured(lambda: prepare(tokenizer))
+
+
+def measured(prepare: Callable[[], Any]) -> dict[str, Any]:
+    """Measure a preparation's seconds, peak memory and batches."""
+    import torch
+
+    from alignkit.tools.profile.memory import peak_bytes, reset_peak
+
+    cpu = torch.device("cpu")
     reset_peak(cpu)
     before = peak_bytes(cpu)
     began = time.perf_counter()
-    prepared = prepare(tokenizer)
+    prepared = prepare()
     seconds = time.perf_counter() - began
     peak = peak_bytes(cpu) - before
     return {"seconds": seconds, "peak_bytes": peak, "examples": len(prepared), **batches(prepared)}

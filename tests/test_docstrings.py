@@ -16,12 +16,12 @@ HOME = Path(alignkit.__file__).parent
 # How a docstring may begin: what the thing does, in the imperative.
 VERBS = """
     Adapt Add Aggregate Align Apply Ask Attend Audit Begin Build Cast Check Choose Clear Clip
-    Close Collect Compare Compile Compute Connect Continue Convert Count Decide Declare Define
+    Close Collect Compare Compile Compute Connect Continue Convert Copy Count Decide Declare Define
     Describe Divide Do Draw Encode End Exclude Exit Explain Find Flush Forget Generate Give
     Handle Hash Hold Ignore Install Keep Lay Let Limit List Load Log Look Make Measure Merge
     Minimise Move Multiply Normalise Open Parse Prepare Print Provide Put Query Raise Read
-    Rebuild Recognise Record Refuse Register Remove Render Replace Report Reset Restart Restore
-    Restrict Return Rewind Run Save Scale Score Set Shorten Show Split Stand Start Stay Stop
+    Rebuild Recognise Record Refresh Refuse Register Remove Render Replace Report Reset Restart
+    Restore Restrict Return Rewind Run Save Scale Score Set Shorten Show Split Stand Start Stay Stop
     Store Sum Take Tell Track Train Turn Undo Unpack Warn Write Yield
     """
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef

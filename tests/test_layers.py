@@ -28,6 +28,7 @@ DATA = ("read", "text", "encode", "keep", "deal")
 # Imports inside functions, each for the time or the package that it saves.
 LATE: set[tuple[str, str]] = {
     ("__main__", "cli"),  # answers signals while torch is being imported
+    ("cli.front", "cli.command"),  # answers --help and mistaken commands before it is
 }
 LONG: dict[str, str] = {
     "engine/tiles.py": "one kernel and its backward pass, which are read side by side",

@@ -57,7 +57,7 @@ def test_python_runs(
     model_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The new objective is a loss, and scoring scores three responses."""
-    objective, scoring = blocks("python")
+    _, objective, scoring = blocks("python")  # the first one trains: tests/test_site.py
     space: dict[str, object] = {}
     monkeypatch.setitem(
         sys.modules, "mine", ModuleType("mine")

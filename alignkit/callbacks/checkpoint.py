@@ -69,9 +69,20 @@ class Checkpoint(ModelCheckpoint):
             super().load_state_dict({**state_dict, "dirpath": self.dirpath})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the best checkpoint as Lightning does, then ``last.ckpt``."""
+        """Save the best checkpoint as Lightning does, then ``last.ckpt``.
+
+        Where Lightning looks for the best one at the end of the epoch, which follows, ``last.ckpt``
+        waits for it: Lightning saves nothing at a step at which something was saved.
+        """
         super().on_validation_end(trainer, pl_module)
-        self._write_last(trainer)
+        if trainer.sanity_checking or not self._should_save_on_train_epoch_end(trainer):
+            self._write_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best checkpoint where Lightning does it now, then ``last.ckpt``."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._write_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step, whether or not a validation followed it.

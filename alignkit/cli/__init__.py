@@ -1,5 +1,5 @@
 """Provide the ``alignkit`` command."""
 
-from alignkit.cli.command import main
+from alignkit.cli.front import main
 
 __all__ = ["main"]

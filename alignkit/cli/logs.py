@@ -1,10 +1,11 @@
-"""Choose what of the libraries' log lines and warnings a user of the command reads."""
+"""Choose what a command says beside its results, and where."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import warnings
+from typing import TextIO
 
 # Warnings that a user of alignkit can do nothing about.
 _IGNORED_WARNINGS = (
@@ -18,6 +19,38 @@ _IGNORED_WARNINGS = (
     # Our data modules do not define that hook, so the module's replaces nothing.
     r"You have overridden `on_before_batch_transfer`",
 )
+# Loggers whose lines below WARNING only tell how a run goes.
+_TALKATIVE = ("alignkit", "lightning", "lightning.pytorch", "lightning.fabric")
+
+
+class _StandardError(logging.StreamHandler[TextIO]):
+    """Write to whatever `sys.stderr` is at the time, as a progress bar replaces it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """Return the stream of this moment."""
+        return sys.stderr
+
+
+def configure_logs(quiet: bool = False) -> None:
+    """Show our own log lines, and hide those of Lightning that a user cannot act on.
+
+    Args:
+        quiet: Show warnings and errors alone.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_StandardError()])
+    for name in _TALKATIVE:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        logger.handlers.clear()  # Lightning's own, which hold on to the stream of the start
+        logger.propagate = True
+    # Messages that advertise other products.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def log_unraisable(about: sys.UnraisableHookArgs) -> None:
@@ -28,13 +61,5 @@ def log_unraisable(about: sys.UnraisableHookArgs) -> None:
     logging.getLogger("alignkit").debug("ignored: %r in %r", about.exc_value, about.object)
 
 
-def configure_logs() -> None:
-    """Show our own log lines, and hide those of Lightning that a user cannot act on."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("alignkit").setLevel(logging.INFO)
-    # Messages that advertise other products.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "Tip:" not in record.getMessage()
-    )
-    for message in _IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from alignkit.cli.loss import unknown_loss_in
+from alignkit.cli.near import did_you_mean
 from alignkit.errors import AlignkitError, find_user_error
 
 # Lines that only list the types that were tried, or show the whole value.
@@ -35,6 +36,7 @@ _UNKNOWN = re.compile(r"(?:Option|does not accept option) '(?P<name>[^']+)'")
 _TYPE = re.compile(r"^Expected an? (?P<what>.*?)(?:\. Got value: (?P<value>.*))?$")
 _NO_CLASS = re.compile(r"^Expected a dot import path string: (?P<name>\S+)$")
 _PROBLEM = re.compile(r"Problem with given class_path '(?P<path>[^']+)':\s*")
+_NO_OPTION = "no such option"
 _DUMP = re.compile(r"\s*\S*(?:Namespace|NestedArg)\(.*", re.DOTALL)
 
 
@@ -83,11 +85,13 @@ class OneLineErrors:
             complaint = cause.complaint
             nested = _NESTED.search(message)
             option = ".".join(filter(None, [option, nested["key"] if nested else cause.option]))
+            if complaint == _NO_OPTION and option in set(self.known_options()):
+                complaint += f"; give --{option.partition('.')[0]} CLASS before it"
         else:
             complaint = plain(message)
             unknown = _UNKNOWN.search(complaint)
             if unknown and not option:
-                option, complaint = unknown["name"], "no such option"
+                option, complaint = unknown["name"], _NO_OPTION
             complaint += self._suggestion(message, option)
         command = self.prog.replace(" [options]", "")
         raise OptionError(option, complaint, command) from None
@@ -101,7 +105,12 @@ class OneLineErrors:
         stray = re.match(r"unrecognized arguments: --([^\s=]+)", message)
         unknown = stray[1] if stray else option if _UNKNOWN.search(message) else ""
         parsers = [self, *_subparsers(self)]
-        return did_you_mean(unknown, {a.dest for parser in parsers for a in parser._actions})
+        known = {option for parser in parsers for option in parser.known_options()}
+        return did_you_mean(unknown, known) or _full_name(unknown, known)
+
+    def known_options(self) -> Iterable[str]:
+        """Return the options to look for the nearest in."""
+        return (action.dest for action in self._actions)
 
 
 def plain(message: str) -> str:
@@ -145,15 +154,13 @@ def complaints(message: str) -> list[str]:
     return list(dict.fromkeys(refused or nameless[:1] or attempts or kept))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean …?`` with the closest known name, empty without a close one.
-
-    Example:
-        >>> did_you_mean("max_step", ["max_steps", "max_epochs"])
-        '; did you mean max_steps?'
-    """
-    close = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if name and close else ""
+def _full_name(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean …?`` with the option that is called so within a part."""
+    shorts: dict[str, str] = {}
+    for each in sorted(known, key=lambda option: (option.startswith("trainer."), option)):
+        shorts.setdefault(each.rpartition(".")[2], each)
+    close = difflib.get_close_matches(name, shorts, n=1, cutoff=0.8)
+    return f"; did you mean {shorts[close[0]]}?" if name and close else ""
 
 
 def _missing_class(found: Sequence[str]) -> str:

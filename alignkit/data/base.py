@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from typing import Any
 
 import torch
 from lightning import LightningDataModule, Trainer
-from lightning.fabric.utilities.seed import pl_worker_init_function
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from alignkit.data.deal.elastic import Recount
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler
+from alignkit.data.deal.workers import start_worker
 from alignkit.data.keep.cache import cache_root
 from alignkit.data.keep.position import SETTINGS, Plan
 from alignkit.data.keep.splits import RowEncoder, open_splits
@@ -27,7 +27,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
 from alignkit.models.text_format import TextFormat
 from alignkit.models.tokenizer import vocabulary_size
-from alignkit.utils.interrupts import ignore_signals
+from alignkit.utils.phases import phase
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -35,7 +35,8 @@ class AlignmentDataModule(LightningDataModule):
 
     The training split is dealt in random order by `TokenBudgetBatchSampler`; a run resumes from
     a checkpoint at the very batch it would have had next. Validation and test examples are each
-    shown once, however many ranks there are.
+    shown once, however many ranks there are. A run may resume on another number of ranks: the
+    rest of an epoch comes in the same order, see `alignkit.data.deal.elastic`.
 
     Args:
         tokenizer: A Hub id or a local directory.
@@ -64,7 +65,6 @@ class AlignmentDataModule(LightningDataModule):
         stats: After `setup`: numbers about the training split (rows, examples, tokens, a count
             for each defect, ``truncated_frac``), for logging.
         text_format: After `setup`: how text became tokens, which checkpoints keep.
-        vocabulary: After `setup`: one above the largest id that the tokenizer may give.
     """
 
     # A rank may hold one evaluation batch less than another; evaluation does not synchronise.
@@ -104,7 +104,7 @@ class AlignmentDataModule(LightningDataModule):
         self.max_val_examples = max_val_examples
         self.stats: dict[str, float] = {}
         self.text_format: TextFormat | None = None
-        self.vocabulary = 0
+        self._loaded: PreTrainedTokenizerBase | None = None
         self._cache = cache_root(cache_dir)
         self._hashes = FileHashes(self._cache)
         self._sets: dict[str, ExampleSet] = {}
@@ -113,6 +113,11 @@ class AlignmentDataModule(LightningDataModule):
         self._plan: Plan = {}
         self._sampler: TokenBudgetBatchSampler | None = None
         self._position: dict[str, Any] = {}
+
+    @property
+    def vocabulary(self) -> int:
+        """Return one above the tokenizer's largest id, 0 before `setup`; listing ids takes time."""
+        return 0 if self._loaded is None else vocabulary_size(self._loaded)
 
     @abstractmethod
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> RowEncoder:
@@ -151,6 +156,9 @@ class AlignmentDataModule(LightningDataModule):
             sampler.set_epoch(self.trainer.current_epoch)
         if position := self.take_position():
             sampler.load_state_dict(position)
+            if sampler.goes_on and self.trainer is not None:
+                shift = sampler.start - position["batches"]
+                self.trainer.callbacks.insert(0, Recount(shift))  # type: ignore[attr-defined]
         self._plan = sampler.fingerprint
         self._sampler = sampler
         return self.loader(self._set("train"), batch_sampler=sampler, collate_fn=collate)
@@ -197,6 +205,14 @@ class AlignmentDataModule(LightningDataModule):
                 )
         return position
 
+    def steps_ahead(self, epochs: int) -> int | None:
+        """Count the optimizer steps from a resumed position to the end of ``epochs`` epochs.
+
+        Returns:
+            ``None`` if no training loader of known length was made.
+        """
+        return None if self._sampler is None else self._sampler.steps_ahead(epochs)
+
     def rows_of_batch(self, number: int) -> list[tuple[str, int]]:
         """Return the source and line of each example in a micro-batch of this rank's epoch.
 
@@ -209,7 +225,8 @@ class AlignmentDataModule(LightningDataModule):
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """Find the sources of each split that are to be encoded."""
-        return find_splits(place, splits=self.splits, hashes=self._hashes)
+        with phase(f"looking through {place}"):
+            return find_splits(place, splits=self.splits, hashes=self._hashes)
 
     def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
         sampler = TokenBudgetBatchSampler(
@@ -235,7 +252,7 @@ class AlignmentDataModule(LightningDataModule):
             # A loader draws a number whenever it starts: not from the stream that dropout draws
             # from, where a run resumed between two epochs would miss one.
             generator=torch.Generator().manual_seed(self.seed),
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             **options,
         )
 
@@ -257,8 +274,7 @@ class AlignmentDataModule(LightningDataModule):
         return self._sets[split]
 
     def _load(self) -> None:
-        tokenizer = load_tokenizer(self.tokenizer)
-        self.vocabulary = vocabulary_size(tokenizer)
+        tokenizer = self._loaded = load_tokenizer(self.tokenizer)
         opened = open_splits(
             self.path,
             self.find_splits,
@@ -275,10 +291,3 @@ class AlignmentDataModule(LightningDataModule):
         self.text_format = opened.text_format
         settings = {**opened.content[SETTINGS], "splits": self.splits}
         self._content = {**opened.content, SETTINGS: settings}
-
-
-def _start_worker(worker: int) -> None:
-    """Keep a worker alive for the batches that a stopping run still needs."""
-    ignore_signals()
-    if os.environ.get("PL_SEED_WORKERS") == "1":  # what Lightning does where there is no function
-        pl_worker_init_function(worker)

@@ -15,7 +15,7 @@ from alignkit.data.keep.mismatched import MismatchedSet
 from alignkit.data.keep.splits import RowEncoder
 from alignkit.data.read.rows import Source
 from alignkit.data.read.sources import DataPath, weights_of
-from alignkit.data.text.policies import Policies
+from alignkit.data.text.policies import DEFAULTS, Policies
 from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import Side, preference_sides, sft_sides
 from alignkit.data.text.unpaired import unpaired_sides
@@ -55,7 +55,7 @@ class DialogueDataModule(AlignmentDataModule):
         *,
         max_length: int = 512,
         prompt_format: PromptChoice = "auto",
-        policies: Policies | None = None,
+        policies: Policies | None = DEFAULTS,
         columns: dict[str, str] | None = None,
         **options: Any,
     ) -> None:

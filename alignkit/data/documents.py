@@ -15,7 +15,7 @@ from alignkit.data.encode.packing import Packing
 from alignkit.data.keep.position import SOURCES, check_plan
 from alignkit.data.read.rows import Source
 from alignkit.data.read.sources import DataPath, find_splits
-from alignkit.data.text.policies import Policies
+from alignkit.data.text.policies import DEFAULTS, Policies
 from alignkit.data.text.recognise import check_columns
 from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
@@ -51,7 +51,7 @@ class TextDataModule(AlignmentDataModule):
         packing: Packing = "concatenate",
         streaming: bool = False,
         held_out: int = 500,
-        policies: Policies | None = None,
+        policies: Policies | None = DEFAULTS,
         columns: dict[str, str] | None = None,
         **options: Any,
     ) -> None:

@@ -6,6 +6,7 @@ from alignkit.engine.head import TokenScores
 from alignkit.engine.onednn import bound_caches
 from alignkit.engine.score import (
     check_engine,
+    final_states,
     response_lengths,
     response_means,
     response_sums,
@@ -25,6 +26,7 @@ __all__ = [
     "check_engine",
     "collate",
     "compile_blocks",
+    "final_states",
     "response_lengths",
     "response_means",
     "response_sums",

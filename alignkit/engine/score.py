@@ -5,6 +5,8 @@ Shape letters: T row tokens, N scored tokens, R responses, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -62,6 +64,28 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
     return head_scores(model, hidden_ND, batch.target_ids, stats)
 
 
+def final_states(model: PreTrainedModel, batch: PackedBatch, skipped: int) -> Tensor:
+    """Compute the hidden state at the end of each response, [R, D].
+
+    Args:
+        model: As in `score`.
+        batch: As in `score`.
+        skipped: A token id (padding) that does not count as a response's last token.
+    """
+    _check_positions(model, batch)
+    ids_T = batch.input_ids
+    lengths = [length for span in batch.spans for length in (span.prompt, *span.responses)]
+    is_response = [k > 0 for span in batch.spans for k in range(len(span.responses) + 1)]
+    last_S = torch.tensor(lengths).cumsum(0) - 1
+    last_R = last_S[torch.tensor(is_response)].to(ids_T.device)
+    place_T = torch.arange(len(ids_T), device=ids_T.device)
+    end_R = torch.cummax(torch.where(ids_T == skipped, 0, place_T), 0).values[last_R]
+    if fits_a_row(model, _SCORERS, batch):
+        return last_hidden_state(model, batch)[end_R]
+    ends = replace(batch, score_from=end_R, response_index=torch.arange(len(end_R)).to(end_R))
+    return hidden_alone(model, ends)
+
+
 def last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Compute the backbone's output for a packed row, [T, D].
 
@@ -97,8 +121,14 @@ def _check_positions(model: PreTrainedModel, batch: PackedBatch) -> None:
 
 
 def response_sums(logps_N: Tensor, batch: PackedBatch) -> Tensor:
-    """Sum token log-probs over each response: [N] to [R] fp32; log π(y|x) of DPO (eq. 7)."""
-    return logps_N.new_zeros(batch.num_responses).index_add(0, batch.response_index, logps_N)
+    """Sum token log-probs over each response: [N] to [R] fp32; log π(y|x) of DPO (eq. 7).
+
+    They are added up in fp64, since a GPU adds in any order: the sums of equal log-probs are equal,
+    and so policy and reference are at the start of a run.
+    """
+    exact = logps_N.dtype if logps_N.device.type == "mps" else torch.float64  # which mps lacks
+    zeros_R = logps_N.new_zeros(batch.num_responses, dtype=exact)
+    return zeros_R.index_add(0, batch.response_index, logps_N.to(exact)).to(logps_N.dtype)
 
 
 def response_lengths(batch: PackedBatch) -> Tensor:

@@ -45,6 +45,7 @@ from alignkit.lora.peft_format import (
     saved_names,
 )
 from alignkit.lora.peft_reader import refuse_read, refuse_rewritten
+from alignkit.lora.resize import fit_embeddings, undo_resize, with_tied
 from alignkit.lora.state import refuse_differences
 from alignkit.lora.targets import pruned, resolve, saved_modules, shared_weight
 from alignkit.utils.atomic import write_atomically
@@ -158,7 +159,12 @@ def load_adapter(
     """
     files = read_adapter(Path(path))
     refuse_merged(adapter_layers(model))
-    config, targets, expected, given = _fitting(model, files, untie)
+    before = fit_embeddings(model, files.tensors)
+    try:
+        config, targets, expected, given = _fitting(model, files, untie)
+    except AlignkitError:
+        undo_resize(model, before)
+        raise
     _warn_of_other_base(model, files.config, files.tensors_path)
     if name in adapter_configs(model):
         _refuse_other_build(model, name, targets, expected, files.tensors_path)
@@ -221,10 +227,7 @@ def _config_on(model: nn.Module, files: AdapterFiles, untie: bool) -> LoRAConfig
     touched = [*resolve(model, config), *saved_modules(model, config)]
     tied = shared_weight(plain_modules(model), touched)
     if tied is not None and files.config.get("ensure_weight_tying"):
-        raise AlignkitError(
-            f"{files.config_path}: ensure_weight_tying adapts {tied[0]} and {tied[1][0]} as one, "
-            "which alignkit cannot express; train one of them alone"
-        )
+        config = with_tied(config, files, [path for path in tied[1] if path not in touched])
     return dataclasses.replace(config, untie=tied is not None)
 
 

@@ -21,11 +21,14 @@ from alignkit.lora import LoRAConfig, inject_lora, load_adapter
 from alignkit.lora.adapter import FROZEN
 from alignkit.lora.identity import active_identity
 from alignkit.lora.peft_files import CONFIG_FILE, read_adapter
+from alignkit.lora.resize import resize_embeddings, rows_before
 from alignkit.lora.state import refuse_differences
 from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
+from alignkit.models.place import find_base
+from alignkit.models.reward import attach_head, holds_reward
 from alignkit.models.stamp import (
     STAMP,
     check_adapter,
@@ -35,6 +38,7 @@ from alignkit.models.stamp import (
 )
 from alignkit.models.text_format import TextFormat, format_in, read_format
 from alignkit.models.tokenizer import vocabulary_size
+from alignkit.utils.phases import phase
 
 _MODEL_PREFIX = "model."
 
@@ -79,6 +83,11 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         value.copy_(state[name])
 
 
+def embedding_rows(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many rows a checkpoint's embeddings were resized to; 0 for its base's own."""
+    return int(checkpoint["hyper_parameters"].get("resize_embeddings") or 0)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
 
@@ -92,7 +101,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str, base: str | None = None, dtype: torch.dtype = torch.float32
+    path: str, base: str | None = None, dtype: torch.dtype = torch.float32, *, reward: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a trained or a plain model for generation and export.
 
@@ -101,6 +110,7 @@ def load_policy(
             `load_model` takes.
         base: Where the base model lies now, if not where the checkpoint or adapter says.
         dtype: Of the base's weights.
+        reward: Whether a reward model's checkpoint is wanted, and nothing else.
 
     Returns:
         The model in eval mode on the CPU, adapters active, and its base's tokenizer.
@@ -109,31 +119,51 @@ def load_policy(
         AlignkitError: Something is missing, damaged, or does not fit its base.
     """
     path = find_checkpoint(path)
-    base = base or policy_base(path)
+    with phase(f"loading {path}"):
+        return _load_policy(path, base or policy_base(path), dtype, reward)
+
+
+def _load_policy(
+    path: str, base: str, dtype: torch.dtype, reward: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = base
     # A base rounded to float16 would no longer be the one that a checkpoint names.
     first = torch.float32 if dtype == torch.float16 else dtype
     if path.endswith(".ckpt"):
         checkpoint = read_checkpoint(path)
         hparams = checkpoint["hyper_parameters"]
+        if holds_reward(checkpoint) is not reward:
+            raise AlignkitError(
+                f"{path}: is a language model, without the head of a reward model"
+                if reward
+                else f"{path}: is a reward model, which answers nothing; write it with `alignkit "
+                "export --to reward`"
+            )
         tokenizer = hparams.get("tokenizer") or base
         # The whole model lies in the checkpoint if it was trained in full from random weights.
         from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
         packed = checkpoint[STAMP]["base_settings"].get(QUANTIZE)
         model = load_model(base, dtype=first, random_init=from_scratch, quantize=packed)
         check_base(base_identity(model), checkpoint[STAMP], path, weights=not from_scratch)
+        resize_embeddings(model, embedding_rows(checkpoint))
         if hparams["lora"] is None:
             model.requires_grad_(True)
         else:
             model = inject_lora(model, LoRAConfig.from_dict(hparams["lora"]))
         check_adapter(active_identity(model), checkpoint[STAMP], path)
+        if reward:
+            attach_head(model)
         load_trainable(model, model_state(checkpoint), path)
+    elif reward:
+        raise AlignkitError(f"{path}: is no checkpoint of a reward model")
     elif is_adapter(path):
         packed = read_adapter(Path(path)).header.get(QUANTIZE)
         model = load_model(base, dtype=first, quantize=packed)  # type: ignore[arg-type]
         check_adapter_base(base_identity(model), Path(path), path)
         # An adapter on tied embeddings was trained with them untied.
         load_adapter(model, path, untie=True)
+        if rows_before(model) is not None and (Path(path) / "tokenizer.json").is_file():
+            tokenizer = path  # it has tokens that the base's lacks
     else:
         model = load_model(base, dtype=first)
     nn.Module.to(model, dtype)  # transformers' own override has no usable type
@@ -142,21 +172,70 @@ def load_policy(
     return model.requires_grad_(False).train(False), loaded
 
 
+def add_policy(model: PreTrainedModel, path: str, name: str) -> bool:
+    """Add the adapter of a checkpoint to a model, and make it the active one.
+
+    Args:
+        model: The base of the checkpoint, with or without other adapters.
+        path: As in `load_policy`.
+        name: What to call the adapter.
+
+    Returns:
+        Whether there was an adapter; without one the model is unchanged.
+
+    Raises:
+        AlignkitError: Something is missing, damaged, or belongs to another base.
+    """
+    path = find_checkpoint(path)
+    if is_adapter(path):
+        check_adapter_base(base_identity(model), Path(path), path)
+        load_adapter(model, path, name=name, untie=True, trainable=False)
+        return True
+    if not path.endswith(".ckpt"):
+        return False
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint["hyper_parameters"]["lora"]
+    if settings is None:
+        return False
+    check_base(base_identity(model), checkpoint[STAMP], path)
+    inject_lora(model, LoRAConfig.from_dict(settings), name)
+    check_adapter(active_identity(model), checkpoint[STAMP], path)
+    state = {key.replace(".default.", f".{name}."): v for key, v in model_state(checkpoint).items()}
+    load_trainable(model, state, path)
+    return True
+
+
 def policy_base(path: str) -> str:
     """Return where the base of a checkpoint or adapter lies; any other path is a base itself.
+
+    Raises:
+        AlignkitError: The file is unreadable, or is an adapter that names no base; or the base has
+            moved.
+    """
+    path = find_checkpoint(path)
+    named, kept = base_record(path)
+    return find_base(named, kept, path) if kept is not None else named
+
+
+def base_record(path: str) -> tuple[str, Mapping[str, str] | None]:
+    """Return the base as a checkpoint or adapter names it, and what else it says of its place.
+
+    The latter is ``None`` for any other path, which is a base itself.
 
     Raises:
         AlignkitError: The file is unreadable, or is an adapter that names no base.
     """
     path = find_checkpoint(path)
     if path.endswith(".ckpt"):
-        return str(read_checkpoint(path)[STAMP]["base"])
+        stamp = read_checkpoint(path)[STAMP]
+        return str(stamp["base"]), stamp
     if is_adapter(path):
-        base = read_adapter(Path(path)).config.get("base_model_name_or_path")
+        files = read_adapter(Path(path))
+        base = files.config.get("base_model_name_or_path")
         if not base:
-            raise AlignkitError(f"{path}: names no base model; pass it as base")
-        return str(base)
-    return path
+            raise AlignkitError(f"{path}: names no base model; pass it as --base")
+        return str(base), files.header
+    return path, None
 
 
 def policy_format(path: str) -> TextFormat | None:

@@ -28,8 +28,8 @@ def refuse_small_embedding(
     if vocabulary > embeddings:
         raise AlignkitError(
             f"tokenizer '{tokenizer}': has {vocabulary:,} token ids and the model '{base}' "
-            f"{embeddings:,} embeddings; pass the tokenizer that belongs to the model, or resize "
-            "the model's embeddings first (transformers' resize_token_embeddings)"
+            f"{embeddings:,} embeddings; pass the tokenizer that belongs to the model, or train "
+            "with --model.resize_embeddings true, which adds rows for the others"
         )
 
 

@@ -10,10 +10,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
@@ -22,19 +22,15 @@ from alignkit.lora.merge import merged_plain
 from alignkit.lora.peft_files import CONFIG_FILE
 from alignkit.lora.state import refuse_differences
 from alignkit.models.dropout import own_dropout
+from alignkit.models.gguf_file import GGUF_FILE, need_gguf, write_gguf
+from alignkit.models.readback import refuse_other_answers
+from alignkit.utils.atomic import share_files
 from alignkit.utils.bars import without_bars
 from alignkit.utils.finite import refuse_nonfinite_weights
 
-Format = Literal["peft", "merged", "safetensors"]
+Format = Literal["peft", "merged", "safetensors", "gguf"]
 
 ADAPTER_FILE = "adapter.safetensors"
-
-
-class Saveable(Protocol):
-    """Declare transformers' ``save_pretrained``, which a tokenizer has."""
-
-    def save_pretrained(self, save_directory: str) -> object:
-        """Write into a directory."""
 
 
 def export(
@@ -45,7 +41,7 @@ def export(
     name: str | None = None,
     base: str | None = None,
     plain: bool = False,
-    tokenizer: Saveable | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     header: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write a model in a format that is read without alignkit.
@@ -57,13 +53,14 @@ def export(
             of the whole model with the adapter folded in, which ``AutoModelForCausalLM``, vLLM,
             lm-eval and llama.cpp's converter read. ``safetensors``: the adapter as the one file
             ``adapter.safetensors``, PEFT's tensors with PEFT's config in the header; `load_adapter`
-            reads it too.
+            reads it too. ``gguf``: the merged model and its tokenizer as the one file
+            ``model.gguf``, for llama.cpp and Ollama.
         name: The adapter, for ``peft`` and ``safetensors``; the active one by default. ``merged``
-            writes the model with the adapters that are active.
+            and ``gguf`` write the model with the adapters that are active.
         base: Recorded as the adapter's base model.
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank, for readers such
             as vLLM that take every adapter for ordinary.
-        tokenizer: Saved beside a merged model.
+        tokenizer: Saved beside a merged model; part of a GGUF file, which needs one.
         header: Further entries of an adapter file's header.
 
     Returns:
@@ -83,7 +80,7 @@ def export(
         return save_adapter_file(model, place, name=name, base=base, plain=plain, header=header)
     if not isinstance(model, PreTrainedModel):
         raise AlignkitError(
-            f"export: {type(model).__name__} is no transformers model; 'merged' writes those only"
+            f"export: {type(model).__name__} is no transformers model; {to!r} writes those only"
         )
     if (directory / CONFIG_FILE).exists():
         raise AlignkitError(
@@ -94,13 +91,29 @@ def export(
     # Write beside the directory first. What cannot be read back never gets there.
     with TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as written:
         with own_dropout(model), merged_plain(model) if adapter_configs(model) else nullcontext():
-            _write_model(model, written)
-        if tokenizer is not None:
+            if to == "gguf":
+                _write_gguf(model, tokenizer, Path(written), directory.name)
+            else:
+                _write_model(model, written)
+        if tokenizer is not None and to == "merged":
             tokenizer.save_pretrained(written)
+        share_files(Path(written))
         directory.mkdir(exist_ok=True)
         for file in sorted(Path(written).iterdir()):
             shutil.move(file, directory / file.name)
     return directory
+
+
+def _write_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path, name: str
+) -> None:
+    """Write a plain model with its tokenizer, and check that transformers says the same with it."""
+    if tokenizer is None:
+        raise AlignkitError("export: 'gguf' holds the tokenizer as well; pass tokenizer")
+    need_gguf()
+    refuse_nonfinite_weights(model, "export, once merged", "use an earlier checkpoint")
+    write_gguf(model, tokenizer, directory / GGUF_FILE, name)
+    refuse_other_answers(model, directory, GGUF_FILE)
 
 
 def _write_model(model: PreTrainedModel, directory: str) -> None:

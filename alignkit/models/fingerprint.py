@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignkit.lora.adapter import plain_modules
+from alignkit.lora.resize import embedding_paths, rows_before
 from alignkit.models.quantize import quantization
 from alignkit.models.settings import function_settings, setting_defaults
 
@@ -55,7 +57,7 @@ class BaseIdentity:
 
 def base_identity(model: PreTrainedModel) -> BaseIdentity:
     """Return the identity of a base, with or without adapters."""
-    settings, defaults = function_settings(model.config), setting_defaults(model.config)
+    settings, defaults = _settings(model), setting_defaults(model.config)
     packed = quantization(model)
     if packed is not None:
         settings = {**settings, QUANTIZE: packed}
@@ -79,9 +81,13 @@ def base_fingerprint(model: PreTrainedModel) -> str:
         model: The base, with or without adapters.
     """
     digest = xxhash.xxh3_128()
-    digest.update(json.dumps(function_settings(model.config), sort_keys=True).encode())
+    digest.update(json.dumps(_settings(model), sort_keys=True).encode())
+    before = rows_before(model)
+    resized = embedding_paths(model) if before is not None else []
     for name, tensor in sorted(_base_tensors(model), key=lambda pair: pair[0]):
         values = tensor.detach()
+        if name.rpartition(".")[0] in resized:
+            values = values[:before]
         kind = "" if values.is_floating_point() else values.dtype
         digest.update(f"\n{name} {tuple(values.shape)} {kind}".encode())
         for chunk in torch.split(values.reshape(-1), _CHUNK_VALUES):
@@ -89,6 +95,16 @@ def base_fingerprint(model: PreTrainedModel) -> str:
                 chunk = chunk.to(torch.bfloat16)
             digest.update(chunk.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the config's `function_settings`, as they were before embeddings were resized."""
+    before = rows_before(model)
+    config = model.config
+    if before is not None:
+        config = copy.deepcopy(config)
+        config.get_text_config().vocab_size = before
+    return function_settings(config)
 
 
 def _base_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -47,6 +47,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "read_config",
+    "stored_dtype",
 ]
 
 log = logging.getLogger(__name__)
@@ -144,6 +145,21 @@ def read_config(base: str) -> PretrainedConfig:
     return config
 
 
+def stored_dtype(base: str) -> torch.dtype:
+    """Return the dtype that a base's weights are stored in, by its config.
+
+    Returns:
+        float32 where the config names none, or one that merged models are not written in.
+
+    Raises:
+        AlignkitError: The config cannot be found or read.
+    """
+    config = read_config(base)
+    named = getattr(config.get_text_config(), "dtype", None) or config.dtype
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    return named if named in known else torch.float32
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load a tokenizer that has an EOS and a padding token.
 
@@ -184,7 +200,9 @@ def _locate(name: str, argument: str) -> tuple[str, dict[str, Any]]:
         _need_gguf_packages(name, argument)
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        held = (path / "tokenizer.json").exists() and argument == "tokenizer"
+        adapter = (path / "adapter_config.json").exists() and not (path / "config.json").exists()
+        if adapter and not held:
             raise AlignkitError(
                 f"{argument} '{name}': is a LoRA adapter, not a model; pass it to init_from and "
                 f"the model it was trained on as {argument}"

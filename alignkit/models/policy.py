@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -9,12 +10,17 @@ from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora
+from alignkit.lora.adapter import adapter_layers, plain_modules
+from alignkit.lora.resize import embedding_paths, resize_embeddings, rows_before
+from alignkit.lora.targets import shared_weight
 from alignkit.models.dropout import zero_dropout
 from alignkit.models.fingerprint import BaseIdentity, base_identity
 from alignkit.models.load import load_model
 from alignkit.models.quantize import Quantization
 from alignkit.models.residual import Residual, widen_residual
 from alignkit.models.start import Choice, Start
+
+log = logging.getLogger(__name__)
 
 
 def build_policy(
@@ -27,6 +33,7 @@ def build_policy(
     dropout: bool,
     quantize: Quantization | None = None,
     residual: Residual = "weights",
+    embeddings: int = 0,
 ) -> tuple[PreTrainedModel, BaseIdentity, LoRAConfig | None]:
     """Load a base, make the parameters to be trained trainable, and copy given weights.
 
@@ -39,6 +46,7 @@ def build_policy(
         dropout: Keep the base's own dropout.
         quantize: Pack the base's linear layers.
         residual: Dtype in which blocks add up.
+        embeddings: Rows that the embeddings are to have at least, see `resize_embeddings`.
 
     Returns:
         The model, the identity of its base as loaded, and the adapter that was injected.
@@ -51,6 +59,9 @@ def build_policy(
         base, dtype=getattr(torch, dtype), random_init=random_init, quantize=quantize
     )
     identity = base_identity(model)
+    resize_embeddings(model, embeddings)
+    if start is not None:
+        start.resize(model)
     if residual == "float32":
         widen_residual(model)
     if not dropout:
@@ -76,6 +87,7 @@ def build_policy(
         model.requires_grad_(True)
     if start is not None:
         start.fill(model)
+    _say_what_must_train(model, lora)
     return model, identity, lora
 
 
@@ -93,3 +105,23 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # transformers 5.23 has renamed the method, and warns about the old name.
     enable: Any = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def _say_what_must_train(model: PreTrainedModel, lora: LoRAConfig | None) -> None:
+    """Warn where new rows of the embeddings stay what they start as, the mean of the others."""
+    before, paths = rows_before(model), embedding_paths(model)
+    if before is None or lora is None:
+        return
+    layers = adapter_layers(model)
+    if all(path in layers for path in paths):
+        return
+    modules = plain_modules(model)
+    tied = shared_weight(modules, paths[:1]) is not None
+    log.warning(
+        "model.resize_embeddings: %d new token ids keep the mean of the others' embeddings, as "
+        "%s do not train; pass --model.lora.modules_to_save '[%s]'%s, or model.lora: null",
+        len(modules[paths[0]].get_parameter("weight")) - before,
+        " and ".join(path for path in paths if path not in layers),
+        ", ".join(paths),
+        " --model.lora.untie true" if tied else "",
+    )

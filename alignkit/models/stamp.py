@@ -16,6 +16,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.identity import Identity, active_identity, difference
 from alignkit.lora.peft_files import read_adapter
 from alignkit.models.fingerprint import QUANTIZE, BaseIdentity
+from alignkit.models.place import HEADER_KEY, absolute_base
 from alignkit.models.settings import settings_difference
 from alignkit.utils.finite import first_nonfinite, nested_tensors
 
@@ -42,6 +43,7 @@ def make_stamp(
         "version": VERSION,
         "module": f"{module.__module__}.{module.__qualname__}",
         "base": base,
+        HEADER_KEY: absolute_base(base),
         "base_fingerprint": identity.fingerprint,
         "base_settings": dict(identity.settings),
         "adapter": active_identity(model),

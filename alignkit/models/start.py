@@ -18,7 +18,8 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, load_adapter
 from alignkit.lora.identity import Identity, difference, identity
 from alignkit.lora.io import adapter_config
-from alignkit.lora.peft_files import CONFIG_FILE
+from alignkit.lora.peft_files import CONFIG_FILE, read_adapter
+from alignkit.lora.resize import fit_embeddings, own_rows, resize_embeddings
 from alignkit.models import checkpoint as ckpt
 from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.hub import adapter_on_hub
@@ -67,6 +68,9 @@ class Start(ABC):
             )
         raise AlignkitError(f"{self.where}: {differs}, or --model.lora auto to take what is there")
 
+    def resize(self, model: PreTrainedModel) -> None:  # noqa: B027
+        """Give a base the rows of embeddings that the weights were trained with."""
+
     @abstractmethod
     def own(self, model: PreTrainedModel) -> LoRAConfig | None:
         """Return the config of the adapter that the weights are; ``None`` for a whole model."""
@@ -94,6 +98,10 @@ class CheckpointStart(Start):
     def __init__(self, place: str) -> None:
         super().__init__(place)
         self.checkpoint: Mapping[str, Any] = ckpt.read_checkpoint(place)
+
+    def resize(self, model: PreTrainedModel) -> None:
+        """Give it the rows that the checkpoint's hyper-parameters name."""
+        resize_embeddings(model, ckpt.embedding_rows(self.checkpoint))
 
     def own(self, model: PreTrainedModel) -> LoRAConfig | None:
         """Return the config that the checkpoint's hyper-parameters hold."""
@@ -124,6 +132,20 @@ class AdapterStart(Start):
     def __init__(self, place: str, path: Path) -> None:
         super().__init__(place)
         self.path = path
+
+    def resize(self, model: PreTrainedModel) -> None:
+        """Give it the rows that the adapter's file holds.
+
+        Raises:
+            AlignkitError: It holds rows of the base besides, which no checkpoint would keep.
+        """
+        tensors = read_adapter(self.path).tensors
+        fit_embeddings(model, tensors)
+        if own_rows(model, tensors):
+            raise AlignkitError(
+                f"{self.where}: adapts resized embeddings by low rank, and their new rows are in "
+                "its file alone; export it --to merged and pass that as model.base"
+            )
 
     def own(self, model: PreTrainedModel) -> LoRAConfig:
         """Return PEFT's settings as ours."""

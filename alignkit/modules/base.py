@@ -18,9 +18,11 @@ from alignkit.engine import PackedBatch, Packing, check_engine, compile_blocks
 from alignkit.lora import LoRAConfig
 from alignkit.lora.adapter import adapter_layers
 from alignkit.lora.inject import base_parameter_count
+from alignkit.lora.resize import rows_before
 from alignkit.models.embedding import refuse_unknown_ids
 from alignkit.models.find import find_checkpoint, verified
 from alignkit.models.fingerprint import BaseIdentity
+from alignkit.models.load import embedding_size, load_tokenizer
 from alignkit.models.noise import refuse_noise
 from alignkit.models.policy import build_policy, checkpoint_activations
 from alignkit.models.quantize import Quantization
@@ -29,7 +31,9 @@ from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
 from alignkit.models.text_format import KEY as TEXT
 from alignkit.models.text_format import TextFormat
+from alignkit.models.tokenizer import vocabulary_size
 from alignkit.modules.checkpoint_io import seal_checkpoints
+from alignkit.modules.dashboard import Dashboard
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
 from alignkit.modules.optimize import check_rates, make_optimizer, make_schedule, total_steps
 from alignkit.modules.resume import KEY as SETTINGS
@@ -38,6 +42,7 @@ from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.signals import Signals
 from alignkit.modules.text import format_of_checkpoint, format_of_run
 from alignkit.modules.trainer_support import TrainerSupport
+from alignkit.utils.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +70,9 @@ class AlignmentModule(TrainerSupport):
         residual: Dtype in which blocks add up: that of the ``weights``, or ``float32`` over weights
             in half precision, which makes scores more exact; see `alignkit.models.residual`.
         random_init: Draw the base's weights at random from its config, reading none.
+        resize_embeddings: Give embeddings and output head a row for each of the tokenizer's ids, or
+            for a number of them, where they have fewer. New rows start as the mean of the others;
+            with LoRA, ``modules_to_save`` has to name both for them to train.
         optimizer: A function from the trainable parameters to an optimizer.
         schedule: Shape of the learning rate after warm-up, a name of transformers'
             ``get_scheduler``; it advances every optimizer step.
@@ -98,6 +106,7 @@ class AlignmentModule(TrainerSupport):
     """How text became tokens in training, if the data module or a checkpoint says so."""
     _settings: dict[str, Any] | None = None
     _resumed: dict[str, Any] | None = None
+    _steps_before = 0
 
     def __init__(
         self,
@@ -109,6 +118,7 @@ class AlignmentModule(TrainerSupport):
         quantize: Quantization | None = None,
         residual: Residual = "weights",
         random_init: bool = False,
+        resize_embeddings: bool | int = False,
         optimizer: OptimizerCallable = lambda params: AdamW(
             params, lr=2e-4, weight_decay=0.0, fused=True
         ),
@@ -129,6 +139,9 @@ class AlignmentModule(TrainerSupport):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.lora_plus_ratio = lora_plus_ratio
+        rows = int(resize_embeddings)
+        if resize_embeddings is True:
+            rows = vocabulary_size(load_tokenizer(tokenizer or base))
         start = None
         if init_from is not None:
             init_from = self.hparams["init_from"] = find_checkpoint(init_from)
@@ -136,20 +149,27 @@ class AlignmentModule(TrainerSupport):
             self.text_format = start.text_format()
         # A checkpoint's hyper-parameters hold the config as plain values.
         choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
-        self.model, self.base_identity, self.lora = build_policy(
-            base,
-            choice,
-            start,
-            dtype=dtype,
-            random_init=random_init,
-            dropout=dropout,
-            quantize=quantize,
-            residual=residual,
-        )
+        with phase(f"loading {base}"):
+            self.model, self.base_identity, self.lora = build_policy(
+                base,
+                choice,
+                start,
+                dtype=dtype,
+                random_init=random_init,
+                dropout=dropout,
+                quantize=quantize,
+                residual=residual,
+                embeddings=rows,
+            )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
+        resized = rows_before(self.model) is not None
+        self._keep_hyperparameter(
+            "resize_embeddings", embedding_size(self.model) if resized else False
+        )
         if activation_checkpointing:
             checkpoint_activations(self.model)
-        check_engine(self.model, packing)
+        with phase(f"checking how {base} is scored"):
+            check_engine(self.model, packing)
         self.dropout = dropout
         if not dropout:
             refuse_noise(self.model)
@@ -168,6 +188,7 @@ class AlignmentModule(TrainerSupport):
         seal_checkpoints(self.trainer)
         self.text_format = format_of_run(self.trainer, self.model, self.base, self.text_format)
         self._settings = None
+        self._steps_before = 0
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Refuse token ids beyond the model's embedding, while they are still on the CPU."""
@@ -201,19 +222,20 @@ class AlignmentModule(TrainerSupport):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer over trainable parameters and its per-step schedule."""
         optimizer = make_optimizer(self.model, self.optimizer, self.lora_plus_ratio)
-        total = total_steps(self.trainer)
+        total = total_steps(self.trainer, self._steps_before)
         schedule = make_schedule(optimizer, self.schedule, self.warmup_steps, total)
-        self._settings = run_settings(self, optimizer)
+        self._settings = run_settings(self, optimizer, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Checkpoints ----------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return the callback that handles signals, and reserve the run's folder."""
+        """Return the callbacks that every run has, and reserve the run's folder."""
         super().configure_callbacks()
         claim_run_folder(self.trainer)
-        there = any(isinstance(c, Signals) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if there else [Signals()]
+        added: list[Callback] = [Signals(), Dashboard()]
+        there = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [each for each in added if type(each) not in there]
 
     @_restricted_classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -240,16 +262,9 @@ class AlignmentModule(TrainerSupport):
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         super().on_load_checkpoint(checkpoint)
+        self._steps_before = checkpoint["global_step"]
         # Tuners restore their initial state when the optimizer exists; a resumed run has none yet.
         self._resumed = checkpoint if self._settings is None else None
-
-    def on_train_start(self) -> None:
-        """Log the share of rows that the data module truncated."""
-        super().on_train_start()
-        truncated = getattr(self.trainer.datamodule, "stats", {}).get("truncated_frac")  # type: ignore[attr-defined]
-        if truncated is not None:  # constant over the run, so no mean over ranks or steps
-            for logger in self.loggers:
-                logger.log_metrics({"data/truncated_frac": truncated}, step=self.global_step)
 
     def checkpoint_stamp(self) -> dict[str, Any]:
         """Return the identity that a checkpoint and the module that resumes it must share."""

@@ -16,12 +16,13 @@ from alignkit.errors import AlignkitError
 from alignkit.modules.gauges import RatedPairs
 from alignkit.modules.pair_scores import pair_scores, reference_pair_scores, refuse_other_counts
 from alignkit.modules.reference_choice import resolve_choice
-from alignkit.modules.watch import PairWatch, WatchedModule
+from alignkit.modules.watch import PairWatch
+from alignkit.modules.whole_step import WholeStepModule, recomputed_scores
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
 
 
-class DPOModule(WatchedModule):
+class DPOModule(WholeStepModule):
     """Train a policy to prefer chosen over rejected answers, relative to a frozen reference.
 
     The reference is a frozen deep copy of the policy, taken after ``init_from`` is loaded, unless
@@ -37,6 +38,8 @@ class DPOModule(WatchedModule):
         reference: What the policy is compared with: a frozen ``copy`` of it as it starts, its
             ``base`` without adapters, a path (a checkpoint, a run's folder, an adapter, a model),
             or ``none``; by default a copy where the loss reads a reference, none where not.
+        reference_every: Refresh a copy after so many optimizer steps (TR-DPO); ``null`` never does.
+        reference_mix: Share of the policy in a refreshed reference; at 1 it is copied.
         reference_cache: A directory that keeps the reference's log-probs between runs; ``null``
             scores them live. They depend on base, adapter, tokens and dtype alone, so a sweep
             over learning rates or β scores each example once.
@@ -53,6 +56,8 @@ class DPOModule(WatchedModule):
         *args: Any,
         loss: PreferenceLoss = DPO(),  # noqa: B008 (frozen)
         reference: str | None = None,
+        reference_every: int | None = None,
+        reference_mix: float = 1.0,
         reference_cache: str | None = None,
         reference_checks: int = 1,
         **kwargs: Any,
@@ -69,6 +74,7 @@ class DPOModule(WatchedModule):
                 f"model.reference_cache: {name} weighs tokens, and the cache keeps sums over whole "
                 "answers; leave it out"
             )
+        self.refresh_reference(reference_every, reference_mix, choice, reference_cache)
         self.watch = PairWatch(compares=reads)
         self.reference = None
         if reads:
@@ -78,23 +84,40 @@ class DPOModule(WatchedModule):
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the summed loss of the batch's pairs; its weight is the number of pairs."""
+        policy, reference = self.scores(batch)
+        # -log σ(β (log π_θ(y_w|x)/π_ref(y_w|x) - log π_θ(y_l|x)/π_ref(y_l|x))), equation 7
+        loss_B = self.preference_loss(policy, reference)
+        return LossOutput(loss_B.sum(), len(loss_B), self.watched_metrics(policy, reference))
+
+    def scores(self, batch: PackedBatch, recompute: bool = False) -> tuple[PairScores, PairScores]:
+        """Score a batch under policy and reference.
+
+        Args:
+            batch: As in `compute_loss`.
+            recompute: Whether the backward pass computes the policy's activations again.
+
+        Raises:
+            AlignkitError: A prompt has not as many responses as the loss takes.
+        """
         refuse_other_counts(batch, self.loss)
         # The reference comes first, so that its working memory is free again before the policy's
         # activations are allocated.
         # log π_ref(y_w|x), log π_ref(y_l|x)
         reference = self.reference_scores(batch) if self.reference is not None else None
         # log π_θ(y_w|x), log π_θ(y_l|x)
-        policy = pair_scores(self.model, batch, self.loss)
+        score_policy = recomputed_scores if recompute else pair_scores
+        policy = score_policy(self.model, batch, self.loss)
         if reference is None:
             reference = policy.detached()
         self.check_start(batch)
-        # -log σ(β (log π_θ(y_w|x)/π_ref(y_w|x) - log π_θ(y_l|x)/π_ref(y_l|x))), equation 7
-        loss_B = self.preference_loss(policy, reference)
-        with torch.no_grad():
-            metrics = self.metrics(policy, reference)
-            rewards = self.loss.rewards(policy, reference)
-            self.watch.add(RatedPairs(policy, reference, *rewards), self.training)
-        return LossOutput(loss_B.sum(), len(loss_B), metrics)
+        return policy, reference
+
+    @torch.no_grad()
+    def watched_metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
+        """Return `metrics`, and add the pairs to the gauges."""
+        rewards = self.loss.rewards(policy, reference)
+        self.watch.add(RatedPairs(policy, reference, *rewards), self.training)
+        return self.metrics(policy, reference)
 
     def reference_scores(self, batch: PackedBatch) -> PairScores:
         """Score the batch's answers under the frozen reference, live or from the cache.

@@ -17,7 +17,7 @@ from alignkit.batch import PackedBatch
 from alignkit.engine import response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.modules.reference_choice import resolve_choice
-from alignkit.modules.referenced import ReferencedModule
+from alignkit.modules.refreshed import RefreshedModule
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.unpaired import KTO, UnpairedScores
 
@@ -26,7 +26,7 @@ _PARTS = {"chosen": "good", "rejected": "bad"}
 _HELD_OUT = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
-class KTOModule(ReferencedModule):
+class KTOModule(RefreshedModule):
     """Train a policy on answers that are each good or bad, without pairs (arXiv:2402.01306).
 
     Its data come from an `UnpairedDataModule`: every prompt has its answer and a mismatched one.
@@ -37,6 +37,8 @@ class KTOModule(ReferencedModule):
         *args: As in `AlignmentModule`.
         loss: β and the weights of good and bad answers.
         reference: As in `DPOModule`.
+        reference_every: As in `DPOModule`.
+        reference_mix: As in `DPOModule`.
         reference_cache: As in `DPOModule`.
         reference_checks: As in `DPOModule`.
         **kwargs: As in `AlignmentModule`.
@@ -50,6 +52,8 @@ class KTOModule(ReferencedModule):
         *args: Any,
         loss: KTO = KTO(),  # noqa: B008 (frozen)
         reference: str | None = None,
+        reference_every: int | None = None,
+        reference_mix: float = 1.0,
         reference_cache: str | None = None,
         reference_checks: int = 1,
         **kwargs: Any,
@@ -61,6 +65,7 @@ class KTOModule(ReferencedModule):
             reference, "KTO", reads_reference=True, trains_all=self.lora is None
         )
         self.reference = None
+        self.refresh_reference(reference_every, reference_mix, choice, reference_cache)
         self.keep_reference(choice, reference_cache, reference_checks)
         self.held_out = nn.ModuleDict({key(name): HeldOut(self.loss, name) for name in _HELD_OUT})
 

@@ -53,10 +53,25 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
     return optimizer
 
 
-def total_steps(trainer: Trainer) -> int | None:
-    """Return the number of optimizer steps of a run, ``None`` if it ends by time alone."""
+def total_steps(trainer: Trainer, taken: int = 0) -> int | None:
+    """Return the number of optimizer steps of a run, ``None`` if it ends by time alone.
+
+    Args:
+        trainer: The run's trainer.
+        taken: Steps taken before the run was resumed. They need not be as many as its epochs have
+            now: on fewer ranks an epoch may have more steps.
+    """
     total = trainer.estimated_stepping_batches
-    return int(total) if 0 <= total < math.inf else None
+    if not 0 <= total < math.inf:
+        return None
+    epochs, whole = trainer.max_epochs, trainer.limit_train_batches == 1.0
+    count = getattr(trainer.datamodule, "steps_ahead", None)  # type: ignore[attr-defined]
+    if taken and epochs is not None and epochs > 0 and whole and count is not None:
+        ahead = count(epochs)
+        if ahead is not None:
+            most = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+            total = min(taken + max(ahead, 0), most)
+    return int(total)
 
 
 def make_schedule(

@@ -48,6 +48,7 @@ class Position:
         # the same for the window that a resumed run computes again.
         self._validated = 0
         self._validated_before = 0
+        self._ready_before: int | None = None
         self._random_states: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor] | None = None
 
     def before_batch(self, number: int, trainer: Trainer, device: torch.device) -> bool:
@@ -108,13 +109,20 @@ class Position:
     def load(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore the position from a checkpoint; `start_run` restores the random state."""
         self._validated_before = checkpoint.get(_KEY, {}).get("validated", 0)
+        loops = checkpoint.get("loops")
+        self._ready_before = loops and _progress(loops["fit_loop"])["current"]["ready"]
         self._random_states = checkpoint.get("rng")
 
-    def start_run(self, device: torch.device, rank: int) -> None:
+    def start_run(self, trainer: Trainer, device: torch.device) -> None:
         """Begin outside of any window, with the checkpoint's random state if there is one."""
         self._open = None
+        if self._ready_before is not None:
+            # Another number of micro-batches a step has moved the numbers of micro-batches.
+            now = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            self._validated_before += (now - self._ready_before) * bool(self._validated_before)
+            self._ready_before = None
         if self._random_states is not None:
-            ckpt.restore_random_state(self._random_states, device, rank)
+            ckpt.restore_random_state(self._random_states, device, trainer.global_rank)
             self._random_states = None
 
 
@@ -131,7 +139,7 @@ def _rewind(fit_loop: dict[str, Any], batches: int, step: int, validate: bool) -
         step: The global step.
         validate: Whether the resumed run begins with a validation.
     """
-    progress = fit_loop["epoch_loop.batch_progress"]
+    progress = _progress(fit_loop)
     back = progress["current"]["ready"] - batches
     for tracker in (progress["total"], progress["current"]):
         done = tracker["ready"] - back
@@ -144,6 +152,12 @@ def _rewind(fit_loop: dict[str, Any], batches: int, step: int, validate: bool) -
     steps = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     for tracker in steps.values():
         tracker["ready"] = tracker["completed"]  # a step that had begun was not taken
+
+
+def _progress(fit_loop: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved progress through micro-batches."""
+    progress: dict[str, Any] = fit_loop["epoch_loop.batch_progress"]
+    return progress
 
 
 def _restart_validation(progress: dict[str, Any], begin: bool) -> None:

@@ -39,7 +39,10 @@ class ReferencedModule(AlignmentModule):
             chosen = make_reference(choice, self.model, tokenizer, dtype)
         self.reference = Reference(self.model, self.compiles, chosen)
         if cache is not None:
-            self.reference.open_cache(Path(cache), self.base_identity.fingerprint, checks)
+            base = self.base_identity.fingerprint
+            if self.hparams["resize_embeddings"]:  # more ids share the same probability
+                base = f"{base}+{self.hparams['resize_embeddings']}"
+            self.reference.open_cache(Path(cache), base, checks)
         # DDP synchronises parameters and buffers by name.
         self._ddp_params_and_buffers_to_ignore = [
             f"reference.{name}" for name in self.reference.tensor_names()

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignkit.errors import AlignkitError
-from alignkit.modules.optimize import total_steps
 
 KEY = "settings"
 # Paths, and ways to compute: neither changes what is trained.
@@ -33,8 +32,15 @@ _NOT_SETTINGS = frozenset({"params", "param_names", "initial_lr", "swa_lr"})
 log = logging.getLogger(__name__)
 
 
-def run_settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+def run_settings(
+    module: LightningModule, optimizer: Optimizer, total: int | None
+) -> dict[str, Any]:
     """Return the settings of a run that its checkpoints keep, to compare a resumed run with.
+
+    Args:
+        module: The module, with its trainer.
+        optimizer: Its optimizer.
+        total: The run's number of steps, see `alignkit.modules.optimize.total_steps`.
 
     Returns:
         Plain values: the optimizer's class, its options, the names of its parameters group by
@@ -46,7 +52,7 @@ def run_settings(module: LightningModule, optimizer: Optimizer) -> dict[str, Any
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         "options": _group_options(optimizer.param_groups[0]),
         "parameters": [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups],
-        "run": {"total steps": total_steps(trainer)},
+        "run": {"total steps": total},
         "seed": os.environ.get("PL_GLOBAL_SEED"),  # where Lightning keeps seed_everything
         "trainer": {
             "max_steps": trainer.max_steps,

@@ -194,7 +194,7 @@ class ExactSteps(HasLoss):
         self.window.clear()
         self.epoch_sums.load(self._epoch_state, self.device, self.global_rank)
         self._epoch_state = {}
-        self.position.start_run(self.device, self.global_rank)
+        self.position.start_run(self.trainer, self.device)
 
     # Inside ---------------------------------------------------------------------------------
 

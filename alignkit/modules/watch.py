@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.modules.gauges import GAUGES, Gauge, RatedPairs
-from alignkit.modules.referenced import ReferencedModule
+from alignkit.modules.refreshed import RefreshedModule
 
 _SURE = 2.0
 """How many standard errors a mean must lie from 0."""
@@ -18,7 +18,7 @@ _FEWEST = 4
 log = logging.getLogger(__name__)
 
 
-class WatchedModule(ReferencedModule):
+class WatchedModule(RefreshedModule):
     """Log the gauges of validations, of the pairs that a subclass hands to ``watch``.
 
     Attributes:
@@ -56,13 +56,15 @@ class PairWatch(nn.Module):
 
     Args:
         compares: Whether the policy is compared with a reference.
+        warns: Whether falling chosen answers are told of.
     """
 
-    def __init__(self, compares: bool) -> None:
+    def __init__(self, compares: bool, warns: bool = True) -> None:
         super().__init__()
         used = {name: kind for name, kind in GAUGES.items() if compares or not kind.compares}
         self.gauges = nn.ModuleDict({name: kind() for name, kind in used.items()})
         self.falling = FallingChosen(compares)
+        self.falling.told = not warns
 
     def named(self) -> dict[str, Gauge]:
         """Return the gauges by the names that they are logged under."""

@@ -143,7 +143,8 @@ class AOT(PreferenceLoss):
 
     Melnyk et al. 2024, arXiv:2406.05882, section 3 (paired). Sorting matches quantiles, so
     element b of the result belongs to the b-th quantile of the batch and not to pair b. Only the
-    mean over the batch is meaningful, and it depends on which pairs share a batch.
+    mean is meaningful. In training it is over all pairs of an optimizer step, of every micro-batch
+    and rank (`alignkit.modules.whole_step`); in validation it depends on which share a batch.
 
     Args:
         beta: Strength of the tie to the reference.

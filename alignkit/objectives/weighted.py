@@ -43,6 +43,8 @@ class WeightedSum(PreferenceLoss):
             self.refuse("terms", "must name at least one loss")
         if any(term.weighs_tokens for term in self.terms):
             self.refuse("terms", "must share one sum of log-probs, and one of them weighs tokens")
+        if self.ranks and self.whole_step:
+            self.refuse("terms", "must not compare the pairs of a step and rank k answers at once")
         if len(self.weights) != len(self.terms):
             self.refuse("weights", f"must be one a term ({len(self.terms)})")
         if not all(0 < weight < inf for weight in self.weights):

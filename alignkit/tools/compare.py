@@ -17,8 +17,10 @@ from rich.table import Table
 
 from alignkit.errors import AlignkitError
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
+from alignkit.tools.generate.options import gather_options
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.utils.atomic import check_output, write_atomically
+from alignkit.utils.progress import counting
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
@@ -101,13 +103,13 @@ def compare(
     markdown_file = check_output(markdown, "markdown")
     json_file = check_output(json, "json")
     named = name_models(models)
+    options = gather_options(options)
     request = Request(**options)
     comparison = Comparison(request.questions)
     console = Console()
     try:
         for name, path in named.items():
-            with console.status(f"asking {name}"):
-                _add_answers(request, name, path, comparison)
+            _add_answers(request, name, path, comparison)
             if markdown_file is not None:
                 write_atomically(markdown_file, comparison.to_markdown())
             if json_file is not None:
@@ -141,7 +143,12 @@ def _add_answers(request: Request, name: str, path: str, comparison: Comparison)
     try:
         model, tokenizer = request.load(path)
         asked = request.format_for(path, tokenizer)
-        comparison.answers[name] = list(request.answers(model, tokenizer, asked, name))
+        answers = []
+        with counting(f"{name}: prompt", len(request.questions)) as count:
+            for answer in request.answers(model, tokenizer, asked, name):
+                answers.append(answer)
+                count.reach(len(answers))
+        comparison.answers[name] = answers
         comparison.asked[name] = describe_format(asked)
         del model
     except AlignkitError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +13,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.text.chat_templates import template_of
 from alignkit.errors import AlignkitError
+from alignkit.lora.inject import adapter_configs
 from alignkit.lora.merge import merged_plain
-from alignkit.models.checkpoint import load_policy, policy_base, policy_format
+from alignkit.lora.resize import rows_before
+from alignkit.models.checkpoint import base_record, load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
+from alignkit.models.find import find_checkpoint
 from alignkit.models.fingerprint import base_identity
-from alignkit.models.load import embedding_size, load_model
+from alignkit.models.gguf_file import need_gguf
+from alignkit.models.hub import check_push
+from alignkit.models.hub import push as push_folder
+from alignkit.models.load import embedding_size, load_model, stored_dtype
+from alignkit.models.place import absolute_base, base_header
 from alignkit.models.quantize import quantization, unquantize
+from alignkit.models.readback import refuse_other_answers
+from alignkit.models.reward import save_reward_model
 from alignkit.models.text_format import TextFormat, write_format
+from alignkit.tools.card import write_card
 
 _PROBED = 32
 """Tokens whose logits are compared when packed weights give way to plain ones."""
@@ -29,11 +40,12 @@ def export(
     model: str,
     output: str,
     *,
-    to: Format = "peft",
+    to: Format | Literal["reward"] = "peft",
     base: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base",
     plain: bool = False,
     onto: Literal["dequantized", "original"] = "dequantized",
+    push: str | None = None,
 ) -> Path:
     """Write a checkpoint for use elsewhere.
 
@@ -45,13 +57,19 @@ def export(
         output: The directory to write; made if missing, never written into if it holds files.
         to: ``peft``, the adapter as PEFT writes it; ``merged``, a whole transformers model with the
             adapter folded in and its tokenizer, for AutoModelForCausalLM, vLLM, lm-eval or
-            llama.cpp's converter; ``safetensors``, the adapter as one file.
+            llama.cpp's converter; ``safetensors``, the adapter as one file; ``gguf``, the merged
+            model and its tokenizer as one file for llama.cpp and Ollama, in the families Llama,
+            Mistral, Qwen2 and Qwen3; ``reward``, a reward model's checkpoint as a whole model for
+            AutoModelForSequenceClassification.
         base: The base model's path, if it is no longer where the checkpoint says.
-        dtype: Dtype of the weights of a merged model.
+        dtype: Dtype of the weights of a merged model or a GGUF file; ``base`` is the one that the
+            base is stored in.
         plain: Write a PiSSA or OLoRA adapter as ordinary LoRA of twice the rank.
         onto: What a merged model gets that was trained over a quantized base: ``dequantized``, the
             weights that the packed ones stand for, which answers as it was trained; ``original``,
             those that they were packed from. The largest change of a logit is told.
+        push: A repository of the Hugging Face Hub, such as ``me/my-model``, to put the export
+            into; a new one is made private.
 
     Returns:
         The directory.
@@ -63,21 +81,61 @@ def export(
     place = Path(output)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise AlignkitError(f"output {output}: exists and is not empty; choose another directory")
+    model = find_checkpoint(model)
+    if push is not None:
+        check_push(push)
+    if to == "reward":
+        return _export_reward(model, place, base)
+    if to == "gguf":
+        need_gguf()
+    whole = to in ("merged", "gguf")
+    place_of_base = base or policy_base(model)
+    named = base or base_record(model)[0]
+    written = stored_dtype(place_of_base) if dtype == "base" else getattr(torch, dtype)
     # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
-    kept = "float32" if to != "merged" and dtype == "float16" else dtype
-    policy, tokenizer = load_policy(model, base=base, dtype=getattr(torch, kept))
-    name = base or policy_base(model)
+    policy, tokenizer = load_policy(model, base=base, dtype=written if whole else torch.float32)
     trained = policy_format(model)
-    if trained is not None and to == "merged":
+    if trained is not None and whole:
         _keep_text_format(policy, tokenizer, trained)
     told = ""
-    if to == "merged" and quantization(policy) is not None:
-        told = _unpack(policy, name, onto)
-    header = {} if to == "merged" else base_identity(policy).header()
-    write_model(policy, place, to, base=name, plain=plain, tokenizer=tokenizer, header=header)
+    if whole and quantization(policy) is not None:
+        told = _unpack(policy, place_of_base, onto)
+    header = {}
+    if not whole:
+        header = {**base_identity(policy).header(), **base_header(place_of_base, named)}
+    write_model(
+        policy,
+        place,
+        to,
+        base=absolute_base(place_of_base),
+        plain=plain,
+        tokenizer=tokenizer,
+        header=header,
+    )
+    if to == "merged":
+        with merged_plain(policy) if adapter_configs(policy) else nullcontext():
+            refuse_other_answers(policy, place)
     if trained is not None:
         write_format(trained, place)
+    if to == "peft" and rows_before(policy) is not None:
+        tokenizer.save_pretrained(str(place))  # the base's has not all of the tokens
+    precision = str(written if whole else torch.float32).removeprefix("torch.")
+    write_card(model, place, to, base=named, dtype=precision)
+    told = f", {precision}{told}" if whole else ""
     Console().print(f"wrote {place} ({to}{told})", highlight=False)
+    if push is not None:
+        Console().print(f"pushed to {push_folder(place, push)}", highlight=False)
+    return place
+
+
+def _export_reward(model: str, place: Path, base: str | None) -> Path:
+    """Write a reward model with its tokenizer and its text format."""
+    policy, tokenizer = load_policy(model, base=base, reward=True)
+    save_reward_model(policy, place, tokenizer)
+    trained = policy_format(model)
+    if trained is not None:
+        write_format(trained, place)
+    Console().print(f"wrote {place} (reward)", highlight=False)
     return place
 
 

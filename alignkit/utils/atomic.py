@@ -108,6 +108,20 @@ def make_writable_folder(folder: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
+def share_files(folder: Path) -> None:
+    """Give every file of a folder the permissions that the user's umask allows.
+
+    Libraries write through temporary files, which only their owner may read.
+    """
+    probe = folder / f".{uuid.uuid4().hex}{PARTIAL}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(mode)
+
+
 def _writer(content: bytes | str) -> Callable[[BinaryIO], object]:
     data = content.encode() if isinstance(content, str) else content
     return lambda file: file.write(data)

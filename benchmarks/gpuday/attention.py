@@ -24,6 +24,7 @@ from gpuday.clock import interleaved, peak_above
 from gpuday.day import Day
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Ways = dict[str, Callable[[], Attend | None]]
 _DTYPE = torch.bfloat16
 
 
@@ -37,26 +38,26 @@ def measure(day: Day) -> None:
     shape = day.sizes.shapes[0]
     examples = bare.steps_of(day, "dpo", shape, 1)[0]
     spans = collate(examples).spans
-    for heads, width in day.sizes.heads:
-        ways = {
-            "dense": lambda: _dense(spans, device),  # first: the others are held against it
-            "varlen": lambda: _varlen(day, spans),
-            "flex": lambda: _flex(spans, device),
-        }
-        _compare(day, ways, examples, heads, width)
+    eager: Ways = {  # the mask first: the others are held against it
+        "dense": lambda: _dense(spans, device),
+        "varlen": lambda: _varlen(day, spans),
+    }
+    truths = {size: _compare(day, eager, examples, *size) for size in day.sizes.heads}
+    for size, truth in truths.items():  # last, as it is compiled for each
+        _compare(day, {"flex": lambda: _flex(spans, device)}, examples, *size, truth)
 
 
 def _compare(
     day: Day,
-    ways: dict[str, Callable[[], Attend | None]],
+    ways: Ways,
     examples: list[Example],
     heads: int,
     width: int,
-) -> None:
+    truth: list[Tensor] | None = None,
+) -> list[Tensor] | None:
     tokens = sum(example.num_tokens for example in examples)
     about = {"heads": heads, "width": width, "row_tokens": tokens, "pairs": len(examples)}
     arms: dict[str, Callable[[], object]] = {}
-    truth: list[Tensor] | None = None
     for name, make in ways.items():
         label = f"{name}, {heads}x{width}"
         try:
@@ -77,9 +78,10 @@ def _compare(
             day.note(f"{label}: failed", f"{type(error).__name__}: {error}"[:500], "", **about)
     longest = max(len(e.prompt) + len(r) for e in examples for r in e.responses)
     sequences = sum(len(e.responses) for e in examples)
-    padded = _Both(_causal, (sequences, heads, longest, width), day.device)
-    padded()
-    arms[f"padded, {heads}x{width}"] = padded
+    if "dense" in ways:
+        padded = _Both(_causal, (sequences, heads, longest, width), day.device)
+        padded()
+        arms[f"padded, {heads}x{width}"] = padded
     found = interleaved(arms, 5, day.sizes.repeats, day.device, day.is_late)
     for label, times in found.items():
         day.note(
@@ -91,6 +93,7 @@ def _compare(
             padded=[sequences, longest],
             **about,
         )
+    return truth
 
 
 class _Both:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 
+import torch
 import torch._dynamo.config
 
 from gpuday import bare
@@ -36,7 +38,9 @@ def _compare(day: Day, shape: str) -> None:
     batches = bare.batches_of(day, bare.steps_of(day, "dpo", shape, _WARM_UP))
     about = {"per_step": day.sizes.per_step, "task": "dpo", "trainer": "none"}
     arms: dict[str, bare.Step] = {}
+    losses: list[float] = []
     for name, compiles in (("eager", False), ("compiled", True)):
+        torch.manual_seed(0)  # the same adapters both times
         step = bare.Step(bare.build(day, "dpo", shape, compile=compiles), batches)
         took = []
         for _ in range(_WARM_UP):
@@ -44,11 +48,13 @@ def _compare(day: Day, shape: str) -> None:
             step()
             wait(day.device)
             took.append(time.perf_counter() - began)
+        losses.append(float(step.loss) if step.loss is not None else math.nan)
         day.note(f"{shape}: {name}: first step", took[0], "s", warm_up=took, **about)
         peak = peak_above(step, day.device)
         day.note(f"{shape}: {name}: peak above the model", peak / 2**30, "GiB", **about)
         arms[name] = step
     found = interleaved(arms, day.sizes.rounds, _WARM_UP, day.device, day.is_late)
+    day.note(f"{shape}: loss differs", abs(losses[0] - losses[1]), "nats", losses=losses, **about)
     pairs = zip(found["eager"], found["compiled"], strict=True)
     day.note(f"{shape}: eager over compiled", median(a / b for a, b in pairs), "×", **about)
     for name, times in found.items():

@@ -33,7 +33,8 @@ class Sizes:
         per_step: Examples of an optimizer step.
         steps: Optimizer steps of a turn.
         rounds: Turns of every arm.
-        row: Most tokens of one of alignkit's rows.
+        row: Most tokens of one of alignkit's rows beside peers.
+        rows: The same, where rows of growing length are measured.
         lm_tokens: Tokens of a document in language modelling.
         shapes: Models of the parts that have no peers, the most telling first.
         heads: Heads and head width of attention alone.
@@ -48,6 +49,7 @@ class Sizes:
     steps: int
     rounds: int
     row: int
+    rows: tuple[int, ...]
     lm_tokens: int
     shapes: tuple[str, ...]
     heads: tuple[tuple[int, int], ...]
@@ -70,6 +72,7 @@ FULL = Sizes(
     steps=2,
     rounds=3,
     row=16384,
+    rows=(2048, 4096, 8192, 16384, 32768),
     lm_tokens=512,
     shapes=("pythia-1.4b-shape", "gpt2-shape"),
     heads=((16, 128), (12, 64)),
@@ -84,6 +87,7 @@ TINY = Sizes(
     steps=1,
     rounds=1,
     row=1024,
+    rows=(512, 1024),
     lm_tokens=32,
     shapes=("tiny-llama-shape",),
     heads=((2, 16),),
@@ -136,7 +140,11 @@ class Day:
 
     def is_late(self) -> bool:
         """Whether the part's share of the time is used."""
-        return time.monotonic() > self.deadline
+        return self.seconds_left() < 0
+
+    def seconds_left(self) -> float:
+        """Seconds of the part's share that are left."""
+        return self.deadline - time.monotonic()
 
     def model(self, shape: str) -> str:
         """A directory with a shape's random weights in bf16, made once a run."""

@@ -8,6 +8,7 @@ held against PEFT in transformers' trainer, and DPO takes its steps alone.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -32,22 +33,34 @@ _PEER_BATCH = 8
 
 
 def measure(day: Day) -> None:
-    """Take every contest that has not been taken yet."""
-    late = []
+    """Take every contest that has not been taken yet; one that fails leaves the others."""
+    late, failed, longest = [], [], 0.0
     for task, shape in day.sizes.contests:
         name = f"{shape} {task}"
         if day.has(f"{name}: whole"):
             continue
-        if day.is_late():
+        # A contest that would be broken off leaves its rounds and no more.
+        if day.is_late() or day.seconds_left() < 0.8 * longest:
             late.append(name)
             continue
+        began = time.monotonic()
         contest = contest_of(task)
         if contest is None:
-            _alone(day, task, shape, name)
+            _alone(day, task, shape, name, "TRL is not installed")
         else:
-            _contest(day, contest, shape, name)
+            try:
+                _contest(day, contest, shape, name)
+            except Exception as error:
+                day.note(f"{name}: error", f"{type(error).__name__}: {error}"[:1000], "")
+                failed.append(name)
+                bare.free(day)
+                _alone(day, task, shape, name, "an arm failed")
+                continue
         bare.free(day)
-        day.note(f"{name}: whole", True, "")
+        longest = max(longest, time.monotonic() - began)
+        day.note(f"{name}: whole", True, "", seconds=round(time.monotonic() - began, 1))
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}")
     if late:
         raise TimeoutError(f"no time was left for {', '.join(late)}")
 
@@ -142,14 +155,14 @@ def _note_arm(
     )
 
 
-def _alone(day: Day, task: Task, shape: str, name: str) -> None:
+def _alone(day: Day, task: Task, shape: str, name: str, peers: str) -> None:
     examples = bare.steps_of(day, task, shape, 2)
     step = bare.Step(bare.build(day, task, shape), bare.batches_of(day, examples))
     step()
     step()
     times = interleaved({name: step}, day.sizes.rounds, 2, day.device, day.is_late)[name]
     flops = sum(bare.flops_of(task, shape, members) for members in examples) / 2
-    about = {"per_step": day.sizes.per_step, "trainer": "none", "peers": "TRL is not installed"}
+    about = {"per_step": day.sizes.per_step, "trainer": "none", "peers": peers}
     day.note(f"{name}: step alone", median(times), "s", rounds=times, **about)
     used = flops / (median(times) * day.ceiling())
     day.note(f"{name}: MFU of useful tokens", used, "of the ceiling", **about)

@@ -42,6 +42,7 @@ def named(figures: list[dict[str, Any]], part: str) -> dict[str, Any]:
     return {line["name"]: line["value"] for line in figures if line["part"] == part}
 
 
+@pytest.mark.slow
 def test_steps_beside_the_peers(gpu_day: Day) -> None:
     code, figures = gpu_day("--tiny", "--parts", "steps")
     found = named(figures, "steps")
@@ -57,12 +58,14 @@ def test_steps_beside_the_peers(gpu_day: Day) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_other_part_then_none_again(gpu_day: Day) -> None:
-    parts = "ceiling,attention,compile,nf4,sync,train"
+    parts = "ceiling,rows,attention,compile,nf4,sync,train"
     code, figures = gpu_day("--tiny", "--parts", parts)
     assert code == 0, [line for line in figures if line["name"] == "error"]
     assert all("whole" in named(figures, part) for part in parts.split(","))
     assert named(figures, "ceiling")["bf16 matmul"] > 0
+    assert named(figures, "rows")["tiny-llama-shape: rows of 512: tokens"] > 0
     assert named(figures, "attention")["dense, 2x16: time"] > 0
     assert "tiny-llama-shape: compiled: time per step" in named(figures, "compile")
     assert named(figures, "sync")["tiny-llama-shape: waits"] == 0
@@ -84,6 +87,25 @@ def test_a_part_that_fails_leaves_a_line_and_the_next_runs(
     assert code == 1
     assert named(figures, "attention") == {"error": "RuntimeError: no kernel image"}
     assert "whole" in named(figures, "ceiling")
+
+
+def test_a_contest_that_fails_leaves_the_others_and_alignkit_alone(
+    gpu_day: Day, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpuday import steps
+
+    from alignkit.errors import AlignkitError
+
+    def fail(*_: object) -> None:
+        raise AlignkitError("trl: failed; out of memory")
+
+    monkeypatch.setattr(steps, "compare", fail)
+    code, figures = gpu_day("--tiny", "--parts", "steps")
+    found = named(figures, "steps")
+    assert code == 1 and "tiny-gpt2-shape dpo" in found["error"]
+    for name in ("tiny-gpt2-shape dpo", "tiny-gpt2-shape lm"):
+        assert found[f"{name}: error"] == "AlignkitError: trl: failed; out of memory"
+        assert found[f"{name}: step alone"] > 0 and f"{name}: whole" not in found
 
 
 def test_without_trl_dpo_goes_alone_and_sft_beside_peft(monkeypatch: pytest.MonkeyPatch) -> None:

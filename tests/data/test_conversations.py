@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from alignkit.cli.command import main
+from alignkit.cli import main
 from alignkit.data.text.policies import Policies
 from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError

@@ -13,7 +13,9 @@ from alignkit.data.text.dialogue import (
     common_prompt,
     doubled_roles,
     last_label,
+    messages_of,
     split_last,
+    text_of,
     turns,
     without_labels,
 )
@@ -69,6 +71,27 @@ def test_turns_lose_nothing(text: str) -> None:
     labels = [turn for turn in found if turn.role == "Assistant"]
     opened = text.index("Assistant:", labels[-1].start) + len("Assistant:") if labels else None
     assert last_label(text) == opened
+
+
+WORDS = st.text(st.sampled_from("Human:Assistant \n\r\t.?é中🙂\u0301")).filter(
+    lambda text: not turns(f"a{text}") and "\n\n" not in f"\n{text}"[-2:]
+)
+
+
+@given(
+    st.text("ab \n", max_size=5).filter(lambda text: not text or text.strip()),
+    st.lists(st.tuples(st.sampled_from(["user", "assistant"]), WORDS), min_size=1, max_size=6),
+)
+def test_messages_are_read_and_written_character_for_character(
+    opening: str, spoken: list[tuple[str, str]]
+) -> None:
+    messages = [Message("system", opening)] if opening else []
+    messages += [Message(role, words) for role, words in spoken]
+    text = text_of(messages)
+    assert text_of(messages_of(text)) == text
+    assert messages_of(text) == messages
+    rest = text.removeprefix(opening)
+    assert rest.count("\n\nHuman:") + rest.count("\n\nAssistant:") == len(spoken)
 
 
 def test_doubled_roles() -> None:

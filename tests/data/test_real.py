@@ -18,7 +18,7 @@ from alignkit.data.encode.dialogues import DialogueEncoder, DraftExample
 from alignkit.data.read.rows import BadRow
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.defects import Dropped, Judge, Policies, Tally
-from alignkit.data.text.dialogue import Dialogue
+from alignkit.data.text.dialogue import Dialogue, messages_of, split_last, text_of
 from alignkit.data.text.shapes import Side, preference_sides
 from alignkit.tools.audit.command import audit
 
@@ -107,6 +107,25 @@ def test_the_audit(real_data: Path, pairs: Path, tmp_path: Path) -> None:
     roles = [i for i, both in enumerate(answers, 1) if any("Human:" in each for each in both)]
     assert report["row_numbers"]["roles_inside_answer"] == sorted({*roles, 1346} - {694, 1727})
     assert 0.3 < report["prompt_sharing"]["saved_share"] < 0.4
+
+
+def test_messages_are_written_back_character_for_character(pairs: Path) -> None:
+    """All 4,000 dialogues, whose messages are those that a chat template gets but for spaces."""
+    texts = []
+    for split in ("train", "test"):
+        with gzip.open(pairs / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            texts += [json.loads(line)[side] for line in file for side in ("chosen", "rejected")]
+    assert len(texts) == 4000
+    for text in texts:
+        messages = messages_of(text)
+        assert text_of(messages) == text
+        assert {message.role for message in messages} == {"user", "assistant"}
+        prompt, answer = split_last(text)
+        dialogue = Dialogue(prompt, (answer,))
+        told = [*dialogue.history(), *dialogue.said()]
+        assert [(each.role, each.content) for each in told] == [
+            (each.role, each.content.strip()) for each in messages
+        ]
 
 
 def test_what_repairs_change(pairs: Path) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from alignkit.engine import Example, PackedBatch, collate
 from alignkit.modules import DPOModule, KTOModule, SFTModule
-from alignkit.objectives.preference import DPO
+from alignkit.objectives.preference import AOT, DPO
 from alignkit.objectives.unpaired import KTO
 from tests.modules.helpers import answers, loader, pairs, plain_cross_entropy_steps, sgd, trainer
 
@@ -139,6 +139,30 @@ def test_the_reference_point_of_kto_is_that_of_all_ranks(
     logged = run_single.callback_metrics
     for name in ("train/loss", "train/kl", "train/rewards/margins", "val/loss", "val/kl"):
         torch.testing.assert_close(end["metrics"][name], logged[name], atol=1e-5, rtol=1e-5)
+
+
+def test_aot_sorts_the_pairs_of_all_ranks_and_micro_batches(
+    model_dir: Callable, tmp_path: Path
+) -> None:
+    """Two ranks with one and three pairs, two micro-batches a step, as one process with eight."""
+    torch.manual_seed(3)
+    options = {"optimizer": sgd, "schedule": "constant_with_warmup", "loss": AOT(beta=1.0)}
+    module = DPOModule(str(model_dir("gpt2")), **options)
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    module.reference._agreed = True
+    single = copy.deepcopy(module)
+    # Of one length, so that policy and reference order their margins differently.
+    examples = [Example(e.prompt, [(e.responses[k] * 9)[:9] for k in (0, 1)]) for e in pairs(16)]
+    end = run(module, examples, tmp_path, accumulate=2)
+    run_single = trainer(tmp_path, max_epochs=1)
+    run_single.fit(single, loader(examples, 8))
+    for name, value in single.state_dict().items():
+        torch.testing.assert_close(end["state"][name], value, atol=5e-5, rtol=1e-3)
+    loss = run_single.callback_metrics["train/loss"]
+    torch.testing.assert_close(end["metrics"]["train/loss"], loss, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_resumes_exactly_on_every_rank(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -201,3 +202,14 @@ def test_more_tokens_than_positions_is_one_line(
 ) -> None:
     with pytest.raises(AlignkitError, match=r"600 tokens exceeds the model's 512 positions"):
         score(tiny_model(family), collate([Example([1] * 300, [[2], [3] * 300])]))
+
+
+def test_the_sums_of_responses_do_not_depend_on_the_order_of_addition() -> None:
+    """A GPU adds in any order; in fp32 that moved DPO's first loss away from ln 2."""
+    batch = collate([Example([1], [[2] * 700, [3] * 400]), Example([], [[4] * 900])])
+    torch.manual_seed(0)
+    logps_N = -5 * torch.rand(len(batch.response_index))
+    sums_R = response_sums(logps_N, batch)
+    parts = [logps_N[batch.response_index == r].tolist() for r in range(batch.num_responses)]
+    assert sums_R.tolist() == torch.tensor([math.fsum(part) for part in parts]).tolist()
+    assert sums_R.dtype == torch.float32

@@ -203,6 +203,23 @@ def test_objects_are_not_unpickled(tmp_path: Path) -> None:
     assert not (tmp_path / "pwned").exists()
 
 
+def test_ranks_beyond_the_saved_random_states_draw_streams_of_their_own() -> None:
+    """Two states for four ranks: two go on exactly, the others begin anew, the same each time."""
+    saved = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        saved.append({"cpu": torch.get_rng_state()})
+
+    def draw(rank: int) -> float:
+        restore_random_state(saved, torch.device("cpu"), rank)
+        return torch.rand(()).item()
+
+    drawn = [draw(rank) for rank in range(4)]
+    assert drawn[:2] == [torch.manual_seed(s) and torch.rand(()).item() for s in (3, 4)]
+    assert len(set(drawn)) == 4
+    assert drawn == [draw(rank) for rank in range(4)]
+
+
 def test_the_random_state_of_an_earlier_checkpoint_is_restored() -> None:
     """It held one state rather than a list."""
     state = {"cpu": torch.get_rng_state()}

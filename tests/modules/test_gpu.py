@@ -134,6 +134,14 @@ def test_a_whole_step_over_new_rows_never_waits(
         optimizer.zero_grad()
 
 
+def test_a_batch_arrives_without_waiting(waiting_fails: Callable[[], None]) -> None:
+    batch = collate(pairs(4)).pin_memory()
+    waiting_fails()
+    arrived = batch.to(CUDA)
+    torch.cuda.set_sync_debug_mode("default")
+    assert arrived.input_ids.equal(batch.input_ids.to(CUDA))
+
+
 def test_step_0_is_ln_2_over_hundreds_of_pairs(
     model_dir: Callable[[str], Path], family: str
 ) -> None:
@@ -149,7 +157,9 @@ def test_step_0_is_ln_2_over_hundreds_of_pairs(
     assert output.metrics["rewards/margins"].item() == 0.0
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
 def test_losses_fall_as_on_the_cpu(
     model_dir: Callable[[str], Path], tmp_path: Path, compiled: bool
 ) -> None:

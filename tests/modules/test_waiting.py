@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,3 +106,19 @@ def test_steps_on_the_paths_of_a_gpu_never_wait(
         module.validation_step(batch, 0)
     assert not waits.names
     assert totals.means["loss"].isfinite()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_batch_is_copied_to_a_gpu_without_waiting(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """As Lightning moves it; back from a device it has to wait, as nobody else would."""
+    batch, asked = collate(pairs(2)), []
+
+    def copy(self: Tensor, to: torch.device, non_blocking: bool = False) -> Tensor:
+        asked.append((to.type, non_blocking))
+        return self
+
+    monkeypatch.setattr(Tensor, "to", copy)
+    move_data_to_device(batch, torch.device(device))
+    assert set(asked) == {(device, device == "cuda")}

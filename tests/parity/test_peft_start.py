@@ -14,6 +14,7 @@ from alignkit import DPOModule, SFTModule
 from alignkit.engine import collate, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
+from alignkit.lora.adapter import adapter_layers
 from alignkit.models import load_model
 from alignkit.models.checkpoint import load_policy
 from tests.modules.helpers import answers, pairs
@@ -104,15 +105,13 @@ def test_what_is_said_beside_it_must_agree(base: str, tmp_path: Path) -> None:
         SFTModule(base, lora=LoRAConfig(r=4, targets="q_proj"), init_from=str(tmp_path))
 
 
-def test_weights_that_peft_ties_are_refused(tmp_path: Path, base: str) -> None:
+def test_weights_that_peft_ties_are_read(tmp_path: Path, base: str) -> None:
+    """PEFT writes both sides; trained further, each goes its own way."""
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True
     )
     model = load_model(base)
     tied = model.config.tie_word_embeddings
     peft.get_peft_model(model, config).save_pretrained(tmp_path, save_embedding_layers=False)
-    if not tied:
-        SFTModule(base, init_from=str(tmp_path))
-        return
-    with pytest.raises(AlignkitError, match="ensure_weight_tying"):
-        SFTModule(base, init_from=str(tmp_path))
+    module = SFTModule(base, init_from=str(tmp_path))
+    assert ("lm_head" in adapter_layers(module.model)) == tied

@@ -20,6 +20,7 @@ from alignkit.tools import compare as compare_module
 from alignkit.tools.compare import Comparison, compare, name_models
 from alignkit.tools.generate import command as generate_module
 from alignkit.tools.generate.command import generate
+from alignkit.tools.generate.pieces import Pieces
 from alignkit.tools.generate.request import Request, printable
 from alignkit.tools.generate.sampling import Sampling, complete
 
@@ -224,3 +225,81 @@ def test_names_collide_or_are_missing() -> None:
         name_models(["a/m", "b/m"])
     with pytest.raises(AlignkitError, match="models: none was given"):
         name_models([])
+
+
+def test_options_of_transformers_are_passed_on(base: str) -> None:
+    args = ["--model", base, "--prompts", "Who?", "Why?", "--device", "cpu"]
+    args += ["--max_new_tokens", "12", "--repetition_penalty", "1"]
+
+    def ask(*more: str) -> list[str]:
+        return generate_module.generate(**parse(generate_module, [*args, *more]))
+
+    greedy = ask("--temperature", "0")
+    assert ask("--temperature", "0.9", "--top_k", "1") == greedy
+    assert ask("--temperature", "0.9", "--top_k", "50") != greedy
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    searched = ask("--temperature", "0", "--num_beams", "3", "--length_penalty", "0.5", "--raw")
+    ids = tokenizer("Who?", return_tensors="pt")
+    theirs = model.generate(
+        **ids, num_beams=3, length_penalty=0.5, max_new_tokens=12, do_sample=False, pad_token_id=0
+    )
+    assert (
+        searched[0]
+        == tokenizer.decode(theirs[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+        .split("\n\nHuman:")[0]
+        .strip()
+    )
+    long = ask("--temperature", "0", "--suppress_tokens", "[0]", "--min_new_tokens", "12")
+    assert all(long)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generation": {"top_kk": 3}}, "top_kk: no such option; did you mean top_k?"),
+        ({"generation": {"max_length": 3}}, "max_length: give max_new_tokens"),
+        ({"generation": {"output_scores": True}}, "output_scores: it changes no answer here"),
+        ({"top_k": 5, "temperature": 0.0}, "top_k: has no effect at temperature 0"),
+        ({"top_k": -1}, "top_k=-1: .*positive"),
+        ({"num_beams": 4}, "num_beams=4: searches beams at temperature 0 alone"),
+        ({"cache_implementation": "paper"}, "cache_implementation"),
+        ({"stream": True, "num_beams": 2, "temperature": 0.0}, "stream: beams are known"),
+    ],
+)
+def test_options_of_transformers_without_a_meaning_are_refused(
+    options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(AlignkitError, match=message):
+        generate("no/model", prompts="Why?", **options)  # type: ignore[arg-type]
+
+
+def test_streaming_shows_the_answer_in_pieces(
+    base: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = {"max_new_tokens": 24, "temperature": 0.9, "device": "cpu", "seed": 3}
+    whole = generate(base, prompts=["Who?", "Why?"], **settings)
+    capsys.readouterr()
+    lines = tmp_path / "answers.jsonl"
+    streamed = generate(base, prompts=["Who?", "Why?"], stream=True, jsonl=str(lines), **settings)
+    assert streamed == whole
+    shown = capsys.readouterr().out
+    for answer in whole:
+        assert printable(answer).plain in shown
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert rows == [
+        {"prompt": q, "answer": a} for q, a in zip(["Who?", "Why?"], whole, strict=True)
+    ]
+
+
+def test_pieces_hold_back_what_may_still_change() -> None:
+    """An unfinished character, and the beginning of the text that ends the answer."""
+    steps = ["Hi", "Hi \ufffd", "Hi é", "Hi é\n\nHum", "Hi é\n\nHumble", "Hi é\n\nHumble"]
+    told: list[str] = []
+    pieces = Pieces(lambda ids: steps[len(ids) - 1], told.append, "\n\nHuman:")
+    pieces.put(torch.tensor([[7, 8]]))  # the prompt
+    for step in range(len(steps)):
+        pieces.put(torch.tensor([step]))
+        if step == 3:
+            assert "".join(told) == "Hi é"
+    pieces.end()
+    assert "".join(told) == "Hi é\n\nHumble"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from alignkit.data.encode.draft_tokens import DraftTokenizer
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.encode.writer import ExampleWriter
 from alignkit.data.read.rows import BadRow, Row, Source
-from alignkit.data.text.defects import Dropped, Judge
+from alignkit.data.text.defects import Dropped, Judge, beyond_text
 from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.formats import Format
 from alignkit.data.text.policies import Policies, Tally
@@ -24,6 +25,7 @@ from alignkit.data.text.raw import reader
 from alignkit.data.text.recognise import check_columns, columns_of
 from alignkit.data.text.shapes import Side, Sides, columns_read, last_trained
 from alignkit.data.text.templated import Templated
+from alignkit.data.text.thoughts import unread_names
 from alignkit.engine import Example
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import PromptFormat, TextFormat
@@ -45,7 +47,7 @@ class DialogueEncoder:
 
     Attributes:
         prompt_format: As given.
-        writes_tools: Whether the format has a place for the tools that may be called.
+        reads: What the format has a place for beside text, see `Format`.
     """
 
     def __init__(
@@ -72,10 +74,8 @@ class DialogueEncoder:
         self.masked = all_turns
         self._encode_texts = TextEncoder(tokenizer)
         self._format = Format(prompt_format, tokenizer, all_turns=all_turns)
-        self._templated = (
-            None if prompt_format == "raw" else Templated(tokenizer, specials=self._format.specials)
-        )
-        self.writes_tools = self._format.writes_tools
+        self._tokenizer = tokenizer
+        self.reads = self._format.reads
         self._columns = columns_read(sides)
         self._names = check_columns(columns)
         self._sides = reader(sides) if prompt_format == "raw" else sides
@@ -92,6 +92,13 @@ class DialogueEncoder:
             "policies": vars(self.policies),
             "columns": self._names,
         }
+
+    @cached_property
+    def _templated(self) -> Templated | None:
+        """Return what finds text that was rendered before; a set that is kept needs none."""
+        if self.prompt_format == "raw":
+            return None
+        return Templated(self._tokenizer, specials=self._format.specials)
 
     def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
         """Encode a source into a store.
@@ -169,11 +176,11 @@ class DialogueEncoder:
                     sides = [last_trained(side) for side in sides]
                 if self._templated is not None:
                     sides = self._templated.settle(sides, judge, line)
-                if any(side.tools for side in sides) and not self._format.writes_tools:
-                    if self._format.name != "chat":
-                        judge.unread(["`tools`"], line)
-                    else:
+                if lost := beyond_text(sides) - self.reads:
+                    if self.prompt_format == "chat" and "tools" in lost:
                         judge.count("unwritten_tools", line)
+                        lost -= {"tools"}
+                    judge.unread(unread_names(lost, self.reads), line)
                 yield DraftExample(line, judge.settle(sides, line), label=sides[0].label)
             except Dropped:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -50,11 +51,16 @@ class DocumentEncoder:
     ) -> None:
         self.policies = policies or Policies()
         self._encode = TextEncoder(tokenizer)
-        self._templated = Templated(tokenizer)
+        self._tokenizer = tokenizer
         self._block_size = block_size
         self._packing = packing
         self._names = check_columns(columns)
         rows([], block_size, packing)  # refuses what it does not know, before any work
+
+    @cached_property
+    def _templated(self) -> Templated:
+        """Return what finds text that was rendered before; a set that is kept needs none."""
+        return Templated(self._tokenizer)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -71,6 +71,7 @@ def rendered_defects(draft: DraftExample) -> list[str]:
     """
     answers = draft.dialogue.answers
     found = {
+        "unwritten_thoughts": draft.text.thoughtless,
         "empty_answers": draft.blank and all(answer.strip() for answer in answers),
         "identical_pairs": len({tuple(each) for each in draft.responses}) < len(set(answers)),
     }

@@ -7,7 +7,7 @@ changed, with both values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from alignkit.errors import AlignkitError
@@ -46,10 +46,17 @@ def check_plan(saved: object, plan: Plan) -> None:
         )
 
 
-def differences(saved: object, plan: Plan) -> str:
-    """Tell what differs between a checkpoint's plan and this run's; empty for nothing."""
+def differences(saved: object, plan: Plan, but: Collection[str] = ()) -> str:
+    """Tell what differs between a checkpoint's plan and this run's; empty for nothing.
+
+    Args:
+        saved: The checkpoint's plan.
+        plan: This run's.
+        but: Names of entries that do not count.
+    """
     if not isinstance(saved, Mapping) or not saved:
         return "the checkpoint does not say what data it saw (an older alignkit wrote it)"
+    saved, plan = ({k: v for k, v in each.items() if k not in but} for each in (saved, plan))
     derived, told = _changes(saved, plan)
     before, after = saved.get(SOURCES, []), plan.get(SOURCES, [])
     if [_content(source) for source in before] != [_content(source) for source in after]:

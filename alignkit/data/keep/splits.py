@@ -21,6 +21,7 @@ from alignkit.data.read.rows import Source
 from alignkit.data.read.sources import DataPath, not_read, quotas, weights_of
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import TextFormat
+from alignkit.utils.phases import phase
 
 log = logging.getLogger(__name__)
 # Sets that no later process may take for its own; they go when this process does.
@@ -222,7 +223,8 @@ class _Opener:
 
         def build(writer: StoreWriter) -> dict[str, Any]:
             log.info("encoding %s", source.name)
-            return self._encoder.write(source, writer)
+            with phase(f"encoding {source.name}"):
+                return self._encoder.write(source, writer)
 
         store = cached_store(home, identity, build, scored=self._encoder.masked)
         store.source = source.name

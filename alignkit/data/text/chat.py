@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from alignkit.data.text.dialogue import Message
+from alignkit.data.text.thoughts import THOUGHTS, thoughts_read
 from alignkit.errors import AlignkitError
 from alignkit.models.tokenizer import end_tokens
 
@@ -47,11 +48,13 @@ class ChatTemplate:
     Attributes:
         source: The template's source.
         reads_tools: Whether it writes the tools that may be called.
+        thoughts: The fields of thoughts that it writes, for some messages at least.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str) -> None:
         self.source = template
         self.reads_tools = bool(re.search(r"\btools\b", template))
+        self.thoughts = thoughts_read(template)
         self._reads_calls = "tool_calls" in template
         self._marked = bool(_MARKED.search(template))
         self._tokenizer = tokenizer
@@ -102,7 +105,7 @@ class ChatTemplate:
             if whole.startswith(asked):
                 end = self._end_of(messages, at, whole, len(asked), tools)
             if end is None:
-                return whole, self._marked_turns(messages, wanted, tools, whole, asked)
+                return whole, self._marked_turns(messages, wanted, tools, whole, asked, at)
             turns.append(Turn(len(asked), end))
         return whole, turns
 
@@ -148,10 +151,12 @@ class ChatTemplate:
         if at == len(messages) - 1:
             return self.upto_end(whole, start)
         words = messages[at].content.strip()
-        found = whole.find(words, start) if words and not messages[at].fields else -1
-        if found >= 0 and words in whole[found + 1 :]:  # it may be the frame that holds them
+        plain = bool(words) and "content" not in json.loads(messages[at].fields or "{}")
+        found = whole.find(words, start) if plain else -1
+        # The frame may hold them too, and a thought among them may be left out.
+        if plain and (found < 0 or words in whole[found + 1 :]):
             end = self._end_by_sample(messages, at, whole, tools)
-            if end is not None and end >= start + len(words):
+            if end is not None and end >= start + (len(words) if found >= 0 else 0):
                 return self._closed(whole, end)
         if found >= 0 and not self._end.search(whole, start, found):
             return self._closed(whole, found + len(words))
@@ -185,6 +190,7 @@ class ChatTemplate:
         tools: str,
         whole: str,
         asked: str,
+        at: int,
     ) -> list[Turn]:
         """Return the turns by the template's own marks, of which each message has one.
 
@@ -205,11 +211,14 @@ class ChatTemplate:
         # What closes the conversation may be marked besides, behind the last message.
         if len(spans) not in (len(spoken), len(spoken) + 1):
             same = _common(whole, asked)
+            last = self.apply(messages[:-1], add_generation_prompt=True, tools=tools)
+            splits = at < len(messages) - 1 and whole.startswith(last)
             raise AlignkitError(
                 "prompt_format=chat: this chat template renders a prompt differently once its "
                 f"answer follows ({asked[same : same + 20]!r} becomes "
-                f"{whole[same : same + 20]!r}), so no answer can be scored; give the tokenizer a "
-                "template with {% generation %} marks, or use prompt_format=boundary"
+                f"{whole[same : same + 20]!r}), so no answer can be scored; use "
+                f"{'data.turns=last, ' if splits else ''}a template with {{% generation %}} marks, "
+                "or prompt_format=boundary"
             )
         marked = dict(zip(spoken, spans, strict=False))
         return [
@@ -220,8 +229,11 @@ class ChatTemplate:
     def _plain(self, message: Message) -> dict[str, Any]:
         """Return a message as the template takes it."""
         plain = {"role": message.role, "content": message.content}
-        if message.fields and (self._reads_calls or message.role == "tool"):
-            plain.update(json.loads(message.fields))
+        if message.fields:
+            called = self._reads_calls or message.role == "tool"
+            for name, value in json.loads(message.fields).items():
+                if name in self.thoughts if name in THOUGHTS else called:
+                    plain[name] = value
         return plain
 
 

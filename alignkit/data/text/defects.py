@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from itertools import takewhile
@@ -18,6 +19,7 @@ from alignkit.data.text.dialogue import (
 )
 from alignkit.data.text.policies import MEANING, Policies, Tally, choices
 from alignkit.data.text.shapes import Side, side_of
+from alignkit.data.text.thoughts import THOUGHTS
 from alignkit.errors import AlignkitError
 
 _UNREADABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -159,10 +161,23 @@ class Judge:
         )
 
 
+def beyond_text(sides: Sequence[Side]) -> frozenset[str]:
+    """Return what a row holds that not every format has a place for, as in `Format.reads`."""
+    texts = {each.fields for side in sides for each in side.messages or ()}
+    fields = {
+        name
+        for text in texts | {side.fields for side in sides}
+        if text
+        for name in json.loads(text)
+    }
+    return frozenset(fields.intersection(THOUGHTS) | {"tools" for side in sides if side.tools})
+
+
 def defects(sides: Sequence[Side]) -> list[str]:
     """List the defects of a row as it was published, by the names in `MEANING`."""
     answers = [side.answer for side in sides]
-    prompts = {(side.prompt, _spoken(side.messages or ())) for side in sides}
+    asked = {(side.prompt, side.messages) for side in sides}
+    prompts = {(prompt, _spoken(messages or ())) for prompt, messages in asked}
     text = "\n".join([*(prompt for prompt, _ in prompts), *answers])
     found = {
         "unread_fields": any(side.unread for side in sides),
@@ -171,7 +186,7 @@ def defects(sides: Sequence[Side]) -> list[str]:
         "roles_inside_answer": any(holds_label(answer) for answer in answers),
         "empty_answers": any(not answer.strip() for answer in answers),
         "identical_pairs": len(prompts) == 1 and len(set(answers)) < len(answers),
-        "doubled_roles": any(doubled_roles(side.prompt, side.messages) for side in sides),
+        "doubled_roles": any(doubled_roles(*each) for each in asked),
     }
     return [*character_defects(text), *(name for name, present in found.items() if present)]
 

@@ -59,8 +59,8 @@ class Message(NamedTuple):
         role: ``system``, ``user``, ``assistant`` or ``tool``.
         content: What the row gave, as it is. Calls of tools stand in it as text.
         trained: Whether it may carry loss, where all turns do.
-        fields: JSON of what a chat template that knows tools gets instead or besides:
-            ``{"content": null, "tool_calls": [...]}``.
+        fields: JSON of what a chat template that knows it gets instead or besides:
+            ``{"content": null, "tool_calls": [...]}``, ``{"reasoning_content": "2 and 2 …"}``.
     """
 
     role: str
@@ -105,6 +105,13 @@ class Dialogue:
             return self.starts
         return tuple(turn.start for turn in turns(self.prompt))
 
+    def opening(self) -> str:
+        """Return what stands before the first turn; empty where nothing does, or without a turn."""
+        if self.starts is not None:
+            return self.prompt[: self.starts[0]].strip() if self.starts else ""
+        first = _FIRST_TURN.match(self.prompt) or _TURN.search(self.prompt)
+        return self.prompt[: first.start()].strip() if first else ""
+
     def since(self, start: int) -> str:
         """Return the prompt from the turn at ``start`` on; text before the first turn stays."""
         first = (self.turn_starts() or (0,))[0] if start else 0
@@ -119,11 +126,12 @@ class Dialogue:
         starts = self.turn_starts()
         messages = self.messages
         if messages is None:
-            system = self.prompt[: starts[0]].strip() if starts else ""
-            spoken = [Message(_ROLES[turn.role], turn.text.strip()) for turn in turns(self.prompt)]
-            if spoken and (spoken[-1].role == "assistant" or not spoken[-1].content):
-                spoken.pop()  # it asks for the answer, or is the answer's beginning
-            messages = (*([Message("system", system)] if system else []), *spoken)
+            stripped = [m._replace(content=m.content.strip()) for m in messages_of(self.prompt)]
+            if not starts:
+                stripped = []
+            elif stripped[-1].role == "assistant" or not stripped[-1].content:
+                stripped.pop()  # it asks for the answer, or is the answer's beginning
+            messages = tuple(m for m in stripped if m.content or m.role != "system")
         led = int(bool(messages) and messages[0].role == "system")
         dropped = sum(at < start for at in starts)
         return [*messages[:led], *messages[led + dropped :]]
@@ -186,6 +194,27 @@ def turns(text: str) -> list[Turn]:
         Turn(mark[1], text[mark.end() : end], mark.start())
         for mark, end in zip(marks, ends, strict=False)
     ]
+
+
+def messages_of(text: str) -> list[Message]:
+    r"""Read HH-RLHF's text as messages, whose contents keep every space and line break.
+
+    What stands before the first turn is the system's message.
+
+    Example:
+        >>> messages_of("\n\nHuman: 2 + 2?\n\nAssistant: 4")[1]
+        Message(role='assistant', content=' 4', trained=True, fields='')
+    """
+    found = turns(text)
+    opening = text[: found[0].start] if found else text
+    spoken = [Message(_ROLES[turn.role], turn.text) for turn in found]
+    return [Message("system", opening), *spoken] if opening else spoken
+
+
+def text_of(messages: Sequence[Message]) -> str:
+    """Write what `messages_of` has read: the same text, where an empty line leads every label."""
+    labels = {role: f"\n\n{label}:" for label, role in _ROLES.items()}
+    return "".join(labels.get(message.role, "") + message.content for message in messages)
 
 
 def doubled_roles(prompt: str, messages: Sequence[Message] | None = None) -> bool:

@@ -12,12 +12,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from alignkit.data.text.speakers import usual_role
+from alignkit.data.text.thoughts import THOUGHTS
 
 _TEXT = {"role", "content"}
 _CALLING = {"tool_calls", "function_call"}
 _CALLED = {"name", "tool_call_id"}
 """What is read of the messages that call tools, and of those that answer a call."""
-_HARMLESS = {
+HARMLESS = {
     *("id", "message_id", "uuid", "index", "turn", "turn_id", "turn_identifier", "timestamp"),
     *("created", "created_at", "date", "model", "source", "url", "lang", "language", "score"),
     *("redacted", "toxic", "country", "state", "hashed_ip", "header"),
@@ -39,7 +40,7 @@ _CONTEXT: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("system", "system_prompt", "instruction", "input", "context", "history"), ()),
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call", "documents"), ()),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), ()),
-    **dict.fromkeys(("thinking", "reasoning", "reasoning_content", "chat_template_kwargs"), ()),
+    **dict.fromkeys((*THOUGHTS, "chat_template_kwargs"), ()),
     **dict.fromkeys(("label", "labels", "kto_tag", "desirable", "accepted", "preferred"), (True,)),
     "undesirable": (False,),
     "margin": (0,),
@@ -86,14 +87,17 @@ def read_weight(message: Mapping[str, Any]) -> tuple[bool, list[str]]:
     trained = True
     unread = []
     for name, value in message.items():
-        if name in _TEXT or name in _HARMLESS or name in _CALLING or not is_set(value):
+        if name in _TEXT or name in HARMLESS or name in _CALLING or not is_set(value):
             continue
         if name in _CALLED and usual_role(message.get("role")) == "tool":
+            continue
+        speaks = usual_role(message.get("role")) == "assistant"
+        if name in THOUGHTS and isinstance(value, str) and speaks:
             continue
         truth = value if name == "train" and isinstance(value, bool) else None
         if name == "weight" and not isinstance(value, bool) and value in (0, 1):
             truth = bool(value)
-        if truth is None or (truth and usual_role(message.get("role")) != "assistant"):
+        if truth is None or (truth and not speaks):
             unread.append(_shown(name, value))
         else:
             trained = trained and truth

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.text.chat import ChatTemplate, Turn
 from alignkit.data.text.chat_templates import own_template
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Dialogue, Message
+from alignkit.data.text.thoughts import lacks_thought
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import SPECIALS, PromptFormat
 from alignkit.models.tokenizer import end_tokens
@@ -49,11 +50,13 @@ class Rendered:
             and the last one do. Mostly there is one piece, the answer. EOS is left to the encoder,
             but where the text itself ends with a special token (`Format.specials`).
         blank: Whether a template renders nothing of an answer.
+        thoughtless: Whether a template leaves out a thought of a turn that carries loss.
     """
 
     prompt: str
     responses: tuple[tuple[str, ...], ...]
     blank: bool = False
+    thoughtless: bool = False
 
     def pieces(self) -> Iterator[str]:
         """Yield every text, the prompt first."""
@@ -76,7 +79,7 @@ class Format:
         keeps_start: Whether only the last question may be shortened, since something is written
             around it which must stay.
         chat_template: What ``chat`` renders with; ``None`` for the other formats.
-        writes_tools: Whether the tools that may be called are written into the text.
+        reads: What it has a place for beside text: ``tools``, and fields of thoughts.
 
     Raises:
         AlignkitError: An unknown name, a tokenizer without the template ``chat`` needs, or
@@ -112,7 +115,10 @@ class Format:
                 )
         written = self.chat_template
         self._template = None if written is None else ChatTemplate(tokenizer, written)
-        self.writes_tools = self._template is not None and self._template.reads_tools
+        self.reads: frozenset[str] = frozenset()
+        if self._template is not None:
+            self.reads = self._template.thoughts
+            self.reads |= {"tools"} if self._template.reads_tools else set()
         self._all_turns = all_turns
         self._ends = end_tokens(tokenizer) if self.specials else ()
 
@@ -130,9 +136,8 @@ class Format:
         return human[1:]
 
     def system(self, dialogue: Dialogue) -> str:
-        """Return what stands before the first turn; empty where there is nothing, or no turn."""
-        starts = dialogue.turn_starts()
-        return dialogue.prompt[: starts[0]].strip() if starts else ""
+        """Return the system's message as the format has it; empty for none."""
+        return dialogue.opening()
 
     def render(self, dialogue: Dialogue, start: int = 0) -> Rendered:
         """Render the dialogue, its prompt from the character ``start`` on (a turn's start)."""
@@ -159,7 +164,7 @@ class Format:
         if not replies:
             asked = template.apply(messages, add_generation_prompt=True, tools=tools)
             return Rendered(asked + dialogue.continued, ())
-        prompts, responses, blank = set(), [], False
+        prompts, responses, blank, thoughtless = set(), [], False, False
         for reply in replies:
             whole, turns = template.turns([*messages, reply], wanted, tools)
             if dialogue.continued:
@@ -171,13 +176,15 @@ class Format:
                 nothing = [*messages, Message("assistant", "")]
                 empty, places = template.turns(nothing, wanted, tools)
                 blank |= pieces[-1] == empty[places[-1].start : places[-1].end]
+            said = zip(pieces[::2], [*(messages[at] for at in before), reply], strict=True)
+            thoughtless |= any(lacks_thought(piece, message) for piece, message in said)
             responses.append(pieces)
         if len(prompts) > 1:
             raise AlignkitError(
                 "prompt_format=chat: this chat template renders a prompt differently by what is "
                 "answered, so answers cannot be compared; use prompt_format=boundary"
             )
-        return Rendered(prompts.pop(), tuple(responses), blank=blank)
+        return Rendered(prompts.pop(), tuple(responses), blank, thoughtless)
 
     def question(self, dialogue: Dialogue, start: int, text: Rendered) -> tuple[int, int]:
         """Find the prompt's last question in its text; the same place twice for nowhere."""

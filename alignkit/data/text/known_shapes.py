@@ -7,146 +7,28 @@ columns of `SPOKEN`, which `alignkit.data.text.shapes` understands.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from alignkit.data.text.dialogue import RowError, last_label
-from alignkit.data.text.fields import is_set
-from alignkit.data.text.ranked import RANKS, SCORES, best_first
-from alignkit.data.text.speakers import plain_messages, usual_role
-
-Columns = Mapping[str, Any]
-Read = Callable[[Columns], dict[str, Any]]
-
-
-class Shape(NamedTuple):
-    """Describe one shape of row: its name, its columns, and how it is read.
-
-    Example:
-        >>> shape = Shape("riddles", ("riddle", "solution"),
-        ...               lambda row: {"prompt": row["riddle"], "completion": row["solution"]})
-        >>> sorted(shape.columns)
-        ['riddle', 'solution']
-
-    Attributes:
-        name: What people call it, for one row or many.
-        needs: The columns that make it.
-        read: The columns of the same row that are understood, from those that it has.
-        also: Columns that ``read`` takes where they are set.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    read: Read = lambda row: {}
-    also: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """Return all columns that the shape reads."""
-        return frozenset((*self.needs, *self.also))
-
-
-SPOKEN = frozenset(("prompt", "messages", "completion", "chosen", "rejected", "responses"))
-"""What is said in a row, in the columns that are understood."""
-
-_SYSTEM = ("system", "system_prompt")
-_INPUT = ("input", "context")
-
-
-class _Question(NamedTuple):
-    """Hold one form of a question: its name, the columns that make it, and how it is read."""
-
-    name: str
-    needs: tuple[str, ...]
-    read: Read
-    also: tuple[str, ...] = _SYSTEM
-
-
-def _system(row: Columns) -> list[dict[str, str]]:
-    """Return the system's message, where a column holds one."""
-    found = [row[name] for name in _SYSTEM if is_set(row.get(name))]
-    if len(found) > 1 and found[0] != found[1]:
-        raise RowError("the row has both `system` and `system_prompt`; name one in data.columns")
-    if not all(isinstance(each, str) for each in found):
-        raise RowError("`system` must be text")
-    return [{"role": "system", "content": each} for each in found[:1]]
-
-
-def _asking(column: str) -> Read:
-    """Return a function that reads a column as the user's message."""
-
-    def read(row: Columns) -> dict[str, Any]:
-        return {"prompt": [*_system(row), {"role": "user", "content": row[column]}]}
-
-    return read
-
-
-def _instruction(row: Columns) -> dict[str, Any]:
-    """Read the instruction, and on the next line what it is about."""
-    given = [row[name] for name in _INPUT if is_set(row.get(name))]
-    if not all(isinstance(each, str) for each in (row["instruction"], *given)):
-        raise RowError("`instruction` and `input` must be text")
-    asked = "\n".join([row["instruction"], *given])
-    return {"prompt": [*_system(row), {"role": "user", "content": asked}]}
-
-
-def _prompt(row: Columns) -> dict[str, Any]:
-    """Read a prompt as it is, or behind the system's message where a column holds one."""
-    prompt = plain_messages(row["prompt"])
-    if not (system := _system(row)):
-        return {"prompt": prompt}
-    if not isinstance(prompt, str):
-        return {"prompt": _led(system, prompt)}
-    body = prompt.rstrip(" ")
-    if last_label(body) == len(body):  # HH-RLHF's form, in which it stands before the first turn
-        return {"prompt": system[0]["content"] + prompt}
-    return {"prompt": [*system, {"role": "user", "content": prompt}]}
-
-
-def _led(system: list[dict[str, str]], messages: Any) -> Any:
-    """Return messages behind the system's, unless they begin with the same."""
-    if not system or not isinstance(messages, list):
-        return messages
-    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
-    if usual_role(first.get("role", first.get("from"))) != "system":
-        return [*system, *messages]
-    if first.get("content", first.get("value")) != system[0]["content"]:
-        raise RowError("the row has a system message in a column and another in its messages")
-    return messages
-
-
-def _talk(column: str) -> Read:
-    """Return a function that reads a column as a whole conversation."""
-
-    def read(row: Columns) -> dict[str, Any]:
-        return {"messages": _led(_system(row), plain_messages(row[column]))}
-
-    return read
-
-
-def _talk_asks(column: str) -> Read:
-    """Return a function that reads a column as a conversation that ends with a question."""
-
-    def read(row: Columns) -> dict[str, Any]:
-        asked = _talk(column)(row)["messages"]
-        last = asked[-1] if isinstance(asked, list) and asked else None
-        said = last.get("from", last.get("role")) if isinstance(last, Mapping) else None
-        if usual_role(said) == "assistant":
-            raise RowError(f"`{column}` ends with the answer that `chosen` should hold")
-        return {"prompt": asked}
-
-    return read
-
-
-_PROMPTS = _Question("prompts", ("prompt",), _prompt)
-_ALPACA = _Question("Alpaca", ("instruction",), _instruction, (*_INPUT, *_SYSTEM))
-_QUESTIONS = tuple(
-    _Question(name, (column,), _asking(column))
-    for name, column in (("questions", "question"), ("queries", "query"), ("problems", "problem"))
+from alignkit.data.text.dialogue import RowError
+from alignkit.data.text.questions import (
+    ALPACA,
+    PROMPTS,
+    QUESTIONS,
+    SYSTEM,
+    TALKS,
+    Question,
+    asking,
+    led,
+    system_of,
+    talk,
+    talk_asks,
 )
-_TALKS = ("conversations", "conversation")
+from alignkit.data.text.ranked import RANKS, SCORES, best_first, has_scores
+from alignkit.data.text.shape import Columns, Shape, Shapes
+from alignkit.data.text.speakers import plain_messages
 
 
-def _answered(name: str, question: _Question, answer: str) -> Shape:
+def _answered(name: str, question: Question, answer: str) -> Shape:
     """Return the shape of a question whose one answer stands in a column."""
 
     def read(row: Columns) -> dict[str, Any]:
@@ -155,13 +37,13 @@ def _answered(name: str, question: _Question, answer: str) -> Shape:
     return Shape(name, (*question.needs, answer), read, question.also)
 
 
-def _pair(name: str, question: _Question, better: str, worse: str) -> dict[str, Shape]:
+def _pair(name: str, question: Question, better: str, worse: str) -> dict[str, Shape]:
     """Return the shape of pairs, for preference training and for SFT, which takes the better."""
 
     def answer(row: Columns, column: str) -> Any:
         said = plain_messages(row[column])
         repeats = isinstance(said, list) and len(said) > 1
-        return _led(_system(row), said) if repeats and "system" in question.also else said
+        return led(system_of(row), said) if repeats and "system" in question.also else said
 
     def pair(row: Columns) -> dict[str, Any]:
         asked = question.read(row)
@@ -176,26 +58,79 @@ def _pair(name: str, question: _Question, better: str, worse: str) -> dict[str, 
     }
 
 
-def _chosen_by(name: str, asked: str, one: str, other: str, says: str) -> Shape:
-    """Return the shape of two answers with a column that says which is the better one."""
+Verdict = Callable[[str, Any], int | None]
+"""Tells by a column's name and value which of two answers is better; ``None`` for neither."""
+
+
+def _one_of(verdicts: Mapping[str, int | None]) -> Verdict:
+    """Return the verdict of a column that says one of some words or numbers."""
+
+    def which(says: str, value: Any) -> int | None:
+        if isinstance(value, bool) or str(value) not in verdicts:
+            raise RowError(f"`{says}` must be {' or '.join(verdicts)}")
+        return verdicts[str(value)]
+
+    return which
+
+
+def _signed(says: str, value: Any) -> int | None:
+    """Return the verdict of a number: below 0 the first answer is better, above it the second."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError(f"`{says}` must be a number, below 0 where the first answer is better")
+    return int(value > 0) if value else None
+
+
+def _judged(
+    name: str, question: Question | None, answers: tuple[str, str], says: str, verdict: Verdict
+) -> Shape:
+    """Return the shape of two answers with a column that says which is the better one.
+
+    Where neither is, the first is there twice, which is found as a pair of identical answers.
+    """
 
     def read(row: Columns) -> dict[str, Any]:
-        number = row[says]
-        if isinstance(number, bool) or str(number) not in ("0", "1"):
-            raise RowError(f"`{says}` must be 0 or 1")
-        first = str(number) == ("1" if asked == "history" else "0")
-        better, worse = (one, other) if first else (other, one)
-        ask = _prompt(row) if asked == "prompt" else _asking(asked)(row)
-        return {**ask, "chosen": row[better], "rejected": row[worse]}
+        which = verdict(says, row[says])
+        better, worse = (0, 0) if which is None else (which, 1 - which)
+        asked = question.read(row) if question else {}
+        return {**asked, "chosen": row[answers[better]], "rejected": row[answers[worse]]}
 
-    return Shape(name, (asked, one, other, says), read)
+    needs, also = (question.needs, question.also) if question else ((), ())
+    return Shape(name, (*needs, *answers, says), read, also)
 
 
-def _ranked(question: _Question, answers: str, numbers: str | None = None) -> Shape:
+def _calls(row: Columns) -> dict[str, Any]:
+    """Read a question whose answer is calls of tools, by name and arguments."""
+    said = {"role": "assistant", "content": None, "tool_calls": row["answers"]}
+    asked = asking("query")(row)["prompt"]
+    return {"messages": [*asked, said], "tools": row["tools"]}
+
+
+def _repeated(talk: str) -> Shape:
+    """Return the shape of pairs that hold the whole conversation of a third column, and more."""
+
+    def read(row: Columns) -> dict[str, Any]:
+        pair = {name: plain_messages(row[name]) for name in ("chosen", "rejected")}
+        if not all(isinstance(each, list) and len(each) > 1 for each in pair.values()):
+            raise RowError(
+                f"the row has both `prompt` and `{talk}`, and its answers do not repeat them; "
+                "name the columns that are meant in data.columns"
+            )
+        return {"prompt": row["prompt"], **pair}
+
+    needs = ("prompt", talk, "chosen", "rejected")
+    return Shape("prompts with chosen and rejected answers", needs, read)
+
+
+def _ranked(question: Question, answers: str, numbers: str | None = None) -> Shape:
     """Return the shape of answers in order, or with a score or a rank for each."""
 
     def read(row: Columns) -> dict[str, Any]:
         given = row[numbers] if numbers else None
+        if not numbers and answers != "responses" and not has_scores(row[answers]):
+            raise RowError(
+                f"the answers in `{answers}` have no score to rank them by, such as `score` or "
+                "`rank`; data.columns may name them as `responses`, which are in order, best first"
+            )
         ordered = best_first(row[answers], given, lower_is_better=numbers in RANKS)
         return {**question.read(row), "responses": ordered}
 
@@ -218,7 +153,7 @@ _BETTER = (
 _BETTER_NAMES = {each: f"{each} with better and worse answers" for each in ("prompts", "questions")}
 
 
-def _pairs_of(question: _Question, *names: str) -> list[dict[str, Shape]]:
+def _pairs_of(question: Question, *names: str) -> list[dict[str, Shape]]:
     """Return the shapes of pairs for one way to ask, the first of them by a name of its own."""
     return [
         _pair(
@@ -231,66 +166,81 @@ def _pairs_of(question: _Question, *names: str) -> list[dict[str, Shape]]:
     ]
 
 
+_INPUTS = Question("inputs", ("input",), asking("input"))
 _WHOLE = Shape("dialogues with chosen and rejected ends", ("chosen", "rejected"))
 _PAIRS = (
-    *_pairs_of(_PROMPTS, "prompts with chosen and rejected answers", _BETTER_NAMES["prompts"]),
+    *_pairs_of(PROMPTS, "prompts with chosen and rejected answers", _BETTER_NAMES["prompts"]),
     *(
-        _pair("ShareGPT preference pairs", _Question("", (each,), _talk_asks(each)), *_BETTER[0])
-        for each in _TALKS
+        _pair("ShareGPT preference pairs", Question("", (each,), talk_asks(each)), *_BETTER[0])
+        for each in TALKS
     ),
-    *_pairs_of(_QUESTIONS[0], "Orca preference pairs", _BETTER_NAMES["questions"]),
+    *_pairs_of(QUESTIONS[0], "Orca preference pairs", _BETTER_NAMES["questions"]),
     *(
         pair
-        for question in _QUESTIONS[1:]
+        for question in QUESTIONS[1:]
         for pair in _pairs_of(question, *[_BETTER_NAMES["questions"]] * 2)
     ),
-    *_pairs_of(_ALPACA, *["Alpaca preference pairs"] * 2),
+    *_pairs_of(ALPACA, *["Alpaca preference pairs"] * 2),
+    {  # beside a prompt or an instruction it is no question of its own
+        kind: shape._replace(last=True)
+        for kind, shape in _pair(_BETTER_NAMES["questions"], _INPUTS, *_BETTER[0]).items()
+    },
+    *({"preference": _repeated(each), "sft": _repeated(each)} for each in TALKS),
 )
 _RANKED = tuple(
-    shape
-    for question in (_PROMPTS, *_QUESTIONS, _ALPACA)
-    for answers in ("responses", "completions", "answers")
-    for shape in (
-        _ranked(question, answers),
-        *(_ranked(question, answers, numbers) for numbers in (*SCORES, *RANKS)),
-    )
+    _ranked(question, answers, numbers)
+    for question in (PROMPTS, *QUESTIONS, ALPACA)
+    for answers in ("responses", "completions", "answers", "generations")
+    for numbers in (None, *SCORES, *RANKS)
+    if numbers or answers != "generations"  # by themselves they are samples of one model
 )
-_CHOSEN = (
-    _chosen_by("prompts with two responses and the better one's number", "prompt", "response_0",
-               "response_1", "better_response_id"),
-    _chosen_by("SHP preference pairs", "history", "human_ref_A", "human_ref_B", "labels"),
+_TWO = "prompts with two responses and a verdict"
+_WINNERS = _one_of({"model_a": 0, "model_b": 1, "tie": None, "tie (bothbad)": None})
+_JUDGED = (
+    _judged(_TWO, PROMPTS, ("response_0", "response_1"), "better_response_id",
+            _one_of({"0": 0, "1": 1})),
+    _judged(_TWO, PROMPTS, ("response_1", "response_2"), "preference_strength", _signed),
+    _judged(_TWO, Question("", ("context",), asking("context")), ("response1", "response2"),
+            "overall_preference", _signed),
+    _judged("instructions with two outputs and a verdict", ALPACA, ("output_1", "output_2"),
+            "preference", _one_of({"1": 0, "2": 1})),
+    _judged("SHP preference pairs", Question("", ("history",), asking("history")),
+            ("human_ref_A", "human_ref_B"), "labels", _one_of({"1": 0, "0": 1})),
+    _judged("arena battles", None, ("conversation_a", "conversation_b"), "winner", _WINNERS),
 )  # fmt: skip
 
-PREFERENCE = (_WHOLE, *(pair["preference"] for pair in _PAIRS), *_RANKED, *_CHOSEN)
+PREFERENCE = Shapes((_WHOLE, *(pair["preference"] for pair in _PAIRS), *_RANKED, *_JUDGED))
 """Shapes with two answers or more to a prompt."""
 
-_INPUTS = _Question("inputs", ("input",), _asking("input"))
-SFT = (
-    Shape("messages", ("messages",), _talk("messages"), _SYSTEM),
-    Shape("KTO messages", ("messages", "label"), _talk("messages"), _SYSTEM),
-    _answered("prompts with completions", _PROMPTS, "completion"),
-    _answered("KTO prompts with completions", _PROMPTS, "completion")._replace(
-        needs=("prompt", "completion", "label")
-    ),
-    *(_answered(f"prompts with {each}s", _PROMPTS, each) for each in ("response", "answer")),
-    _WHOLE._replace(needs=("chosen",), also=("rejected",)),
-    *(Shape("ShareGPT conversations", (each,), _talk(each), _SYSTEM) for each in _TALKS),
-    *(
-        _answered("Alpaca instructions", _ALPACA, each)
-        for each in ("output", "response", "answer", "completion")
-    ),
-    # With an input it is no question of its own.
-    _answered("Alpaca instructions", _ALPACA, "output")._replace(
-        needs=("instruction", "input", "output"), also=("context", *_SYSTEM)
-    ),
-    *(
-        _answered("questions with answers", question, each)
-        for question in _QUESTIONS
-        for each in ("answer", "response", "completion", "output", "solution")
-    ),
-    *(_answered("inputs with outputs", _INPUTS, each) for each in ("output", "response")),
-    *(pair["sft"] for pair in _PAIRS),
-    *_RANKED,
-    *_CHOSEN,
+SFT = Shapes(
+    (
+        Shape("messages", ("messages",), talk("messages"), SYSTEM),
+        Shape("KTO messages", ("messages", "label"), talk("messages"), SYSTEM),
+        _answered("prompts with completions", PROMPTS, "completion"),
+        _answered("KTO prompts with completions", PROMPTS, "completion")._replace(
+            needs=("prompt", "completion", "label")
+        ),
+        *(_answered(f"prompts with {each}s", PROMPTS, each) for each in ("response", "answer")),
+        _WHOLE._replace(needs=("chosen",), also=("rejected",)),
+        *(Shape("ShareGPT conversations", (each,), talk(each), SYSTEM) for each in TALKS),
+        *(
+            _answered("Alpaca instructions", ALPACA, each)
+            for each in ("output", "response", "answer", "completion")
+        ),
+        # With an input it is no question of its own.
+        _answered("Alpaca instructions", ALPACA, "output")._replace(
+            needs=("instruction", "input", "output"), also=("context", *SYSTEM)
+        ),
+        *(
+            _answered("questions with answers", question, each)
+            for question in QUESTIONS
+            for each in ("answer", "response", "completion", "output", "solution")
+        ),
+        *(_answered("inputs with outputs", _INPUTS, each) for each in ("output", "response")),
+        *(pair["sft"] for pair in _PAIRS),
+        *_RANKED,
+        *_JUDGED,
+        Shape("questions with calls of tools", ("query", "answers", "tools"), _calls, SYSTEM),
+    )
 )
 """Shapes with an answer to imitate."""

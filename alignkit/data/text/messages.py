@@ -10,6 +10,7 @@ from typing import Any
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Message, RowError
 from alignkit.data.text.fields import is_set, read_weight
 from alignkit.data.text.speakers import role_name, usual_role
+from alignkit.data.text.thoughts import THOUGHTS
 
 _CALLS = ("function_call", "tool_call")
 """ShareGPT's roles whose message is a call as JSON text."""
@@ -110,6 +111,8 @@ def _as_message(message: Mapping[str, Any], key: str) -> tuple[Message, list[str
     elif calls:
         fields = {"content": message.get("content"), "tool_calls": calls}
         content = "\n".join(filter(None, [content, *map(_call_text, calls)]))
+    if speaker == "assistant":
+        fields |= {name: message[name] for name in THOUGHTS if is_set(message.get(name))}
     if speaker == "tool":
         fields = {name: message[name] for name in ("name", "tool_call_id") if message.get(name)}
     told = json.dumps(fields, ensure_ascii=False) if fields else ""

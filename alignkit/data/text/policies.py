@@ -15,6 +15,7 @@ MEANING = {
     "unicode_oddities": "U+FFFD, invisible, direction-changing or private-use characters",
     "unread_fields": "a field that would change what is trained, and is not read",
     "unwritten_tools": "tools that the chat template has no place for",
+    "unwritten_thoughts": "a trained turn's thought that the chat template leaves out",
     "unwanted_answers": "marked as not to be trained on (`label` false, `weight` 0)",
     "differing_prompts": "the answers' prompts differ at the last `Assistant:`",
     "roles_inside_answer": "`Human:` or `Assistant:` opens an answer or a line of it",
@@ -51,6 +52,10 @@ class Policies:
         unwritten_tools: Tools that may be called, where the tokenizer's chat template does not
             write them. Kept, the text is without them, as transformers renders it. The other
             formats have no place for any, so that there they are ``unread_fields``.
+        unwritten_thoughts: A turn's thought (``reasoning_content``, ``thinking``, or before
+            ``</think>``) that the chat template leaves out where the turn is trained on, as many
+            do before a later question. Kept, the text is without it, as transformers renders it.
+            A field of thoughts that a template never reads is among the ``unread_fields``.
         unwanted_answers: Dropped, as whoever marked it asked.
         differing_prompts: In HH-RLHF one side holds a stray turn, so the split falls in the
             wrong place. Both sides are split where they still agree; repaired, the answer then
@@ -80,6 +85,7 @@ class Policies:
     unicode_oddities: Literal["keep", "drop", "error"] = "keep"
     unread_fields: Literal["keep", "drop", "error"] = "error"
     unwritten_tools: Literal["keep", "drop", "error"] = "keep"
+    unwritten_thoughts: Literal["keep", "drop", "error"] = "keep"
     unwanted_answers: Literal["drop", "error"] = "drop"
     differing_prompts: Literal["keep", "drop", "repair", "error"] = "repair"
     roles_inside_answer: Literal["keep", "drop", "repair", "error"] = "repair"
@@ -103,6 +109,10 @@ class Policies:
 def choices(defect: str) -> tuple[str, ...]:
     """Return the policies that a defect allows."""
     return get_args(Policies.__dataclass_fields__[defect].type)
+
+
+DEFAULTS = Policies()
+"""What happens to each defect unless something else is said."""
 
 
 class Tally:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignkit.data.text.dialogue import RowError
+from alignkit.data.text.fields import HARMLESS
 
 SCORES = ("scores", "ratings", "rewards")
 """Columns with a number for each answer, the higher the better."""
@@ -15,8 +16,13 @@ RANKS = ("ranks", "rankings")
 """Columns with a number for each answer, the lower the better."""
 
 _TEXTS = ("text", "response", "content", "answer", "completion", "output", "generation", "value")
-_SCORE = ("score", "rating", "overall_score", "reward", "quality")
+_SCORE = ("score", "rating", "overall_score", "reward", "quality", "pm_score")
 _RANK = ("rank", "ranking")
+
+
+def has_scores(answers: Any) -> bool:
+    """Tell whether answers carry scores or ranks of their own, one at least."""
+    return isinstance(answers, list) and _own_numbers(answers) is not None
 
 
 def best_first(answers: Any, scores: Any = None, *, lower_is_better: bool = False) -> Any:
@@ -43,6 +49,7 @@ def best_first(answers: Any, scores: Any = None, *, lower_is_better: bool = Fals
     if scores is None:
         numbers = _own_numbers(answers)
         if numbers is None:
+            _refuse_others(answers)
             return [_text(each) for each in answers]
     else:
         if not isinstance(scores, list) or len(scores) != len(answers):
@@ -55,6 +62,17 @@ def best_first(answers: Any, scores: Any = None, *, lower_is_better: bool = Fals
         first_of.setdefault(number, _text(answer))
     ordered = [first_of[number] for number in sorted(first_of, reverse=True)]
     return ordered if len(ordered) > 1 else ordered * 2
+
+
+def _refuse_others(answers: Sequence[Any]) -> None:
+    """Refuse answers with numbers that may be scores by a name that is not known."""
+    for each in answers:
+        for name, value in each.items() if isinstance(each, Mapping) else ():
+            if isinstance(value, int | float) and name not in HARMLESS and "id" not in name:
+                raise RowError(
+                    f"the answers have `{name}`, which is no known score, so that nobody knows "
+                    "which is better; call it `score`, or `rank` where the lower is better"
+                )
 
 
 def _own_numbers(answers: Sequence[Any]) -> list[float] | None:

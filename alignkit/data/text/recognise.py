@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import is_set
-from alignkit.data.text.known_shapes import PREFERENCE, SFT, SPOKEN, Columns, Shape
+from alignkit.data.text.known_shapes import PREFERENCE, SFT
+from alignkit.data.text.shape import SPOKEN, Columns, Shape
 from alignkit.data.text.speakers import plain_messages
 from alignkit.errors import AlignkitError
 
@@ -26,18 +27,20 @@ def check_columns(columns: Mapping[str, str] | None) -> dict[str, str] | None:
     Raises:
         AlignkitError: A name that no shape has, or a column that stands for two.
     """
+    if not columns:
+        return None
     known = {*TEXT_COLUMNS, "label", *SPOKEN}
     known = known.union(*(shape.columns for shape in (*PREFERENCE, *SFT)))
-    for name in columns or {}:
+    for name in columns:
         if name not in known:
             raise AlignkitError(
                 f"data.columns: nothing is read from `{name}`; give a name of "
                 f"{', '.join(sorted(known))}, and the column that stands for it"
             )
-    given = list((columns or {}).values())
+    given = list(columns.values())
     if doubled := next((each for each in given if given.count(each) > 1), None):
         raise AlignkitError(f"data.columns: `{doubled}` stands for two columns; name it once")
-    return dict(columns) if columns else None
+    return dict(columns)
 
 
 def renamed(row: Columns, columns: Mapping[str, str] | None) -> Columns:
@@ -51,8 +54,27 @@ def renamed(row: Columns, columns: Mapping[str, str] | None) -> Columns:
     for theirs in columns.values():
         if theirs not in row:
             raise RowError(f"the row has no `{theirs}`, which data.columns names ({_told(row)})")
-    kept = {name: row[name] for name in row if name not in columns.values() and name not in columns}
+    taken = {*columns, *columns.values()}
+    kept = {name: row[name] for name in row if name not in taken}
+    others = _others(frozenset(columns), frozenset((*kept, *columns)))
+    kept = {name: value for name, value in kept.items() if name not in others}
     return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
+@lru_cache(maxsize=64)
+def _others(named: frozenset[str], there: frozenset[str]) -> frozenset[str]:
+    """Return the columns that make other shapes than those with the columns that are named."""
+    shapes = (*PREFERENCE, *SFT)
+    needed = frozenset(name for shape in shapes for name in shape.needs)
+    meant = [
+        shape
+        for shape in shapes
+        if named & needed <= frozenset(shape.needs) and there.issuperset(shape.needs)
+    ]
+    if not meant or not named & needed:
+        return frozenset()
+    read = frozenset(name for shape in meant for name in shape.columns)
+    return needed - named - read - {"label", "tools"}
 
 
 def readings(row: Columns, shapes: tuple[Shape, ...]) -> list[tuple[Shape, Columns]]:
@@ -80,6 +102,12 @@ def columns_of(name: str) -> frozenset[str]:
     """Return the columns that the shapes of a name read."""
     found = (shape.columns for shape in (*PREFERENCE, *SFT) if shape.name == name)
     return frozenset(column for columns in found for column in columns)
+
+
+def told(shape: Shape, other: Shape) -> str:
+    """Return a shape's name, with its columns where the other one has the same name."""
+    names = ", ".join(f"`{name}`" for name in shape.needs)
+    return f"{shape.name} ({names})" if shape.name == other.name else shape.name
 
 
 def kind_of(row: Columns) -> str:
@@ -128,11 +156,12 @@ def _canonical(row: Columns, shape: Shape) -> Columns:
 @lru_cache(maxsize=1024)
 def _matching(there: frozenset[str], shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     fitting = [shape for shape in shapes if there.issuperset(shape.needs)]
-    return tuple(
+    most = [
         shape
         for shape in fitting
         if not any(set(shape.needs) < set(other.needs) for other in fitting)
-    )
+    ]
+    return tuple(shape for shape in most if not shape.last) or tuple(most)
 
 
 def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
@@ -151,7 +180,8 @@ def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
         return told + elsewhere
     if not there.isdisjoint(TEXT_COLUMNS):
         return f"{told}; as a document it is for a text data module"
-    return f"{told}; data.columns may name others"
+    example = ", ".join(f'"{name}": "…"' for name in nearest.needs if name not in there)
+    return f"{told}; data.columns may name others: --data.columns '{{{example}}}'"
 
 
 def _elsewhere(row: Columns, shapes: tuple[Shape, ...], kind: str) -> str:

@@ -1,14 +1,13 @@
 """Read rows as sides, a prompt and an answer each; `recognise` has the shapes of rows.
 
-What is read here, once a row's shape is known:
+Once a row's shape is known, what is read here is
     ``{"chosen": text, "rejected": text}``, whole dialogues as HH-RLHF publishes them;
     ``{"prompt": …, "chosen": …, "rejected": …}``, the prompt apart or repeated by the answers;
     ``{"prompt": …, "responses": [best, …, worst]}``, k ≥ 2 answers in order of preference;
     ``{"messages": […]}``, and ``{"prompt": …, "completion": …}``.
 Prompts, answers and dialogues are text, or lists of ``{"role": …, "content": …}`` messages (in
 ShareGPT ``from`` and ``value``), which may say ``"weight": 0`` where they are not to be trained on.
-In SFT, ``"label": false`` says so of the row. What else a row holds is judged in
-`alignkit.data.text.fields`.
+In SFT ``"label": false`` says so of the row. `alignkit.data.text.fields` judges the rest.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from alignkit.data.text.dialogue import (
     turns,
 )
 from alignkit.data.text.fields import is_set, truth_of, unread_columns
-from alignkit.data.text.known_shapes import PREFERENCE, SFT, Columns, Shape
+from alignkit.data.text.known_shapes import PREFERENCE, SFT
 from alignkit.data.text.messages import as_messages, named, read_tools, transcript
-from alignkit.data.text.recognise import readings
+from alignkit.data.text.recognise import readings, told
+from alignkit.data.text.shape import Columns, Shape
 from alignkit.data.text.speakers import usual_role
 
 PREFERENCE_COLUMNS = frozenset(("prompt", "chosen", "rejected", "responses", "tools"))
@@ -126,8 +126,8 @@ def _one_reading(row: Columns, shapes: tuple[Shape, ...], read: Sides) -> list[S
     for other, theirs in others:
         if not all(map(_says_no_more, read(theirs), sides)):
             raise RowError(
-                f"the row may be read as {shape.name} or as {other.name}, which differ; name the "
-                "columns that are meant in data.columns"
+                f"the row may be read as {told(shape, other)} or as {told(other, shape)}, which "
+                "differ; name the columns that are meant in data.columns"
             )
     return [side._replace(shape=shape.name) for side in sides]
 
@@ -144,8 +144,7 @@ def _preference_sides(row: Columns) -> list[Side]:
         responses = row["responses"]
         if not isinstance(responses, list) or len(responses) < 2:
             raise RowError("`responses` must be a list of two or more, best first")
-        prompt = row["prompt"]
-        sides = [_joined(prompt, response, "responses") for response in responses]
+        sides = [_joined(row["prompt"], response, "responses") for response in responses]
     elif row.get("prompt") is None:
         sides = [_whole(row[key], key) for key in ("chosen", "rejected")]
     else:
@@ -201,7 +200,10 @@ def _with_columns(side: Side, row: Mapping[str, Any], read: frozenset[str]) -> S
 def _whole(value: Any, key: str) -> Side:
     """Split a whole dialogue, which holds prompt and answer in one."""
     if isinstance(value, str):
-        return Side(*split_last(value), whole=True)
+        try:
+            return Side(*split_last(value), whole=True)
+        except RowError as error:
+            raise RowError(f"{error}; data.columns may name a `prompt` elsewhere") from None
     messages, unread = as_messages(value, key)
     if not messages or messages[-1].role != "assistant":
         raise RowError(f"`{key}` must end with a message of the assistant")

@@ -21,6 +21,7 @@ from alignkit.models.load import load_tokenizer
 from alignkit.models.text_format import PromptChoice
 from alignkit.tools.audit.findings import Findings
 from alignkit.tools.audit.scanners import DialogueScanner, Numbered, TextScanner
+from alignkit.utils.progress import counting
 
 Kind = Literal["auto", "preference", "sft", "text"]
 
@@ -77,14 +78,16 @@ def scan(
     scanner = (TextScanner if found.settings["kind"] == "text" else DialogueScanner)(
         found, loaded, examples
     )
-    first = 1
-    for source in sources:
-        rows = last = 0
-        for chunk in chunks(_number_rows(source, found, first, examples), _CHUNK):
-            scanner.take(source, chunk)
-            rows, last = rows + len(chunk), chunk[-1][0]
-        found.sources.append({"name": source.name, "first_row": first, "rows": rows})
-        first = max(first, last + 1)
+    first, done = 1, 0
+    with counting("row", None) as count:
+        for source in sources:
+            rows = last = 0
+            for chunk in chunks(_number_rows(source, found, first, examples), _CHUNK):
+                scanner.take(source, chunk)
+                rows, last = rows + len(chunk), chunk[-1][0]
+                count.reach(done + rows)
+            found.sources.append({"name": source.name, "first_row": first, "rows": rows})
+            first, done = max(first, last + 1), done + rows
     return found
 
 

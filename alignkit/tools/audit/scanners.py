@@ -14,6 +14,7 @@ from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.text.defects import (
     Dropped,
     Judge,
+    beyond_text,
     character_defects,
     defects,
     prompt_key,
@@ -37,6 +38,7 @@ from alignkit.data.text.shapes import (
     sft_sides,
 )
 from alignkit.data.text.templated import Templated
+from alignkit.data.text.thoughts import unread_names
 from alignkit.models.text_format import SPECIALS, PromptFormat
 from alignkit.tools.audit.findings import Findings
 
@@ -118,7 +120,7 @@ class DialogueScanner(_Scanner):
             shape = sides[0].shape
             self._found.tally.read_as(shape)
             self._found.tally.columns |= row.keys() - self._columns - columns_of(shape)
-            sides = self._judge_tools(sides, number)
+            sides = self._judge_fields(sides, number)
             self._judge(sides, number)
             if self._templated is not None:
                 sides = list(self._templated.settle(sides, judge, number))
@@ -134,16 +136,20 @@ class DialogueScanner(_Scanner):
             else:
                 self._measure(draft)
 
-    def _judge_tools(self, sides: list[Side], number: int) -> list[Side]:
-        """Return a row's sides with tools that the format has no place for among the unread."""
-        written = self._encoder.writes_tools if self._encoder else self._open
-        if written or not any(side.tools for side in sides):
+    def _judge_fields(self, sides: list[Side], number: int) -> list[Side]:
+        """Return a row's sides with what the format has no place for among the unread."""
+        if self._open:
             return sides
-        if self._encoder and self._encoder.prompt_format == "chat":
+        reads = self._encoder.reads if self._encoder else frozenset()
+        lost = beyond_text(sides) - reads
+        if self._encoder and self._encoder.prompt_format == "chat" and "tools" in lost:
             text = _snippet("unwritten_tools", sides)
             self._found.add("unwritten_tools", number, text, self._limit)
+            lost -= {"tools"}
+        if not lost:
             return sides
-        return [side._replace(unread=(*side.unread, "`tools`")) for side in sides]
+        unread = tuple(unread_names(lost, reads))
+        return [side._replace(unread=(*side.unread, *unread)) for side in sides]
 
     def _judge(self, sides: Sequence[Side], number: int) -> None:
         names = defects(sides)

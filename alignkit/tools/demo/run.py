@@ -16,7 +16,7 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
-from alignkit.cli import command as cli
+from alignkit.cli import main
 from alignkit.errors import AlignkitError
 from alignkit.tools.configs import configs_folder
 from alignkit.tools.curves import read_scalars
@@ -160,7 +160,7 @@ def run_command(*arguments: str) -> None:
         AlignkitError: The command failed.
     """
     console.print("$ alignkit " + " ".join(arguments), style="bold", soft_wrap=True)
-    if cli.main(arguments) != 0:
+    if main(arguments) != 0:
         raise AlignkitError(f"demo: alignkit {arguments[0]} failed, for the reason above")
 
 

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import json as jsonlib
+from contextlib import nullcontext
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
+from alignkit.errors import AlignkitError
+from alignkit.tools.generate.options import add_options, gather_options
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.utils.atomic import check_output, write_atomically
+from alignkit.utils.progress import counting
 
 
-def generate(model: str, *, json: str | None = None, **options: Any) -> list[str]:
+def generate(
+    model: str,
+    *,
+    json: str | None = None,
+    jsonl: str | None = None,
+    stream: bool = False,
+    **options: Any,
+) -> list[str]:
     """Print a model's answers to prompts.
 
     Args:
         model: The model: a checkpoint (.ckpt), a run's folder, a PEFT adapter directory, a
             transformers directory, a Hub id or a GGUF file.
         json: A file for the prompts, the answers and the settings that made them.
+        jsonl: A file for a line of JSON a prompt, with the prompt and the answer.
+        stream: Print an answer while it is being drawn, one prompt at a time.
         **options: As in `alignkit.tools.generate.request.Request`.
 
     Returns:
@@ -26,23 +40,35 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
     Raises:
         AlignkitError: Bad prompts, options or paths, before anything is computed.
     """
-    output = check_output(json, "json")
+    output, lines = check_output(json, "json"), check_output(jsonl, "jsonl")
+    options = gather_options(options)
     request = Request(**options)
+    check_stream(stream, request)
     console = Console()
-    with console.status(f"loading {model}"):
-        policy, tokenizer = request.load(model)
+    policy, tokenizer = request.load(model)
     asked = request.format_for(model, tokenizer)
-    answers = []
-    given = request.answers(policy, tokenizer, asked, model)
-    for question, answer in zip(request.questions, given, strict=True):
-        answers.append(answer)
-        console.rule(printable(question), align="left", style="dim")
-        console.print(printable(answer))
+    answers: list[str] = []
+    told = _print_piece if stream else None
+    given = request.answers(policy, tokenizer, asked, model, told)
+    with nullcontext() if stream else counting("prompt", len(request.questions)) as count:
+        for question in request.questions:
+            if stream:
+                console.rule(printable(question), align="left", style="dim")
+            answers.append(next(given))
+            if count is None:
+                console.print()
+            else:
+                console.rule(printable(question), align="left", style="dim")
+                console.print(printable(answers[-1]))
+                count.reach(len(answers))
+    rows = [
+        {"prompt": question, "answer": answer}
+        for question, answer in zip(request.questions, answers, strict=True)
+    ]
+    if lines is not None:
+        text = "".join(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(lines, text)
     if output is not None:
-        rows = [
-            {"prompt": question, "answer": answer}
-            for question, answer in zip(request.questions, answers, strict=True)
-        ]
         settings = {**request.to_dict(), **describe_format(asked)}
         found = {"model": model, "settings": settings, "answers": rows}
         write_atomically(output, as_json(found))
@@ -52,15 +78,32 @@ def generate(model: str, *, json: str | None = None, **options: Any) -> list[str
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the flags of `generate`, which takes what ``parser`` returns as keyword arguments."""
     add_request(parser)
-    parser.add_function_arguments(generate, skip=REQUEST_FLAGS)
+    parser.add_argument(
+        "--stream", action="store_true", help="Print an answer while it is being drawn."
+    )
+    parser.add_function_arguments(generate, skip={"stream", *REQUEST_FLAGS})
 
 
-REQUEST_FLAGS: set[str | int] = {"prompts", "raw"}
+def check_stream(stream: bool, request: Request) -> None:
+    """Refuse to show an answer while it is drawn where it may still change.
+
+    Raises:
+        AlignkitError: Beams are searched.
+    """
+    if stream and request.generation.get("num_beams", 1) != 1:
+        raise AlignkitError("stream: beams are known at their end alone; leave out num_beams")
+
+
+def _print_piece(piece: str) -> None:
+    print(printable(piece), end="", flush=True)
+
+
+REQUEST_FLAGS: set[str | int] = {"prompts", "raw", "generation"}
 """The flags that `add_request` adds, which a command's own flags must skip."""
 
 
 def add_request(parser: ArgumentParser) -> None:
-    """Add ``--prompts TEXT [TEXT ...]`` and the switch ``--raw``.
+    """Add ``--prompts TEXT [TEXT ...]``, the switch ``--raw`` and transformers' options.
 
     With flags made from type hints, the first would read a text such as ``[1]`` or ``null`` as
     YAML, and the second would need a value.
@@ -69,3 +112,4 @@ def add_request(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--raw", action="store_true", help="Give the prompts to the model as they are."
     )
+    add_options(parser)

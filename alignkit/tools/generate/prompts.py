@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +14,7 @@ from alignkit.data.text.formats import Format
 from alignkit.data.text.shapes import Side, sft_sides
 from alignkit.data.text.templated import Templated
 from alignkit.errors import AlignkitError
-from alignkit.models.text_format import TextKind
+from alignkit.models.text_format import TextFormat, TextKind
 
 TURN = f"\n\n{HUMAN}"
 
@@ -57,6 +57,28 @@ def as_prompts(
         dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
         prompts.append(form.render(dialogue).prompt)
     return prompts
+
+
+def chat_prompt(
+    messages: Sequence[Mapping[str, str]], asked: TextFormat, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Return the text of the prompt that a conversation is, in the format of training.
+
+    Args:
+        messages: What was said, with ``role`` and ``content``; the user's comes last.
+        asked: The model's text format; ``raw`` and ``text`` have no turns, only texts in turn.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        AlignkitError: The tokenizer lacks what the format needs.
+    """
+    kind = asked.prompt_format
+    if kind == "raw" or kind == "text":
+        return "\n".join(message["content"] for message in messages)
+    form = Format(kind, tokenizer, chat_template=asked.chat_template)
+    side = sft_sides({"prompt": list(messages), "completion": ""})[0]
+    dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
+    return form.render(dialogue).prompt
 
 
 def _question_side(question: str, system: str | None) -> Side:

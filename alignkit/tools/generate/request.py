@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ class Request:
         top_p: Draw from the smallest set of tokens that holds this probability.
         repetition_penalty: Above 1 discourages tokens that occurred before.
         max_new_tokens: The largest number of tokens of an answer.
+        generation: Further options of transformers' ``GenerationConfig`` by name, such as top_k or
+            num_beams; what has no meaning here is refused.
         seed: Seed of the draws. Answers do not depend on batch_size, up to rounding: in bfloat16
             two nearly equal tokens may change places.
         batch_size: Prompts computed side by side.
@@ -73,6 +75,7 @@ class Request:
     top_p: float = Sampling.top_p
     repetition_penalty: float = Sampling.repetition_penalty
     max_new_tokens: int = Sampling.max_new_tokens
+    generation: dict[str, Any] = field(default_factory=dict)
     seed: int = Sampling.seed
     batch_size: int = 8
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -116,19 +119,32 @@ class Request:
         tokenizer: PreTrainedTokenizerBase,
         asked: TextFormat,
         name: str = "model",
+        told: Callable[[str], None] | None = None,
     ) -> Iterator[str]:
-        """Yield a loaded model's answers to the questions, in order."""
-        stops = self.stop_at_turn and asked.prompt_format in ("boundary", "stripped", "raw")
-        sampling = replace(self.sampling, stop=TURN if stops else None)
+        """Yield a loaded model's answers to the questions, in order.
+
+        Args:
+            model: The model, on the device to compute on.
+            tokenizer: Its tokenizer.
+            asked: The text format of the questions.
+            name: The model's name in the log.
+            told: Gets each piece of an answer as it is drawn.
+        """
         return answer_questions(
             model,
             tokenizer,
             self.questions,
-            sampling,
+            self.sampling_for(asked),
             asked,
             name=name,
             batch_size=self.batch_size,
+            told=told,
         )
+
+    def sampling_for(self, asked: TextFormat) -> Sampling:
+        """Return how answers are drawn in a text format."""
+        stops = self.stop_at_turn and asked.prompt_format in ("boundary", "stripped", "raw")
+        return replace(self.sampling, stop=TURN if stops else None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings that an answer depends on, beside model, text format and prompt."""
@@ -146,6 +162,7 @@ def answer_questions(
     *,
     name: str = "model",
     batch_size: int = 8,
+    told: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
     """Yield a model's answers to questions; see `alignkit.tools.generate.sampling.complete`.
 
@@ -157,6 +174,7 @@ def answer_questions(
         asked: The text format of the questions; see `choose_format`.
         name: The model's name in the log.
         batch_size: Questions computed side by side.
+        told: Gets each piece of an answer as it is drawn.
 
     Raises:
         AlignkitError: A question cannot be formatted, is empty or is too long for the model.
@@ -168,7 +186,14 @@ def answer_questions(
     lengths = [len(ids) for ids in TextEncoder(tokenizer).prompts(texts, kind)]
     warn_of_length(lengths, asked, name)
     return complete(
-        model, tokenizer, texts, sampling, batch_size=batch_size, kind=kind, ends=asked.ends
+        model,
+        tokenizer,
+        texts,
+        sampling,
+        batch_size=batch_size,
+        kind=kind,
+        ends=asked.ends,
+        told=told,
     )
 
 

@@ -8,9 +8,9 @@ Shape letters: B prompts of one batch, L padded tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
@@ -33,6 +33,8 @@ from alignkit.data.encode.tokens import TextEncoder
 from alignkit.errors import AlignkitError
 from alignkit.models.load import embedding_size
 from alignkit.models.text_format import TextKind
+from alignkit.tools.generate.options import check_options, passed, warpers
+from alignkit.tools.generate.pieces import Pieces
 
 _GenerationConfig: Any = GenerationConfig  # upstream's signature is untyped
 
@@ -55,6 +57,7 @@ class Sampling:
         seed: Seed of the noise; with temperature 0 it changes nothing.
         stop: A text that ends an answer and is removed with all that follows; ``None`` for EOS
             alone.
+        generation: Further options of transformers' ``GenerationConfig``, by name.
 
     Raises:
         AlignkitError: A value out of its range.
@@ -66,6 +69,7 @@ class Sampling:
     max_new_tokens: int = 128
     seed: int = 0
     stop: str | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -76,6 +80,7 @@ class Sampling:
         ):
             if not valid:
                 raise AlignkitError(f"{name}: must be {rule}, got {getattr(self, name)}")
+        check_options(self.generation, self.temperature)
 
 
 def complete(
@@ -87,6 +92,7 @@ def complete(
     batch_size: int = 8,
     kind: TextKind = "boundary",
     ends: Sequence[int] = (),
+    told: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of each prompt, in order and batch by batch.
 
@@ -98,6 +104,7 @@ def complete(
         batch_size: Prompts computed side by side.
         kind: The format of the prompts, which decides about BOS and special tokens in them.
         ends: Token ids that ended answers in training, beside EOS.
+        told: Gets each piece of an answer as it is drawn; one prompt at a time then.
 
     Yields:
         One answer a prompt, without EOS, ``sampling.stop`` and surrounding white space.
@@ -112,9 +119,11 @@ def complete(
     rows = encoder.prompts(prompts, kind)
     _check_ids(model, rows)
     _check_lengths(model, [len(row) for row in rows], sampling.max_new_tokens)
+    if told is not None:
+        batch_size = 1
     for start in range(0, len(rows), batch_size):
         yield from _complete_batch(
-            model, tokenizer, rows[start : start + batch_size], sampling, start, ends
+            model, tokenizer, rows[start : start + batch_size], sampling, start, ends, told
         )
 
 
@@ -148,6 +157,7 @@ def _complete_batch(
     sampling: Sampling,
     first: int,
     ends: Sequence[int],
+    told: Callable[[str], None] | None,
 ) -> list[str]:
     width = max(len(row) for row in rows)
     pad: int = tokenizer.pad_token_id
@@ -160,7 +170,12 @@ def _complete_batch(
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=pad,
         eos_token_id=sorted(eos),
+        **passed(sampling.generation),
     )
+
+    def text(ids: list[int]) -> str:
+        return _text(tokenizer, ids, eos, sampling.stop)
+
     stopping = [] if sampling.stop is None else [_StopText(tokenizer, sampling.stop, width)]
     generator: Any = model  # `generate` is mixed in where type checkers cannot see it
     with _as_generator(model):
@@ -170,8 +185,10 @@ def _complete_batch(
             generation_config=config,
             logits_processor=_processors(sampling, mask_BL, first),
             stopping_criteria=StoppingCriteriaList(stopping),
+            streamer=None if told is None else Pieces(text, told, sampling.stop),
+            tokenizer=tokenizer,  # which finds stop strings
         )
-    return [_text(tokenizer, row, eos, sampling.stop) for row in output_BL[:, width:].tolist()]
+    return [text(row) for row in output_BL[:, width:].tolist()]
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -217,6 +234,7 @@ def _processors(sampling: Sampling, mask_BL: Tensor, first: int) -> LogitsProces
             processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
+        processors += warpers(sampling.generation)
         processors.append(_GumbelNoise(sampling.seed, range(first, first + len(mask_BL))))
     return LogitsProcessorList(processors)
 
@@ -234,9 +252,12 @@ class _RepetitionPenalty(RepetitionPenaltyLogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         width = self.mask_BL.shape[1]
         prompt_BL = input_ids[:, :width]
+        beams = len(input_ids) // len(self.mask_BL)
         # The last column holds a real token of every left-padded row. Put in the place of padding
         # it occurs several times, and is still penalised once.
-        prompt_BL = torch.where(self.mask_BL, prompt_BL, prompt_BL[:, -1:])
+        prompt_BL = torch.where(
+            self.mask_BL.repeat_interleave(beams, 0), prompt_BL, prompt_BL[:, -1:]
+        )
         seen = torch.cat([prompt_BL, input_ids[:, width:]], dim=1)
         return super().__call__(seen, scores)  # type: ignore[no-any-return]
 

@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from alignkit.cli.command import AlignCLI
 from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.optimizer import spell_out_optimizers
 from alignkit.cli.settings import check_config_files, check_trainer
+from alignkit.cli.training import AlignCLI
 from alignkit.errors import AlignkitError
 from alignkit.tools.generate.request import as_json
 from alignkit.tools.plan.model import simulate_models

@@ -1,0 +1,132 @@
+"""Choose what TensorBoard shows of a run: losses first, and settings beside results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+_STATS = ("examples", "truncated_frac")  # of the training split
+_FIRST = ("loss", "perplexity", "rewards/accuracies")  # of the paired charts
+
+Plain = bool | int | float | str
+
+
+class Dashboard(Callback):
+    """Write a run's settings to its loggers, and lay out TensorBoard's pages.
+
+    - SCALARS holds no ``epoch``, which TensorBoard's alphabet would put before every loss.
+    - HPARAMS holds model, optimizer, data and trainer settings beside the validation's last values,
+      instead of a made-up ``hp_metric``.
+    - CUSTOM SCALARS draws training and validation of one quantity as one chart.
+
+    Every `AlignmentModule` adds this callback to its trainer.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep Lightning from logging what would come before the losses."""
+        self._told = False
+        for logger in _tensorboards(trainer):
+            logger._default_hp_metric = False
+            if not isinstance(logger.log_metrics, partial):
+                logger.log_metrics = partial(_without_epoch, logger.log_metrics)  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the settings that Lightning leaves out: those of optimizer, data and trainer."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.hparams.update(_extra(trainer, pl_module))  # for hparams.yaml
+            else:
+                logger.log_hyperparams(_extra(trainer, pl_module))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lay out the pages when the first validation has told which quantities there are."""
+        if not trainer.sanity_checking:
+            self._lay_out(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lay out the pages of a run without validation."""
+        self._lay_out(trainer, pl_module)
+
+    def _lay_out(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._told or not trainer.is_global_zero or trainer.state.fn != "fit":
+            return
+        self._told = True
+        own = _flat({k: v for k, v in module.hparams_initial.items() if not k.startswith("_")})
+        parameters = {**own, **_extra(trainer, module)}
+        measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
+        quantities = _losses_first(name.removeprefix("val/") for name in measured)
+        for logger in _tensorboards(trainer):
+            results = dict.fromkeys(["train/loss", *measured], 0.0)
+            for summary in hparams_summaries(parameters, results):  # type: ignore[no-untyped-call]
+                # The page looks up the values of these tags; a value here would be one more point.
+                logger.experiment._get_file_writer().add_summary(summary)
+            if quantities:
+                logger.experiment.add_custom_scalars({"training and validation": quantities})
+
+
+def _extra(trainer: Trainer, module: LightningModule) -> dict[str, Plain]:
+    settings: Mapping[str, Any] | None = getattr(module, "_settings", None)
+    return run_parameters(settings or {}, getattr(trainer, "datamodule", None))
+
+
+def run_parameters(settings: Mapping[str, Any], data: Any) -> dict[str, Plain]:
+    """Return settings of a run by the names under which loggers show them.
+
+    Args:
+        settings: As `alignkit.modules.resume.run_settings` returns them; empty if a module makes
+            its optimizer in another way.
+        data: The data module, ``None`` without one.
+    """
+    found: dict[str, Any] = {}
+    if settings:
+        options = dict(settings["options"])
+        found["optimizer"] = settings["optimizer"].rpartition(".")[2]
+        found["lr"] = options.pop("lr", None)
+        found |= {f"optimizer/{name}": value for name, value in options.items()}
+        found |= {f"trainer/{name}": value for name, value in settings["trainer"].items()}
+    if data is not None:
+        found["data"] = type(data).__name__
+        kept = {name: value for name, value in vars(data).items() if _is_setting(name, value)}
+        found |= {f"data/{name}": value for name, value in kept.items()}
+        stats = getattr(data, "stats", {})
+        found |= {f"data/{name}": stats[name] for name in _STATS if name in stats}
+    return _flat({name: value for name, value in found.items() if value is not None})
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Plain]:
+    """Return nested values by joined names, and as text what is neither a number nor text."""
+    flat: dict[str, Plain] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}/{inner}": each for inner, each in _flat(value).items()}
+        else:
+            flat[name] = value if isinstance(value, Plain) else str(value)
+    return flat
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    given = isinstance(value, Plain | list | dict) and name not in ("stats", "vocabulary")
+    return given and not name.startswith(("_", "prepare_data", "allow_"))
+
+
+def _losses_first(quantities: Iterable[str]) -> dict[str, list[Any]]:
+    ordered = sorted(quantities, key=lambda name: (name not in _FIRST, name))
+    return {name: ["Multiline", [f"^train/{name}$", f"^val/{name}$"]] for name in ordered}
+
+
+def _without_epoch(
+    log: Callable[..., None], metrics: Mapping[str, Any], step: int | None = None
+) -> None:
+    log({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+
+def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

@@ -1,0 +1,107 @@
+"""Move the reference to the policy every so many steps (TR-DPO, arXiv:2404.09656)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.errors import AlignkitError
+from alignkit.lora.state import refuse_differences
+from alignkit.modules.reference_choice import COPY
+from alignkit.modules.referenced import ReferencedModule
+
+KEY = "refreshed_reference"
+"""Key of the reference's parameters in a checkpoint."""
+
+
+class RefreshedModule(ReferencedModule):
+    """Move the reference every ``reference_every`` optimizer steps, where that is set.
+
+    θ_ref ← α θ + (1 − α) θ_ref, Gorbatovski et al. 2024: with α = 1 the
+    reference becomes a copy of the policy, and rewards start at 0 again. What is mixed are the
+    parameters that train: of an adapter its factors A and B, whose product is then not exactly the
+    mean of the two products. A checkpoint holds the refreshed reference, and a resumed run goes on
+    with it.
+    """
+
+    _every: int | None = None
+    _mix: float = 1.0
+
+    def refresh_reference(
+        self, every: int | None, mix: float, choice: str, cache: str | None
+    ) -> None:
+        """Set how often and how far the reference follows the policy.
+
+        Args:
+            every: Optimizer steps from one refresh to the next; ``None`` for a fixed reference.
+            mix: α, the policy's share.
+            choice: The choice of reference, which must be a copy of the policy.
+            cache: The reference cache, which must be ``None``.
+
+        Raises:
+            AlignkitError: A number out of its range, or what does not go together.
+        """
+        if not 0 < mix <= 1:
+            raise AlignkitError(f"model.reference_mix={mix}: give a share in (0, 1]")
+        if every is None and mix != 1:
+            raise AlignkitError(
+                "model.reference_mix: mixes at a refresh; give model.reference_every as well"
+            )
+        if every is not None and every < 1:
+            raise AlignkitError(f"model.reference_every={every}: give at least 1 step, or null")
+        if every is not None and choice != COPY:
+            raise AlignkitError(
+                "model.reference_every: refreshes a copy of the policy, and model.reference is "
+                f"{choice}; leave one of them out"
+            )
+        if every is not None and cache is not None:
+            raise AlignkitError(
+                "model.reference_cache: keeps the log-probs of one reference, and "
+                "model.reference_every changes it; leave one of them out"
+            )
+        self._every, self._mix = every, mix
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the step, and refresh the reference if it is due."""
+        super().optimizer_step(*args, **kwargs)
+        # Lightning counts the step when this hook has returned.
+        if self._every is not None and (self.global_step + 1) % self._every == 0:
+            self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        for name, theirs in self._reference_parameters():
+            own = self.model.get_parameter(name)
+            if self._mix == 1:
+                theirs.copy_(own)
+            else:
+                theirs.mul_(1 - self._mix).add_(own, alpha=self._mix)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the reference's parameters, where it is refreshed."""
+        if self._every is not None:
+            checkpoint[KEY] = {name: p.detach() for name, p in self._reference_parameters()}
+        super().on_save_checkpoint(checkpoint)
+
+    @torch.no_grad()
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the reference's parameters, once the checkpoint is found to fit."""
+        super().on_load_checkpoint(checkpoint)
+        state: dict[str, Tensor] | None = checkpoint.get(KEY)
+        if state is None:
+            return
+        own = dict(self._reference_parameters())
+        shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
+        refuse_differences(state, shapes, "ckpt_path: the refreshed reference")
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+    def _reference_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the reference's own parameters, which are those that the policy trains."""
+        if self.reference is not None:
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    yield name, self.reference.model.get_parameter(name)

@@ -1,0 +1,72 @@
+"""Train a reward model on pairs or ranked answers.
+
+Shape letters: B prompts, R responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from alignkit.batch import PackedBatch
+from alignkit.engine import response_lengths
+from alignkit.errors import AlignkitError
+from alignkit.models.load import load_tokenizer
+from alignkit.models.reward import attach_head, rewards
+from alignkit.modules.gauges import RatedPairs
+from alignkit.modules.watch import PairWatch, WatchedModule
+from alignkit.modules.window import LossOutput
+from alignkit.objectives.ranked import RankedScores
+from alignkit.objectives.reward import BradleyTerry
+
+
+class RewardModule(WatchedModule):
+    """Train a scalar head, and adapters below it, to give better answers larger rewards.
+
+    Its data come from a `PreferenceDataModule`. ``alignkit export --to reward`` writes a plain
+    sequence-classification model, by which ``alignkit judge`` scores answers.
+
+    Args:
+        *args: As in `AlignmentModule`.
+        loss: The margin, and how strongly rewards are kept near 0.
+        **kwargs: As in `AlignmentModule`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        loss: BradleyTerry = BradleyTerry(),  # noqa: B008 (frozen)
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        # A checkpoint's hyper-parameters hold the loss as plain values.
+        self.loss = BradleyTerry(**loss) if isinstance(loss, Mapping) else loss
+        self.reference = None
+        self.watch = PairWatch(compares=False, warns=False)
+        attach_head(self.model)
+        tokenizer = load_tokenizer(self.hparams["tokenizer"] or self.base)
+        self.padding = int(tokenizer.pad_token_id)
+
+    def compute_loss(self, batch: PackedBatch) -> LossOutput:
+        """Return the summed loss of the batch's prompts; its weight is their number."""
+        counts = [len(span.responses) for span in batch.spans]
+        if min(counts) < 2 or (self.loss.margin and max(counts) > 2):
+            raise AlignkitError(
+                "data: a reward model needs two answers a prompt or more, the best first, and with "
+                "model.loss.margin exactly two; use PreferenceDataModule"
+            )
+        rewards_R = rewards(self.model, batch, self.padding)
+        ranked = RankedScores.from_ranked(rewards_R, response_lengths(batch), counts)
+        loss_B = self.loss(ranked)
+        with torch.no_grad():
+            chosen_B, rejected_B = ranked.chosen.detach(), ranked.rejected.detach()
+            self.watch.add(RatedPairs(ranked, ranked, chosen_B, rejected_B), self.training)
+            metrics = {
+                "rewards/chosen": chosen_B.sum(),
+                "rewards/rejected": rejected_B.sum(),
+                "rewards/accuracies": (chosen_B > rejected_B).sum(),
+                "rewards/margins": (chosen_B - rejected_B).sum(),
+            }
+        return LossOutput(loss_B.sum(), len(counts), metrics)

@@ -1,0 +1,142 @@
+"""Take transformers' generation options, as many as have a meaning here."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from alignkit.cli.near import did_you_mean
+from alignkit.errors import AlignkitError
+
+_Config: Any = GenerationConfig  # upstream's signature is untyped
+
+# Those that shape the draw. transformers applies them only where it draws itself.
+_WARPERS: dict[str, Callable[[Any], LogitsProcessor]] = {
+    "top_k": TopKLogitsWarper,
+    "min_p": MinPLogitsWarper,
+    "typical_p": TypicalLogitsWarper,
+    "epsilon_cutoff": EpsilonLogitsWarper,
+    "eta_cutoff": EtaLogitsWarper,
+    "top_h": TopHLogitsWarper,
+}
+_PASSED = frozenset(
+    {
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "disable_compile",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "encoder_repetition_penalty",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "guidance_scale",
+        "length_penalty",
+        "max_matching_ngram_size",
+        "max_time",
+        "min_length",
+        "min_new_tokens",
+        "no_repeat_ngram_size",
+        "num_beams",
+        "prefill_chunk_size",
+        "prompt_lookup_num_tokens",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "sequence_bias",
+        "stop_strings",
+        "suppress_tokens",
+        "token_healing",
+        "use_cache",
+        "watermarking_config",
+    }
+)
+_INSTEAD = {
+    "do_sample": "temperature 0 takes the likeliest token, any other draws",
+    "max_length": "give max_new_tokens",
+    "num_return_sequences": "repeat the prompt, or change the seed",
+    "eos_token_id": "an answer ends where it ended in training; give stop_strings",
+}
+OPTIONS = tuple(sorted(_PASSED | _WARPERS.keys()))
+"""The options that are taken."""
+
+
+def check_options(given: Mapping[str, Any], temperature: float) -> None:
+    """Refuse options that are unknown, have no effect here or no valid value.
+
+    Args:
+        given: Options of transformers' ``GenerationConfig`` by name.
+        temperature: At 0 nothing is drawn; beams are searched only then.
+
+    Raises:
+        AlignkitError: One of them is one of these.
+    """
+    for name, value in given.items():
+        if name not in OPTIONS:
+            theirs = hasattr(_Config(), name)
+            why = _INSTEAD.get(name, "it changes no answer here" if theirs else "no such option")
+            near = "" if theirs else did_you_mean(name, OPTIONS)
+            raise AlignkitError(f"{name}: {why}{near}; see alignkit generate --help")
+        if name in _WARPERS:
+            if temperature == 0:
+                raise AlignkitError(f"{name}: has no effect at temperature 0; raise that")
+            with _readable(name, value):
+                _WARPERS[name](value)
+    beams = given.get("num_beams") or 1
+    if beams != 1 and temperature != 0:
+        raise AlignkitError(f"num_beams={beams}: searches beams at temperature 0 alone; set it so")
+    with _readable("generation", dict(given)):
+        _Config(**passed(given))
+
+
+def passed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that transformers' own ``generate`` applies."""
+    return {name: value for name, value in given.items() if name in _PASSED}
+
+
+def warpers(given: Mapping[str, Any]) -> list[LogitsProcessor]:
+    """Return what shapes the draw, in the order in which transformers applies them."""
+    return [make(given[name]) for name, make in _WARPERS.items() if name in given]
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add a flag for every option, which the help sums up in one line."""
+    group = parser.add_argument_group(
+        "options of transformers",
+        f"Any of these of GenerationConfig, as --NAME VALUE: {', '.join(OPTIONS)}.",
+    )
+    for name in OPTIONS:
+        group.add_argument(f"--{name}", type=Any, help=SUPPRESS)
+
+
+def gather_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments with the flags of `add_options` under ``generation``."""
+    kept = {name: value for name, value in given.items() if name not in OPTIONS}
+    flags = {name: given[name] for name in OPTIONS if given.get(name) is not None}
+    return {**kept, "generation": {**(kept.get("generation") or {}), **flags}}
+
+
+@contextmanager
+def _readable(name: str, value: object) -> Iterator[None]:
+    """Report what transformers says about a value as a mistake of the user."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise AlignkitError(f"{name}={value}: {said[:300]}") from error

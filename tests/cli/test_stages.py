@@ -1,0 +1,142 @@
+"""``alignkit lora``, ``sft`` and ``dpo``: a thin translation to ``fit``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from alignkit.cli.stages import STAGES, fit_arguments, stage_help
+
+DATA = {"lora": "text", "sft": "hh", "dpo": "hh"}
+
+
+@pytest.fixture
+def printed(alignkit: Callable) -> Callable[..., dict[str, Any]]:
+    """The configuration that a command would train by."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        status, out, err = alignkit(*arguments, "--print_config")
+        assert status == 0, err
+        config: dict[str, Any] = yaml.safe_load(out)
+        return config
+
+    return run
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_base_and_data_are_enough(stage: str, printed: Callable) -> None:
+    config = printed(stage, "--base", "some/model", "--data", "rows.jsonl")
+    assert config["model"]["class_path"] == f"alignkit.{STAGES[stage].model}"
+    assert config["data"]["class_path"] == f"alignkit.{STAGES[stage].data}"
+    assert config["model"]["init_args"]["base"] == "some/model"
+    assert config["data"]["init_args"]["path"] == "rows.jsonl"
+    assert config["model"]["init_args"]["lora"] == "auto"  # every linear layer is found
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == STAGES[stage].lr
+    assert config["trainer"]["max_epochs"] == 1
+    logger = config["trainer"]["logger"]["init_args"]
+    assert (logger["save_dir"], logger["name"]) == ("runs", stage)
+
+
+def test_short_flags_beat_others_and_those_the_defaults(printed: Callable, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "trainer: {max_epochs: 7, gradient_clip_val: 2.0}\ndata: {init_args: {max_length: 99}}\n"
+    )
+    config = printed(
+        "dpo", "--base", "b", "--data", "d", "--loss", "IPO", "--beta", "0.3", "--lr", "1e-5",
+        "--epochs", "3", "--rank", "4", "--tokens-per-batch", "777", "--out", "here/mine",
+        "--resume", "--config", tmp_path / "mine.yaml", "--trainer.devices", "2",
+        "--trainer.gradient_clip_val=0.5", "--seed_everything", "5", "--model.lora.r", "64",
+    )  # fmt: skip
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert model["loss"]["class_path"].endswith(".IPO")
+    assert model["loss"]["init_args"]["beta"] == 0.3
+    assert model["optimizer"]["init_args"]["lr"] == 1e-5
+    assert (model["lora"]["r"], model["lora"]["alpha"]) == (4, 8)
+    assert (data["max_length"], data["tokens_per_batch"]) == (99, 777)
+    trainer = config["trainer"]
+    assert (trainer["max_epochs"], trainer["gradient_clip_val"]) == (3, 0.5)
+    assert trainer["devices"] == "2"
+    logger = trainer["logger"]["init_args"]
+    assert (logger["save_dir"], logger["name"]) == ("here", "mine")
+    assert (config["ckpt_path"], config["seed_everything"]) == ("last", 5)
+
+
+def test_full_training_and_steps(printed: Callable) -> None:
+    config = printed("sft", "--base", "b", "--data", "d", "--full", "--steps", "20")
+    assert config["model"]["init_args"]["lora"] is None
+    assert config["model"]["init_args"]["dtype"] == "float32"
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == pytest.approx(2e-5)
+    assert (config["trainer"]["max_epochs"], config["trainer"]["max_steps"]) == (-1, 20)
+
+
+def test_on_a_gpu_the_base_is_bfloat16() -> None:
+    arguments = ["--base", "b", "--data", "d"]
+    on_gpu = fit_arguments("sft", arguments, gpu=True, base_of=str)
+    assert "--trainer.precision=bf16-mixed" in on_gpu
+    assert "--model.dtype=bfloat16" in on_gpu
+    in_full = fit_arguments("sft", [*arguments, "--full"], gpu=True, base_of=str)
+    assert "--model.dtype=float32" in in_full
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--base", "b"], "--data: none was given; add --data FILE"),
+        (["--data", "d"], "--base: none was given; add --base MODEL"),
+        (["--base", "b", "--data", "d", "--bta", "1"], "--bta: no such option; did you mean --bet"),
+        (["--base", "b", "--data", "d", "stray"], "stray: is no option; see alignkit dpo --help"),
+        (["--base", "b", "--data", "d", "--lr"], "--lr: expected one argument"),
+        (["--base", "b", "--data", "d", "--rank", "x"], "--rank x: give a whole number"),
+        (["--base", "b", "--data", "d", "--lr", "fast"], "model.optimizer"),
+        (["--base", "b", "--data", "d", "--loss", "IPOO"], "did you mean IPO?"),
+        (["--base", "b", "--data", "d", "--trainer.max_epoch", "3"], "mean trainer.max_epochs?"),
+        (["--base", "b", "--data", "d", "--data.max_lenght", "3"], "did you mean max_length?"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line(alignkit: Callable, arguments: list[str], told: str) -> None:
+    status, _, err = alignkit("dpo", *arguments)
+    assert status == 2
+    assert told in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_is_short(stage: str, alignkit: Callable) -> None:
+    status, out, _ = alignkit(stage, "--help")
+    assert status == 0
+    assert out.strip() == stage_help(stage)
+    assert len(out.splitlines()) < 50
+    for flag in (
+        "--base",
+        "--data",
+        "--lr",
+        "--epochs",
+        "--rank",
+        "--out",
+        "--resume",
+        "--init-from",
+    ):
+        assert f" {flag}" in out
+    assert ("--beta" in out) is (stage == "dpo")
+
+
+def test_two_stages_in_turn(alignkit: Callable, model_dir: Callable, hh: Path) -> None:
+    """SFT, then DPO from it without saying the base again, then its resumption."""
+    quick = ("--data", hh, "--tokens-per-batch", 512, "--trainer.limit_train_batches", 2)
+    status, out, err = alignkit("sft", "--base", model_dir("llama"), *quick)
+    assert status == 0, err
+    assert "wrote runs/sft/version_0: last.ckpt, best.ckpt, config.yaml" in out
+    status, out, err = alignkit("dpo", "--init-from", "runs/sft", *quick, "--beta", 0.2)
+    assert status == 0, err
+    config = yaml.safe_load(Path("runs/dpo/version_0/config.yaml").read_text())
+    assert config["model"]["init_args"]["base"] == str(model_dir("llama"))
+    assert config["model"]["init_args"]["loss"]["init_args"]["beta"] == 0.2
+    again = ("--resume", "--epochs", 2)
+    status, out, err = alignkit("dpo", "--init-from", "runs/sft", *quick, "--beta", 0.2, *again)
+    assert status == 0, err
+    assert "step 4/4" in out
+    assert "step 1/4" not in out

@@ -1,0 +1,117 @@
+"""Judging a file's answers by a reward model, exported or not, and by DPO's implicit reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignkit.cli import main
+from alignkit.data import PreferenceDataModule
+from alignkit.engine import collate, response_sums, score
+from alignkit.errors import AlignkitError
+from alignkit.lora import adapters_disabled
+from alignkit.models.checkpoint import load_policy
+from alignkit.tools.judge import judge
+
+ROWS = [
+    {
+        "prompt": f"Say {n}.",
+        "chosen": f" {n}, of course: {'and ' * (n % 4)}so.",
+        "rejected": f" No{n % 3}.",
+    }
+    for n in range(16)
+]
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def fit(kind: str, base: Path, pairs: Path, *more: object) -> Path:
+    """Train for six steps by the command."""
+    quiet = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false"]
+    assert run(
+        "fit", "--model", kind, "--model.base", base, "--data", "PreferenceDataModule",
+        "--data.path", pairs, "--trainer.max_steps", 6, "--trainer.accelerator", "cpu",
+        "--trainer.default_root_dir", kind, "--model.optimizer", "AdamW",
+        "--model.optimizer.lr", 0.02, *more, *quiet,
+    ) == 0  # fmt: skip
+    return next(Path(kind).resolve().rglob("*.ckpt"))
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_by_a_reward_model_and_its_export(
+    model_dir: Callable, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same scores by our checkpoint in packed rows and by transformers one by one."""
+    checkpoint = fit("RewardModule", model_dir("llama"), pairs, "--model.loss.center", 0.01)
+    plain = tmp_path / "plain"
+    assert run("export", "--model", checkpoint, "--to", "reward", "--output", plain) == 0
+    found = {}
+    for name, model in (("ours", checkpoint), ("theirs", plain)):
+        output = tmp_path / f"{name}.jsonl"
+        capsys.readouterr()
+        assert run("judge", pairs, "--model", model, "--output", output) == 0
+        assert "16 rows, first answer above the last in" in capsys.readouterr().out
+        found[name] = rows_of(output)
+    assert len(found["ours"]) == 16
+    for ours, theirs in zip(found["ours"], found["theirs"], strict=True):
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
+        assert ours["scores"] == sorted(ours["scores"], reverse=True)
+        assert len(set(ours["responses"])) == 2
+    again = judge(str(tmp_path / "ours.jsonl"), model=str(checkpoint))
+    assert again.accuracy == 1.0
+    assert judge(str(pairs), model=str(checkpoint)).accuracy > 0.5
+
+
+def test_by_dpos_implicit_reward(model_dir: Callable, pairs: Path, tmp_path: Path) -> None:
+    """β (log π − log π_base), and against another reference by its path."""
+    checkpoint = fit("DPOModule", model_dir("gpt2"), pairs)
+    output = tmp_path / "judged.jsonl"
+    base = judge(str(pairs), model=str(checkpoint), beta=0.5, output=str(output))
+    same = judge(str(pairs), model=str(checkpoint), beta=0.5, reference=str(model_dir("gpt2")))
+    assert same.margin == pytest.approx(base.margin, rel=1e-4)
+    rows = rows_of(output)
+    policy, _ = load_policy(str(checkpoint))
+    data = PreferenceDataModule(str(model_dir("gpt2")), str(output), prompt_format="boundary")
+    data.setup()
+    examples = data._set("train")
+    batch = collate([examples[i] for i in range(len(examples))])
+    with torch.no_grad():
+        ours = response_sums(score(policy, batch), batch)
+        with adapters_disabled(policy):
+            ours = 0.5 * (ours - response_sums(score(policy, batch), batch))
+    scores = [value for row in rows for value in row["scores"]]
+    for value in ours.tolist():
+        assert min(abs(value - each) for each in scores) < 1e-3
+    assert judge(str(pairs), model=str(checkpoint), reference=str(checkpoint)).accuracy == 0.5
+
+
+def test_what_cannot_be_judged_is_one_line(
+    model_dir: Callable, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = model_dir("gpt2")
+    assert run("judge", pairs, "--model", base) == 2
+    assert "is a whole model, whose implicit reward needs --reference" in capsys.readouterr().err
+    with pytest.raises(AlignkitError, match="--split nowhere"):
+        judge(str(pairs), model=str(base), split="nowhere")
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert run("judge", tmp_path / "sft.jsonl", "--model", base, "--reference", base) == 2
+    line = capsys.readouterr().err.strip()
+    assert "sft.jsonl:1" in line and "\n" not in line
