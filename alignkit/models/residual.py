@@ -3,7 +3,9 @@
 Every block adds to the stream, and each sum rounds to the dtype of its operands. In bf16 that is
 most of the error of a log-probability that products do not make. Here embeddings give fp32, sums
 with a block's bf16 output are then fp32 too, and norms, which compute in fp32 anyway, round once to
-the weights' dtype. Products and what is kept for the backward pass stay as they were.
+the weights' dtype. A
+frozen head's logits are not rounded either, which is as much again. What is kept for the backward
+pass stays as it was.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from alignkit.engine.tail import use_exact_logits
 from alignkit.errors import AlignkitError
 from alignkit.models.lean import LeanLayerNorm, LeanRMSNorm
 from alignkit.utils.autocast import no_autocast
@@ -27,7 +30,9 @@ _DTYPE_OF = "_alignkit_dtype_of"  # attribute of a rotary embedding: a module wi
 
 
 def widen_residual(model: PreTrainedModel) -> None:
-    """Let a model's blocks add up in fp32, in place; without half precision that changes nothing.
+    """Let a model's blocks add up in fp32, in place, and a frozen head's products stay fp32.
+
+    Without half precision that changes nothing.
 
     Args:
         model: With its norms lightened.
@@ -50,6 +55,7 @@ def widen_residual(model: PreTrainedModel) -> None:
                 "to the weights' dtype; leave it out"
             )
     embedding.register_forward_hook(_to_fp32)
+    use_exact_logits(model)
     setattr(model, _WIDENED, True)
 
 

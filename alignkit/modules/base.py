@@ -68,7 +68,7 @@ class AlignmentModule(TrainerSupport):
         quantize: Keep the frozen linear layers of the base in 4 bits (``nf4``, with double
             quantization) or 8 (``int8``), for adapters over them; needs ``alignkit[quant]``.
         residual: Dtype in which blocks add up: that of the ``weights``, or ``float32`` over weights
-            in half precision, which makes scores more exact; see `alignkit.models.residual`.
+            in half precision, which leaves logits unrounded too; see `alignkit.models.residual`.
         random_init: Draw the base's weights at random from its config, reading none.
         resize_embeddings: Give embeddings and output head a row for each of the tokenizer's ids, or
             for a number of them, where they have fewer. New rows start as the mean of the others;
