@@ -265,3 +265,16 @@ def test_what_packed_weights_cannot_do_is_refused(model_dir: ModelDir) -> None:
         )
     with pytest.raises(AlignkitError, match=r"GPT2LMHeadModel has no torch.nn.Linear to quantize"):
         SFTModule(str(model_dir("gpt2")), quantize="int8")
+
+
+def test_experts_that_stay_as_they_are_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Mixtral's experts are raw parameters, and its router is left alone."""
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    with caplog.at_level("WARNING", logger="alignkit"):
+        quantize(model, "nf4")
+    (record,) = [r for r in caplog.records if "model.quantize" in r.message]
+    assert "experts" in record.message and "\n" not in record.message
