@@ -7,9 +7,9 @@ Each arm scores the same pairs; the error is that of log π(y|x), summed over a 
 * `trl`: fp32 weights under bf16 autocast, as TRL loads a model (transformers' own forward, one
   sequence a forward);
 * `today`: bf16 weights under autocast, alignkit's own;
-* `residual`: the same with the residual stream in fp32 (`model.residual: float32`);
+* `residual`: the same with the residual stream in fp32;
 * `logits`: `today` with logits that are not rounded to bf16;
-* `both`.
+* `both`: `model.residual: float32`.
 
 On a CPU without bf16 units PyTorch's bf16 products take minutes. There each product is computed in
 fp32 from the same rounded operands and rounded once, as the units do it, and no times are given.
@@ -21,12 +21,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,15 +56,6 @@ class EmulatedProducts(TorchDispatchMode):
 
 def has_bf16_units() -> bool:
     return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@contextmanager
-def unrounded_logits() -> Iterator[None]:
-    """Let the frozen head compute in fp32 from the same bf16 values."""
-    from alignkit.engine import head
-
-    with mock.patch.object(head, "compute_dtype", return_value=torch.float32):
-        yield
 
 
 def read_pairs(base: str, place: str, count: int, length: int) -> list[Any]:
@@ -102,17 +91,21 @@ def read_pairs(base: str, place: str, count: int, length: int) -> list[Any]:
 def sums_of(arm: str, base: str, examples: list[Any], dtype: torch.dtype) -> tuple[Any, float]:
     """Return log π(y|x) of every response under an arm, and the seconds it took."""
     from alignkit.engine import collate, response_sums, score
+    from alignkit.engine.tail import use_exact_logits
     from alignkit.models.load import load_model
 
     stored = torch.float32 if arm in ("truth", "trl") else dtype
     model = load_model(base, dtype=stored) if arm != "trl" else plain_model(base)
+    model.requires_grad_(False)  # a frozen head, as with LoRA
     with ExitStack() as stack:
         if arm in ("residual", "both"):
             from alignkit.models.residual import widen_residual
 
             widen_residual(model)
-        if arm in ("logits", "both"):
-            stack.enter_context(unrounded_logits())
+            if arm == "residual":
+                model._alignkit_exact_logits = False
+        if arm == "logits":
+            use_exact_logits(model)
         if arm != "truth":
             stack.enter_context(torch.autocast(model.device.type, dtype))
         stack.enter_context(torch.no_grad())

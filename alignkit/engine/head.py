@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from alignkit.utils.autocast import compute_dtype
+from alignkit.engine.onednn import fp32_products
+from alignkit.utils.autocast import compute_dtype, no_autocast
 
 # Rows of logits that exist at once. 256 x 50k logits in bf16 take 26 MB, which is little beside the
 # activations of any model. Larger chunks do not make the matmul faster.
@@ -21,6 +22,8 @@ CHUNK = 256
 # Rows of a chunk that are in fp32 at once on the CPU, where so many stay in its cache. Other
 # devices take a whole chunk at once, since each part would launch a kernel of its own.
 CACHED = 16
+BLOCK = 4096
+"""Entries of the vocabulary whose weights are in fp32 at once, where logits are not rounded."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ def token_scores(
     target_N: Tensor,
     stats: bool = False,
     curve: Curve = PLAIN,
+    exact: bool = False,
 ) -> TokenScores:
     """Score tokens with a model's output head.
 
@@ -94,6 +98,7 @@ def token_scores(
         target_N: [N] int64 token ids.
         stats: Also return ``correct``, ``entropy`` and ``collision``.
         curve: Turns the head's outputs into logits.
+        exact: Keep a frozen head's products of half-precision values in fp32.
 
     Returns:
         The scores; ``logps`` carries gradients, the statistics do not.
@@ -104,7 +109,7 @@ def token_scores(
         bias_V = None if head.bias is None else head.bias.to(dtype)
         needs_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
         logps, *statistics = _FrozenHead.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, weight_VD, bias_V, target_N, curve, needs_grad, stats
+            hidden_ND, weight_VD, bias_V, target_N, curve, needs_grad, stats, exact
         )
         return TokenScores(logps, *(statistics if stats else ()))
 
@@ -151,6 +156,7 @@ class _FrozenHead(torch.autograd.Function):
         curve: Curve,
         needs_grad: bool,
         stats: bool,
+        exact: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count, vocabulary = len(target_N), len(weight_VD)
         logps = hidden_ND.new_empty(count, dtype=torch.float32)
@@ -159,11 +165,14 @@ class _FrozenHead(torch.autograd.Function):
         collision = torch.empty_like(entropy)
         gradient_ND = torch.empty_like(hidden_ND) if needs_grad else None
         slope_N1 = hidden_ND.new_empty(count if curve.cap else 0, 1, dtype=torch.float32)
-        buffer_nV = hidden_ND.new_empty(min(count, CHUNK), vocabulary)
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32) if exact else hidden_ND.dtype
+        buffer_nV = hidden_ND.new_empty(min(count, CHUNK), vocabulary, dtype=dtype)
         size = CACHED if hidden_ND.device.type == "cpu" else CHUNK
         for chunk in _slices(0, count, CHUNK):
             logits_nV = buffer_nV[: chunk.stop - chunk.start]
-            if bias_V is None:
+            if dtype != hidden_ND.dtype:
+                _unrounded_product(hidden_ND[chunk], weight_VD, bias_V, logits_nV)
+            elif bias_V is None:
                 torch.mm(hidden_ND[chunk], weight_VD.t(), out=logits_nV)
             else:
                 torch.addmm(bias_V, hidden_ND[chunk], weight_VD.t(), out=logits_nV)
@@ -190,7 +199,9 @@ class _FrozenHead(torch.autograd.Function):
                 wanted_nD = weight_VD[target_N[chunk]]
                 if curve.cap is not None:
                     wanted_nD = wanted_nD * slope_N1[chunk].to(wanted_nD.dtype)
-                torch.sub(wanted_nD, logits_nV @ weight_VD, out=gradient_ND[chunk])
+                torch.sub(
+                    wanted_nD, logits_nV.to(weight_VD.dtype) @ weight_VD, out=gradient_ND[chunk]
+                )
         if gradient_ND is not None and curve.scale != 1:
             gradient_ND *= curve.scale
         if gradient_ND is not None:
@@ -201,4 +212,23 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
-        return (grads[0][:, None] * gradient_ND).to(gradient_ND.dtype), *[None] * 6
+        return (grads[0][:, None] * gradient_ND).to(gradient_ND.dtype), *[None] * 7
+
+
+def _unrounded_product(
+    hidden_nD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, logits_nV: Tensor
+) -> None:
+    """Write the fp32 products of half-precision values; on a CPU a block of the vocabulary a time.
+
+    The fp32 copies of a block are small. Their products take the bf16 units where there are some,
+    which rounds nothing, since the values are bf16 numbers.
+    """
+    if hidden_nD.is_cuda:
+        torch.mm(hidden_nD, weight_VD.t(), out_dtype=torch.float32, out=logits_nV)
+    else:
+        wide_nD = hidden_nD.float()
+        with no_autocast("cpu"), fp32_products(hidden_nD.dtype):
+            for block in _slices(0, len(weight_VD), BLOCK):
+                logits_nV[:, block] = wide_nD @ weight_VD[block].float().t()
+    if bias_V is not None:
+        logits_nV += bias_V

@@ -26,6 +26,8 @@ from alignkit.engine.interface import backbone
 
 _CURVE = "_alignkit_curve"
 """Attribute of a model that keeps what was found."""
+_EXACT = "_alignkit_exact_logits"
+"""Attribute of a model whose head's products are not rounded."""
 _OWN_CODE = "own"
 """Stands in place of a curve where the model's own code computes its logits."""
 _TRIED_SPREADS = (0.1, 3.0, 30.0)
@@ -53,7 +55,13 @@ def head_scores(
     if isinstance(curve, str):
         return token_scores(_OwnForward(model), hidden_ND, target_N, stats)
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    return token_scores(head, hidden_ND, target_N, stats, curve)
+    exact = getattr(model, _EXACT, False)
+    return token_scores(head, hidden_ND, target_N, stats, curve, exact)
+
+
+def use_exact_logits(model: PreTrainedModel) -> None:
+    """Keep the products of a model's frozen head in fp32, whatever its dtype."""
+    setattr(model, _EXACT, True)
 
 
 def assume_plain_tail(model: PreTrainedModel) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignkit.batch import Span
+from alignkit.engine.onednn import fp32_products
 from alignkit.engine.segments import (
     Reach,
     SegmentAttention,
@@ -298,17 +299,5 @@ def _probabilities(q: Tensor, k: Tensor, scale: float, stack: _Stack) -> Tensor:
 
 @contextmanager
 def _fp32_scores(dtype: torch.dtype) -> Iterator[None]:
-    """Let fp32 products of bf16 values take the bf16 units, and keep autocast out.
-
-    The operands are bf16 numbers held in fp32, so that rounding them to bf16 changes nothing,
-    while sums and results stay fp32. Without it these products fall to a slower library.
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    try:
-        if dtype == torch.bfloat16:
-            matmul.fp32_precision = "bf16"
-        with no_autocast("cpu"):
-            yield
-    finally:
-        matmul.fp32_precision = before
+    with fp32_products(dtype), no_autocast("cpu"):
+        yield

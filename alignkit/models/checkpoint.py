@@ -143,6 +143,8 @@ def _load_policy(
         # The whole model lies in the checkpoint if it was trained in full from random weights.
         from_scratch = bool(hparams["random_init"]) and hparams["lora"] is None
         packed = checkpoint[STAMP]["base_settings"].get(QUANTIZE)
+        if packed is not None:  # what was packed were the values of this dtype
+            first = getattr(torch, hparams.get("dtype", "float32"))
         model = load_model(base, dtype=first, random_init=from_scratch, quantize=packed)
         check_base(base_identity(model), checkpoint[STAMP], path, weights=not from_scratch)
         resize_embeddings(model, embedding_rows(checkpoint))

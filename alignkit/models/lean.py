@@ -149,22 +149,25 @@ class LeanRMSNorm(_LeanModule):
 
     offset: ClassVar[float] = 0.0
     promotes: ClassVar[bool] = True
-    """Whether an fp32 weight makes the output fp32, whatever the input."""
+    """Whether an fp32 weight makes the output fp32."""
+    rounds = False  # whether to the weight's dtype, see `alignkit.models.residual`
 
     weight: nn.Parameter
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise [..., D] over its last axis in fp32, and return it in its dtype."""
-        if torch.compiler.is_compiling():  # the compiler fuses the chain itself
-            return super().forward(hidden_states)  # type: ignore[no-any-return]
         weight_D, epsilon = self.weight, epsilon_of(self)
+        if torch.compiler.is_compiling():  # the compiler fuses the chain itself
+            normed: Tensor = super().forward(hidden_states)
+            return normed.to(weight_D.dtype) if self.rounds else normed
         if hidden_states.is_cuda and hidden_states.dtype == weight_D.dtype and not self.offset:
             with no_autocast("cuda"):
                 return F.rms_norm(hidden_states, weight_D.shape, weight_D, epsilon)
         dtype = hidden_states.dtype
         if self.promotes:
             dtype = torch.promote_types(dtype, weight_D.dtype)
-        normed: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+        dtype = weight_D.dtype if self.rounds else dtype
+        normed = _RMSNorm.apply(  # type: ignore[no-untyped-call]
             hidden_states, weight_D, epsilon, self.offset, dtype
         )
         return normed
@@ -185,8 +188,12 @@ class LeanOffsetRMSNorm(LeanNarrowRMSNorm):
 class LeanLayerNorm(nn.LayerNorm):
     """Compute LayerNorm (Ba et al. 2016, arXiv:1607.06450) without an fp32 copy from autocast."""
 
+    rounded: Callable[[nn.LayerNorm, Tensor], Tensor] | None = None  # as `rounds` above
+
     def forward(self, input: Tensor) -> Tensor:
         """Normalise [..., D] over its last axis in fp32, and return it in its dtype."""
+        if input.dtype != self.weight.dtype and self.rounded is not None:
+            return self.rounded(self, input)
         if torch.compiler.is_compiling() or input.dtype != self.weight.dtype:
             return super().forward(input)
         with no_autocast(input.device.type):
@@ -240,8 +247,9 @@ class _RMSNorm(torch.autograd.Function):
             mean_T1 = part_TD.square().mean(-1, keepdim=True)
             torch.rsqrt(mean_T1.add_(epsilon), out=scale_T1[rows])
             output_TD[rows] = (part_TD * scale_T1[rows]).mul_(factor_D)
-        ctx.save_for_backward(x, weight_D, scale_T1)
-        ctx.offset = offset
+        narrower = dtype if dtype.itemsize < x.dtype.itemsize else x.dtype
+        ctx.save_for_backward(x.to(narrower), weight_D, scale_T1)
+        ctx.offset, ctx.dtype = offset, x.dtype
         return output_TD.view(x.shape)
 
     @staticmethod
@@ -251,7 +259,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight_D, scale_T1 = ctx.saved_tensors
         x_TD, grad_TD = (tensor.reshape(-1, x.shape[-1]) for tensor in (x, grad))
         factor_D = weight_D.float() + ctx.offset if ctx.offset else weight_D
-        grad_x_TD = torch.empty_like(x_TD)
+        grad_x_TD = torch.empty_like(x_TD, dtype=ctx.dtype)
         grad_weight_D = torch.zeros_like(weight_D, dtype=torch.float32)
         for rows in _row_slices(x_TD):
             normed_TD = x_TD[rows] * scale_T1[rows]

@@ -17,6 +17,7 @@ from alignkit.models.dropout import zero_dropout
 from alignkit.models.fingerprint import BaseIdentity, base_identity
 from alignkit.models.load import load_model
 from alignkit.models.quantize import Quantization
+from alignkit.models.residual import Residual, widen_residual
 from alignkit.models.start import Choice, Start
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def build_policy(
     random_init: bool,
     dropout: bool,
     quantize: Quantization | None = None,
+    residual: Residual = "weights",
     embeddings: int = 0,
 ) -> tuple[PreTrainedModel, BaseIdentity, LoRAConfig | None]:
     """Load a base, make the parameters to be trained trainable, and copy given weights.
@@ -43,6 +45,7 @@ def build_policy(
         random_init: Draw the base's weights at random.
         dropout: Keep the base's own dropout.
         quantize: Pack the base's linear layers.
+        residual: Dtype in which blocks add up.
         embeddings: Rows that the embeddings are to have at least, see `resize_embeddings`.
 
     Returns:
@@ -59,6 +62,8 @@ def build_policy(
     resize_embeddings(model, embeddings)
     if start is not None:
         start.resize(model)
+    if residual == "float32":
+        widen_residual(model)
     if not dropout:
         zero_dropout(model)
     if start is not None:

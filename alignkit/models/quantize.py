@@ -10,6 +10,7 @@ Shape letters: T rows, I input width, O output width.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -25,6 +26,8 @@ from alignkit.lora.adapter import AdapterLayer, adapter_layers, plain_modules, r
 from alignkit.lora.kinds import QuantizedLinear
 from alignkit.lora.targets import all_linear
 from alignkit.utils.autocast import compute_dtype
+
+log = logging.getLogger(__name__)
 
 Quantization: TypeAlias = Literal["nf4", "int8"]
 
@@ -195,6 +198,8 @@ def quantize(model: PreTrainedModel, to: Quantization) -> None:
             f"model.quantize: {type(model).__name__} has no torch.nn.Linear to quantize; leave "
             "model.quantize out"
         )
+    if told := str(all_linear(model)):
+        log.warning("model.quantize: not packed: %s", told)
     for path in chosen:
         linear = modules[path]
         assert isinstance(linear, nn.Linear)  # for the type checker

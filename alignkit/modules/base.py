@@ -26,6 +26,7 @@ from alignkit.models.load import embedding_size, load_tokenizer
 from alignkit.models.noise import refuse_noise
 from alignkit.models.policy import build_policy, checkpoint_activations
 from alignkit.models.quantize import Quantization
+from alignkit.models.residual import Residual
 from alignkit.models.stamp import STAMP, check_content, check_stamp, make_stamp
 from alignkit.models.start import find_start
 from alignkit.models.text_format import KEY as TEXT
@@ -67,6 +68,8 @@ class AlignmentModule(TrainerSupport):
             are always fp32; without LoRA the whole model trains, which needs ``float32``.
         quantize: Keep the frozen linear layers of the base in 4 bits (``nf4``, with double
             quantization) or 8 (``int8``), for adapters over them; needs ``alignkit[quant]``.
+        residual: Dtype in which blocks add up: that of the ``weights``, or ``float32`` over weights
+            in half precision, which leaves logits unrounded too; see `alignkit.models.residual`.
         random_init: Draw the base's weights at random from its config, reading none.
         resize_embeddings: Give embeddings and output head a row for each of the tokenizer's ids, or
             for a number of them, where they have fewer. New rows start as the mean of the others;
@@ -114,6 +117,7 @@ class AlignmentModule(TrainerSupport):
         init_from: str | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         quantize: Quantization | None = None,
+        residual: Residual = "weights",
         random_init: bool = False,
         resize_embeddings: bool | int = False,
         optimizer: OptimizerCallable = lambda params: AdamW(
@@ -155,6 +159,7 @@ class AlignmentModule(TrainerSupport):
                 random_init=random_init,
                 dropout=dropout,
                 quantize=quantize,
+                residual=residual,
                 embeddings=rows,
             )
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to

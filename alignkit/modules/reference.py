@@ -18,6 +18,7 @@ from alignkit.engine import compile_blocks, response_lengths, response_sums, sco
 from alignkit.errors import AlignkitError
 from alignkit.lora.identity import trained_fingerprint
 from alignkit.models.noise import adapters_quiet
+from alignkit.models.residual import is_widened
 from alignkit.modules.reference_cache import ReferenceCache, ReferencedBatch, refuse_wrong_rows
 from alignkit.objectives.pairs import PairScores
 
@@ -187,7 +188,8 @@ class Reference(nn.Module):
         # fp32 weights under bf16 autocast give other values than weights stored in bf16.
         dtypes = [stored] if computed == stored else [stored, computed]
         dtype = "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"{self._base}-{self.fingerprint}-{dtype}"
+        wide = "-residual" if is_widened(self.model) else ""
+        return f"{self._base}-{self.fingerprint}-{dtype}{wide}"
 
     # Start ----------------------------------------------------------------------------------
 

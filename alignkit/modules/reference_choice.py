@@ -16,6 +16,7 @@ from alignkit.lora.identity import UNTRAINED, trained_fingerprint
 from alignkit.models.checkpoint import load_policy
 from alignkit.models.fingerprint import base_fingerprint
 from alignkit.models.load import load_tokenizer
+from alignkit.models.residual import is_widened, widen_residual
 from alignkit.modules.reference import ReferenceModel, frozen_copy
 
 COPY, BASE, NONE = "copy", "base", "none"
@@ -100,6 +101,8 @@ def loaded_from(
                 f"its tokenizer has other tokens than the policy's ({tokenizer}); the reference "
                 "must read the same ids"
             )
+        if is_widened(policy):
+            widen_residual(model)
         check_engine(model)
     except AlignkitError as error:
         raise AlignkitError(f"{where}: {error}") from error

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from alignkit import DPOModule, SFTModule
 from alignkit.errors import AlignkitError
@@ -25,7 +25,7 @@ from alignkit.models.checkpoint import load_policy, trainable_state
 from alignkit.models.export import export
 from alignkit.models.fingerprint import base_fingerprint
 from alignkit.models.load import load_model
-from alignkit.models.quantize import NF4Linear, quantization, unquantize
+from alignkit.models.quantize import NF4Linear, quantization, quantize, unquantize
 from alignkit.tools.export import export as export_tool
 from tests.modules.helpers import answers, loader, pairs, sgd, trainer
 
@@ -265,3 +265,17 @@ def test_what_packed_weights_cannot_do_is_refused(model_dir: ModelDir) -> None:
         )
     with pytest.raises(AlignkitError, match=r"GPT2LMHeadModel has no torch.nn.Linear to quantize"):
         SFTModule(str(model_dir("gpt2")), quantize="int8")
+
+
+@needs_bitsandbytes
+def test_experts_that_stay_as_they_are_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Mixtral's experts are raw parameters, and its router is left alone."""
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    with caplog.at_level("WARNING", logger="alignkit"):
+        quantize(model, "nf4")
+    (record,) = [r for r in caplog.records if "model.quantize" in r.message]
+    assert "experts" in record.message and "\n" not in record.message

@@ -22,6 +22,7 @@ from alignkit.models.dropout import zero_dropout
 from alignkit.models.lean import lean_modules
 from alignkit.models.load import read_config
 from alignkit.models.policy import checkpoint_activations
+from alignkit.models.residual import widen_residual
 from alignkit.modules.reference import frozen_copy
 from alignkit.modules.reference_choice import BASE, COPY, NONE, without_adapters
 from alignkit.tools.plan.packed import SIZED
@@ -99,6 +100,8 @@ def simulate_models(settings: Settings, device: torch.device) -> Models:
     loading = _bytes(policy)
     base_parameters = sum(p.numel() for p in policy.parameters())
     lean_modules(policy)
+    if settings.residual == "float32":
+        widen_residual(policy)
     _pack(policy, settings.quantize)
     _make_trainable(policy, settings)
     if settings.half is not None:

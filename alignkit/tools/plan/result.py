@@ -12,8 +12,7 @@ from alignkit.tools.plan.model import Weights
 from alignkit.tools.plan.step import PHASES, Measured
 
 SLACK = {"cpu": 0.25, "cuda": 0.1}
-"""What allocators hold beyond live tensors, as a share of those that come and go: on a CPU, between
-a tenth and a half in the runs of ``benchmarks/plan.py``."""
+"""What allocators hold beyond live tensors, as a share of those that come and go."""
 HEADROOM = 0.1
 """Share of the device that a proposal leaves free."""
 _STEP = 64

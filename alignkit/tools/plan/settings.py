@@ -48,6 +48,7 @@ class Settings:
         start: The weights to start from, ``None`` without.
         dropout: Whether the base keeps its dropout.
         checkpointing: Whether blocks compute their activations again.
+        residual: Dtype in which blocks add up.
         optimizer: Makes the optimizer of some parameters.
         reference: The model that scores every batch beside the policy, as in `DPOModule`.
         responses: Answers to a prompt.
@@ -70,6 +71,7 @@ class Settings:
     start: Start | None = None
     dropout: bool = False
     checkpointing: bool = False
+    residual: str = "weights"
     optimizer: Callable[[list[Any]], Optimizer] = AdamW
     reference: str = NONE
     responses: int = 1
@@ -111,6 +113,7 @@ def read_settings(config: Namespace) -> Settings:
         lora=lora,
         start=None if place is None else find_start(find_checkpoint(place)),
         dropout=bool(model.get("dropout", False)),
+        residual=model.get("residual", "weights"),
         checkpointing=bool(model.get("activation_checkpointing", False)),
         optimizer=_optimizer(model.get("optimizer")),
         reference=_reference(stage, model),
