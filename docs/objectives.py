@@ -21,6 +21,7 @@ from torch import Tensor
 
 from alignkit.objectives import preference as losses
 from alignkit.objectives.preference import PairScores, PreferenceLoss, RankedScores
+from alignkit.objectives.reward import BradleyTerry
 from alignkit.objectives.unpaired import KTO, UnpairedScores
 
 HERE = Path(__file__).parent
@@ -81,6 +82,11 @@ WHEN: dict[str, dict[type, str]] = {
     "No pairs": {
         KTO: "Each row has one answer and whether it is good: `prompt`, `completion`, `label`.",
     },
+    "A reward model": {
+        BradleyTerry: "You want a model that scores answers, and not one that gives them. "
+        "`alignkit export --to reward` writes it for `AutoModelForSequenceClassification`, and "
+        "`alignkit judge` ranks a file's answers by it, or by the implicit reward of a DPO policy.",
+    },
 }
 
 INTRO = """# Objectives
@@ -112,6 +118,10 @@ every 500 steps (TR-DPO, [arXiv:2404.09656](https://arxiv.org/abs/2404.09656));
 """
 
 
+NOT_DRAWN = {BradleyTerry}
+"""Losses of rewards, which are no log-probabilities."""
+
+
 def shipped() -> list[type]:
     """Return the losses in the order of the page."""
     return [kind for group in WHEN.values() for kind in group]
@@ -138,6 +148,8 @@ def sentence(text: str) -> str:
 
 def command(kind: type) -> str:
     """Return the flags that choose a loss and set its first parameter."""
+    if kind is BradleyTerry:
+        return "--model RewardModule --model.loss.margin 0.0 --data PreferenceDataModule"
     if kind is KTO:
         return "--model KTOModule --model.loss.beta 0.1 --data UnpairedDataModule"
     if kind is losses.WeightedSum:
@@ -264,7 +276,7 @@ def panel(kind: type, x: int, y: int) -> str:
 
 def picture() -> str:
     """Return the picture, as SVG."""
-    kinds = shipped()
+    kinds = [kind for kind in shipped() if kind not in NOT_DRAWN]
     rows = -(-len(kinds) // COLUMNS)
     size = (COLUMNS * WIDTH, rows * HEIGHT)
     parts = [

@@ -14,6 +14,7 @@ import yaml
 
 from alignkit.cli import main
 from alignkit.objectives.preference import DPO, known_losses
+from alignkit.objectives.reward import BradleyTerry
 from alignkit.objectives.unpaired import KTO
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,7 +34,7 @@ def script() -> ModuleType:
 
 def test_every_loss_has_its_section(script: ModuleType) -> None:
     ship = {kind for kind in known_losses() if kind.__module__.startswith("alignkit.")}
-    assert set(script.shipped()) == {*ship, KTO}
+    assert set(script.shipped()) == {*ship, KTO, BradleyTerry}
     assert re.findall(r"^### (\w+)$", PAGE, re.MULTILINE) == [k.__name__ for k in script.shipped()]
     assert len(COMMANDS) == len(script.shipped())
 
@@ -75,8 +76,8 @@ def test_every_command_line_is_understood(
             main([*base, *shlex.split(command), "--print_config"])
         assert ended.value.code in (0, None), command
         model = yaml.safe_load(capsys.readouterr().out)["model"]
-        if "KTOModule" in command:
-            assert model["class_path"].endswith("KTOModule")
+        if given := re.findall(r"--model (\w+)", command):
+            assert model["class_path"].endswith(given[0])
         else:
             (name,) = re.findall(r"--model\.loss (\w+)", command)
             assert model["init_args"]["loss"]["class_path"].endswith(f".{name}"), command

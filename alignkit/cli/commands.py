@@ -43,6 +43,7 @@ _GROUPS = {
         "export": Command("Write a checkpoint for use elsewhere.", "alignkit.tools.export"),
     },
     "Look closer": {
+        "report": Command("Draw and sum up what runs have logged.", "alignkit.tools.report"),
         "audit": Command("Report every defect of a data set.", "alignkit.tools.audit.command"),
         "plan": Command("Size a fit before it runs.", "alignkit.tools.plan.command"),
         "profile": Command("Time LoRA against full training.", "alignkit.tools.profile.command"),

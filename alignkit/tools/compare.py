@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import html
+import html as htmllib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,11 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from alignkit.errors import AlignkitError
+from alignkit.tools.compare_page import comparison_page
+from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
 from alignkit.tools.generate.options import gather_options
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
+from alignkit.tools.moved import Piece, moved_tokens
 from alignkit.utils.atomic import check_output, write_atomically
 from alignkit.utils.progress import counting
+
+Pages = dict[str, list[tuple[Answer, list[Piece]]]]
+"""From a model's name to its answers, and to each one's tokens with how far they moved."""
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
@@ -78,6 +84,7 @@ def compare(
     *,
     markdown: str | None = None,
     json: str | None = None,
+    html: str | None = None,
     **options: Any,
 ) -> Comparison:
     """Ask several models the same and print their answers side by side.
@@ -91,6 +98,8 @@ def compare(
             a GGUF file.
         markdown: A file for the table as Markdown.
         json: A file for the prompts, the answers and the settings that made them.
+        html: A file for a page with the answers side by side, cut ones marked, and coloured where
+            an adapter moved its base.
         **options: As in `alignkit.tools.generate.request.Request`; the same noise for every model.
 
     Returns:
@@ -102,19 +111,26 @@ def compare(
     """
     markdown_file = check_output(markdown, "markdown")
     json_file = check_output(json, "json")
+    page_file = check_output(html, "html")
     named = name_models(models)
     options = gather_options(options)
     request = Request(**options)
     comparison = Comparison(request.questions)
+    pages: Pages = {}
     console = Console()
     try:
         for name, path in named.items():
-            _add_answers(request, name, path, comparison)
+            _add_answers(request, name, path, comparison, pages if page_file else None)
             if markdown_file is not None:
                 write_atomically(markdown_file, comparison.to_markdown())
             if json_file is not None:
                 found = {"models": named, "settings": request.to_dict(), **asdict(comparison)}
                 write_atomically(json_file, as_json(found))
+            if page_file is not None:
+                answers = {each: [answer for answer, _ in page] for each, page in pages.items()}
+                moved = {each: [tokens for _, tokens in page] for each, page in pages.items()}
+                text = comparison_page(comparison.prompts, answers, moved, comparison.failures)
+                write_atomically(page_file, text)
     finally:
         if comparison.answers:
             console.print(comparison.to_table())
@@ -138,16 +154,24 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_function_arguments(compare, skip={"models", *REQUEST_FLAGS})
 
 
-def _add_answers(request: Request, name: str, path: str, comparison: Comparison) -> None:
+def _add_answers(
+    request: Request, name: str, path: str, comparison: Comparison, pages: Pages | None
+) -> None:
     """Load one model, add its answers or its failure to the comparison, and free its memory."""
+    heard: list[Answer] = []
     try:
         model, tokenizer = request.load(path)
         asked = request.format_for(path, tokenizer)
         answers = []
         with counting(f"{name}: prompt", len(request.questions)) as count:
-            for answer in request.answers(model, tokenizer, asked, name):
+            for answer in request.answers(model, tokenizer, asked, name, heard=heard.append):
                 answers.append(answer)
                 count.reach(len(answers))
+        if pages is not None:
+            pages[name] = [
+                (answer, moved_tokens(model, tokenizer, asked, question, answer.ids))
+                for question, answer in zip(request.questions, heard, strict=True)
+            ]
         comparison.answers[name] = answers
         comparison.asked[name] = describe_format(asked)
         del model
@@ -200,5 +224,5 @@ def _name_and_path(model: str) -> tuple[str, str]:
 
 def _markdown_cell(text: str) -> str:
     """Return a Markdown table cell that shows exactly the text."""
-    escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(text, quote=False))
+    escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", htmllib.escape(text, quote=False))
     return escaped.replace("\r", "").replace("\n", "<br>")

@@ -88,7 +88,7 @@ def plot_curves(runs: Mapping[str, str | Path], tags: Sequence[str], out: str | 
                 if tag in found:
                     _draw(axis, found[tag], tag, name if len(runs) > 1 else "", color)
         axis.set(title=quantity, xlabel="step")
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
     if target is not None:
         save(figure, target)
 
@@ -99,7 +99,8 @@ def _draw(axis: Axes, points: list[tuple[int, float]], tag: str, run: str, color
     if not tag.startswith("train/"):
         axis.plot(steps, values, "--o", color=color, markersize=4, label=label)
     elif len(values) < _SMOOTH_FROM:
-        axis.plot(steps, values, color=color, label=label)
+        marker = "o" if len(values) == 1 else None  # a line of one point would not be seen
+        axis.plot(steps, values, color=color, marker=marker, label=label)
     else:
         axis.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
         axis.plot(steps, smooth(values), color=color, label=label)

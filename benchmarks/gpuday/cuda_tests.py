@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
 from gpuday.day import Day
 
 ROOT = Path(__file__).parents[2]
-_LINE = re.compile(r"^\S+::.* (PASSED|FAILED|SKIPPED|ERROR)", re.MULTILINE)
+# `name PASSED [ 3%]`, or with pytest-xdist `[gw0] [ 3%] PASSED name`.
+_LINE = re.compile(
+    r"^(?:\S+::.* |\[gw\d+\] \[ *\d+%\] )(PASSED|FAILED|SKIPPED|ERROR)\b", re.MULTILINE
+)
 
 
 def test_files() -> list[str]:
@@ -40,6 +44,8 @@ def measure(day: Day) -> None:
     # What is at stake is the device: a package that this machine lacks may be named in the
     # project's list of warnings, and another version's advice is no failure.
     command += ["-o", "filterwarnings=default", "-p", "no:cacheprovider"]
+    if find_spec("xdist") is not None and not day.tiny:
+        command += ["-n", "5"]
     began = time.monotonic()
     with output.open("w") as log:
         try:

@@ -90,12 +90,15 @@ class Bounds:
     Attributes:
         deadline: After this reading of `time.monotonic` no round but the first begins.
         whatever: Time arms that parity refuses as well; the verdict stands beside the times.
+        parity_steps: Optimizer steps by which parity is judged. A peer takes a micro-batch for
+            every example of one, which on a GPU costs as much as a large micro-batch.
         ceiling: The machine's FLOP/s; measured before and after where it is not given.
         tell: Is given every round's number and its turns by peer, as soon as it is over.
     """
 
     deadline: float = math.inf
     whatever: bool = False
+    parity_steps: int = PARITY_STEPS
     ceiling: float | None = None
     tell: Callable[[int, Mapping[str, Round]], None] = lambda number, turns: None
 
@@ -109,13 +112,15 @@ def compare(
         AlignkitError: Something the user named is missing or bad, or an arm failed.
     """
     with tempfile.TemporaryDirectory(prefix="alignkit-benchmark-") as directory:
-        comparison = _Comparison(contest, options, console, Path(directory))
-        return comparison.run(bounds or Bounds())
+        return _Comparison(contest, options, console, Path(directory), bounds or Bounds()).run()
 
 
 class _Comparison:
-    def __init__(self, contest: Contest, options: Options, console: Console, work: Path) -> None:
+    def __init__(
+        self, contest: Contest, options: Options, console: Console, work: Path, bounds: Bounds
+    ) -> None:
         self.contest, self.options, self.console, self.work = contest, options, console, work
+        self.bounds = bounds
         with console.status("model and adapter"):
             self.shared: Shared = prepare(options, work)
         peer_batches = -(-options.per_step // options.peer_batch)
@@ -130,7 +135,8 @@ class _Comparison:
         self.micro_batches = {"alignkit": our_batches, "trl": peer_batches, "peft": peer_batches}
         self.lead_in = int(options.device == "cuda")
 
-    def run(self, bounds: Bounds) -> Outcome:
+    def run(self) -> Outcome:
+        bounds = self.bounds
         ceiling = bounds.ceiling or matmul_ceiling(self.options.device)
         true = next(a for a in self.contest.peers if a.name == self.contest.truth)
         timed = {arm.name: arm for arm in (self.contest.ours, *self.contest.peers)}
@@ -142,12 +148,12 @@ class _Comparison:
                 if self.options.device == "cuda":  # there are cores to load them side by side
                     workers[label] = stack.enter_context(self._start(label, arm, label in exact))
             for label, arm in (exact | timed).items():
-                with self.console.status(f"{label}: loading, {PARITY_STEPS} parity steps"):
+                with self.console.status(f"{label}: loading, {bounds.parity_steps} parity steps"):
                     if label not in workers:
                         worker = self._start(label, arm, label in exact)
                         workers[label] = stack.enter_context(worker)
                     workers[label].ready()
-                    losses = workers[label].take(PARITY_STEPS).losses
+                    losses = workers[label].take(bounds.parity_steps).losses
                 if label in exact:
                     workers[label].close()
                 if arm.adapters:  # full fine-tuning trains another model
@@ -196,6 +202,7 @@ class _Comparison:
             "rounds": options.rounds,
             "steps": options.steps,
             "per_step": options.per_step,
+            "parity_steps": self.bounds.parity_steps,
             "per_parity_step": per_parity_step,
         }
         found = sources.draw(

@@ -53,9 +53,11 @@ class Plan:
         return [turn for turns in self.rounds for turn in turns if turn.arm == arm]
 
 
-def examples_needed(rounds: int, steps: int, per_step: int, per_parity_step: int) -> int:
+def examples_needed(
+    rounds: int, steps: int, per_step: int, parity_steps: int, per_parity_step: int
+) -> int:
     """How many examples `make_plan` draws from."""
-    return rounds * steps * per_step + 3 * PARITY_STEPS * per_parity_step
+    return rounds * steps * per_step + 3 * parity_steps * per_parity_step
 
 
 def make_plan(
@@ -65,6 +67,7 @@ def make_plan(
     rounds: int,
     steps: int,
     per_step: int,
+    parity_steps: int,
     per_parity_step: int,
     seed: int,
 ) -> Plan:
@@ -76,6 +79,7 @@ def make_plan(
         rounds: Turns of every peer.
         steps: Optimizer steps of a turn.
         per_step: Examples of a step.
+        parity_steps: Steps that every arm takes first.
         per_parity_step: Examples of a parity step; they are short, so that 20 steps in fp32 cost
             little on a CPU.
         seed: Of the order in which batches of different length come.
@@ -96,7 +100,7 @@ def make_plan(
             pair = [Turn(peer.name, peer.name, batches), Turn(OURS, peer.name, batches)]
             order += pair[::-1] if place % 2 else pair
         turns.append(order[::-1] if number % 2 else order)
-    return Plan(_cut(rest[: PARITY_STEPS * per_parity_step], per_parity_step), turns)
+    return Plan(_cut(rest[: parity_steps * per_parity_step], per_parity_step), turns)
 
 
 def our_micro_batches(

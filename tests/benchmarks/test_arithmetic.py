@@ -70,9 +70,10 @@ def test_turns_interleave_and_share_their_steps() -> None:
     from sidebyside.plan import OURS, examples_needed, make_plan
 
     peers = (Arm("trl", "trl"), Arm("trl_tuned", "trl", by_length=True))
-    count = examples_needed(rounds=4, steps=2, per_step=3, per_parity_step=2)
+    sizes = {"rounds": 4, "steps": 2, "per_step": 3, "parity_steps": 20, "per_parity_step": 2}
+    count = examples_needed(**sizes)
     examples = [Example([1] * (1 + i * 7 % 50), [[2], [3] * (1 + i % 5)]) for i in range(count)]
-    plan = make_plan(peers, examples, rounds=4, steps=2, per_step=3, per_parity_step=2, seed=0)
+    plan = make_plan(peers, examples, **sizes, seed=0)
     order = [turn.arm for turns in plan.rounds[:2] for turn in turns]
     forward = ["trl", OURS, OURS, "trl_tuned"]
     assert order == forward + forward[::-1]

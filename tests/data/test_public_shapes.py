@@ -12,6 +12,7 @@ import pytest
 from alignkit.data.encode.columns import named_row
 from alignkit.data.read.rows import BadRow
 from alignkit.data.text.dialogue import RowError
+from alignkit.data.text.recognise import kind_of
 from alignkit.data.text.shapes import Side, preference_sides, sft_sides
 
 Row = dict[str, Any]
@@ -171,6 +172,7 @@ def asked(side: Side) -> list[str]:
 @pytest.mark.parametrize("name", READ)
 def test_read(name: str) -> None:
     row, prompt, answers = READ[name]
+    assert kind_of(row) == ("sft" if len(answers) == 1 else "preference")
     (side,) = sft_sides(row)
     assert (asked(side), side.reply.content, side.unread) == (prompt, answers[0], ())
     if len(answers) == 1:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -23,19 +23,6 @@ from alignkit.models.tokenizer import end_tokens
 
 _MARKED = re.compile(r"\{%-?\s*generation\b")
 _SAMPLE = "the words of alignkit's question"
-
-
-class Turn(NamedTuple):
-    """Hold where the assistant's words begin and end in rendered text, in characters.
-
-    Example:
-        >>> turn = Turn(6, 8)
-        >>> "2 + 2=4."[turn.start : turn.end]
-        '4.'
-    """
-
-    start: int
-    end: int
 
 
 class ChatTemplate:
@@ -86,7 +73,7 @@ class ChatTemplate:
 
     def turns(
         self, messages: Sequence[Message], wanted: Sequence[int], tools: str = ""
-    ) -> tuple[str, list[Turn]]:
+    ) -> tuple[str, list[slice]]:
         """Return a conversation's text, and where some of its messages stand in it.
 
         Args:
@@ -106,7 +93,7 @@ class ChatTemplate:
                 end = self._end_of(messages, at, whole, len(asked), tools)
             if end is None:
                 return whole, self._marked_turns(messages, wanted, tools, whole, asked, at)
-            turns.append(Turn(len(asked), end))
+            turns.append(slice(len(asked), end))
         return whole, turns
 
     def words_of(self, messages: Sequence[Message], text: str, tools: str) -> tuple[int, int]:
@@ -191,7 +178,7 @@ class ChatTemplate:
         whole: str,
         asked: str,
         at: int,
-    ) -> list[Turn]:
+    ) -> list[slice]:
         """Return the turns by the template's own marks, of which each message has one.
 
         Raises:
@@ -222,7 +209,7 @@ class ChatTemplate:
             )
         marked = dict(zip(spoken, spans, strict=False))
         return [
-            Turn(start, self.upto_end(whole[:end], start))
+            slice(start, self.upto_end(whole[:end], start))
             for start, end in (marked[at] for at in wanted)
         ]
 

@@ -26,7 +26,7 @@ from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.text.chat import ChatTemplate, Turn
+from alignkit.data.text.chat import ChatTemplate
 from alignkit.data.text.chat_templates import own_template
 from alignkit.data.text.dialogue import ASSISTANT, HUMAN, Dialogue, Message
 from alignkit.data.text.thoughts import lacks_thought
@@ -169,13 +169,13 @@ class Format:
             whole, turns = template.turns([*messages, reply], wanted, tools)
             if dialogue.continued:
                 turns[-1] = _continued(whole, turns[-1], dialogue.continued)
-            cuts = [place for turn in turns for place in turn]
+            cuts = [place for turn in turns for place in (turn.start, turn.stop)]
             pieces = tuple(whole[at:upto] for at, upto in pairwise(cuts))
             prompts.add(whole[: cuts[0]])
             if reply.content.strip() not in pieces[-1]:  # the template makes something else of it
                 nothing = [*messages, Message("assistant", "")]
                 empty, places = template.turns(nothing, wanted, tools)
-                blank |= pieces[-1] == empty[places[-1].start : places[-1].end]
+                blank |= pieces[-1] == empty[places[-1]]
             said = zip(pieces[::2], [*(messages[at] for at in before), reply], strict=True)
             thoughtless |= any(lacks_thought(piece, message) for piece, message in said)
             responses.append(pieces)
@@ -223,16 +223,16 @@ class Format:
         return self._template
 
 
-def _continued(whole: str, turn: Turn, words: str) -> Turn:
+def _continued(whole: str, turn: slice, words: str) -> slice:
     """Return the assistant's turn without its first words, which are the prompt's.
 
     Raises:
         AlignkitError: The template makes something else of them.
     """
     for said in (words, words.strip()):
-        at = whole.find(said, turn.start, turn.end)
+        at = whole.find(said, turn.start, turn.stop)
         if at >= 0 and not whole[turn.start : at].strip():
-            return Turn(at + len(said), turn.end)
+            return slice(at + len(said), turn.stop)
     raise AlignkitError(
         "prompt_format=chat: this chat template changes the assistant's words that the prompt "
         "ends with, so no answer can go on with them; use prompt_format=boundary"

@@ -13,7 +13,7 @@ from functools import lru_cache
 from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import is_set
 from alignkit.data.text.known_shapes import PREFERENCE, SFT
-from alignkit.data.text.shape import SPOKEN, Columns, Shape
+from alignkit.data.text.shape import SPOKEN, Columns, Shape, Shapes
 from alignkit.data.text.speakers import plain_messages
 from alignkit.errors import AlignkitError
 
@@ -97,6 +97,9 @@ def readings(row: Columns, shapes: tuple[Shape, ...]) -> list[tuple[Shape, Colum
     return [(shape, _canonical(row, shape)) for shape in found]
 
 
+_ALL = Shapes((*PREFERENCE, *SFT))
+
+
 @lru_cache(maxsize=64)
 def columns_of(name: str) -> frozenset[str]:
     """Return the columns that the shapes of a name read."""
@@ -113,7 +116,8 @@ def told(shape: Shape, other: Shape) -> str:
 def kind_of(row: Columns) -> str:
     """Tell what a row is for: ``preference``, ``sft`` or ``text``."""
     there = frozenset(name for name in row if row[name] is not None)
-    if _matching(there, PREFERENCE) or {"rejected", "responses"} & row.keys():
+    pairs = set(PREFERENCE).intersection(_matching(there, _ALL))
+    if pairs or {"rejected", "responses"} & row.keys():
         return "preference"
     if not _matching(there, SFT) and not there.isdisjoint(TEXT_COLUMNS):
         return "text"

@@ -12,21 +12,9 @@ from matplotlib.axes import Axes
 
 from alignkit.data.text.policies import MEANING
 from alignkit.tools.audit.findings import Findings
+from alignkit.tools.page import write_page
 from alignkit.tools.plots import COLORS, new_figure
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1c1c1c; background: #fff; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd;
-         vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-tr.found td:first-child { font-weight: 600; color: #b33c00; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; padding: .6rem;
-      border-radius: 4px; margin: .3rem 0; }
-summary { cursor: pointer; } img { width: 100%; } .quiet { color: #666; }
-"""
 _ROWS_LISTED = 40
 
 
@@ -42,18 +30,14 @@ def page(report: dict[str, Any], found: Findings) -> str:
         for name in ("kind", "tokenizer", "max_length", "prompt_format")
     )
     told = "".join(f"<li>{escape(line)}</li>" for line in sentences(report))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Audit of {escape(report["path"])}</title>
-<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>
-<h1>Audit of {escape(report["path"])}</h1>
-<p class="quiet">{report["rows"]:,} rows; {asked}</p>
+    body = f"""<p class="quiet">{report["rows"]:,} rows; {asked}</p>
 <ul>{told}</ul>
 <h2>Defects</h2>{_defects(report)}
 <h2>Lengths in {report["unit"]}</h2>{_lengths(report)}
 {_plots(report, found)}
 <h2>Examples</h2>{_examples(report)}
-</body></html>
 """
+    return write_page(f"Audit of {report['path']}", body)
 
 
 def sentences(report: dict[str, Any]) -> list[str]:

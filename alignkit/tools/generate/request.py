@@ -15,6 +15,7 @@ from alignkit.data.encode.tokens import TextEncoder
 from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import load_policy, policy_format
 from alignkit.models.text_format import TextFormat, TextKind
+from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.asking import DEFAULT_FORMAT, choose_format, warn_of_length
 from alignkit.tools.generate.prompts import TURN, as_prompts, gather_prompts
 from alignkit.tools.generate.sampling import Sampling, complete
@@ -120,6 +121,7 @@ class Request:
         asked: TextFormat,
         name: str = "model",
         told: Callable[[str], None] | None = None,
+        heard: Callable[[Answer], None] | None = None,
     ) -> Iterator[str]:
         """Yield a loaded model's answers to the questions, in order.
 
@@ -129,6 +131,7 @@ class Request:
             asked: The text format of the questions.
             name: The model's name in the log.
             told: Gets each piece of an answer as it is drawn.
+            heard: Gets each answer with its tokens.
         """
         return answer_questions(
             model,
@@ -139,6 +142,7 @@ class Request:
             name=name,
             batch_size=self.batch_size,
             told=told,
+            heard=heard,
         )
 
     def sampling_for(self, asked: TextFormat) -> Sampling:
@@ -163,6 +167,7 @@ def answer_questions(
     name: str = "model",
     batch_size: int = 8,
     told: Callable[[str], None] | None = None,
+    heard: Callable[[Answer], None] | None = None,
 ) -> Iterator[str]:
     """Yield a model's answers to questions; see `alignkit.tools.generate.sampling.complete`.
 
@@ -175,6 +180,7 @@ def answer_questions(
         name: The model's name in the log.
         batch_size: Questions computed side by side.
         told: Gets each piece of an answer as it is drawn.
+        heard: Gets each answer with its tokens.
 
     Raises:
         AlignkitError: A question cannot be formatted, is empty or is too long for the model.
@@ -194,6 +200,7 @@ def answer_questions(
         kind=kind,
         ends=asked.ends,
         told=told,
+        heard=heard,
     )
 
 

@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
@@ -33,8 +32,10 @@ from alignkit.data.encode.tokens import TextEncoder
 from alignkit.errors import AlignkitError
 from alignkit.models.load import embedding_size
 from alignkit.models.text_format import TextKind
+from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.options import check_options, passed, warpers
 from alignkit.tools.generate.pieces import Pieces
+from alignkit.tools.generate.stopping import StopText
 
 _GenerationConfig: Any = GenerationConfig  # upstream's signature is untyped
 
@@ -93,6 +94,7 @@ def complete(
     kind: TextKind = "boundary",
     ends: Sequence[int] = (),
     told: Callable[[str], None] | None = None,
+    heard: Callable[[Answer], None] | None = None,
 ) -> Iterator[str]:
     """Yield the continuation of each prompt, in order and batch by batch.
 
@@ -105,6 +107,7 @@ def complete(
         kind: The format of the prompts, which decides about BOS and special tokens in them.
         ends: Token ids that ended answers in training, beside EOS.
         told: Gets each piece of an answer as it is drawn; one prompt at a time then.
+        heard: Gets each answer with its tokens.
 
     Yields:
         One answer a prompt, without EOS, ``sampling.stop`` and surrounding white space.
@@ -122,9 +125,11 @@ def complete(
     if told is not None:
         batch_size = 1
     for start in range(0, len(rows), batch_size):
-        yield from _complete_batch(
-            model, tokenizer, rows[start : start + batch_size], sampling, start, ends, told
-        )
+        batch = rows[start : start + batch_size]
+        for answer in _complete_batch(model, tokenizer, batch, sampling, start, ends, told):
+            if heard is not None:
+                heard(answer)
+            yield answer.text
 
 
 def _check_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
@@ -158,7 +163,7 @@ def _complete_batch(
     first: int,
     ends: Sequence[int],
     told: Callable[[str], None] | None,
-) -> list[str]:
+) -> list[Answer]:
     width = max(len(row) for row in rows)
     pad: int = tokenizer.pad_token_id
     ids_BL = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
@@ -176,7 +181,7 @@ def _complete_batch(
     def text(ids: list[int]) -> str:
         return _text(tokenizer, ids, eos, sampling.stop)
 
-    stopping = [] if sampling.stop is None else [_StopText(tokenizer, sampling.stop, width)]
+    stopping = [] if sampling.stop is None else [StopText(tokenizer, sampling.stop, width)]
     generator: Any = model  # `generate` is mixed in where type checkers cannot see it
     with _as_generator(model):
         output_BL = generator.generate(
@@ -188,7 +193,10 @@ def _complete_batch(
             streamer=None if told is None else Pieces(text, told, sampling.stop),
             tokenizer=tokenizer,  # which finds stop strings
         )
-    return [text(row) for row in output_BL[:, width:].tolist()]
+    return [
+        _answer(tokenizer, row, eos, sampling.stop, text(row))
+        for row in output_BL[:, width:].tolist()
+    ]
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -196,6 +204,14 @@ def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     theirs = model.generation_config.eos_token_id if model.generation_config else None
     ids = theirs if isinstance(theirs, list) else [theirs]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], eos: set[int], stop: str | None, text: str
+) -> Answer:
+    end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
+    ended = end < len(ids) or (stop is not None and stop in tokenizer.decode(ids))
+    return Answer(text, tuple(ids[:end]), ended)
 
 
 def _text(
@@ -279,16 +295,3 @@ class _GumbelNoise(LogitsProcessor):
         for row, generator in zip(exponential_BV, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores - exponential_BV.log().to(scores.device)
-
-
-class _StopText(StoppingCriteria):
-    """Stop a row whose answer contains a text, which is searched in its last tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: str, width: int) -> None:
-        self.tokenizer, self.stop, self.width = tokenizer, stop, width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        # A token holds at least a byte, so the text of these tokens is at least as long as `stop`.
-        start = max(self.width, input_ids.shape[1] - len(self.stop.encode()) - 1)
-        tails = self.tokenizer.batch_decode(input_ids[:, start:])
-        return torch.tensor([self.stop in tail for tail in tails], device=input_ids.device)
