@@ -1,6 +1,6 @@
 """How evenly a step's tokens fall on 8, 64 and 512 ranks, and what that makes of their speed.
 
-    python benchmarks/balance.py [--lengths FILE] [--tokens-per-batch 4096] [--grow 100] \\
+    python benchmarks/balance.py [--lengths FILE] [--tokens-per-batch 4096] [--grow 10] \\
         [--step-seconds S --adapter-mib M] [--json FILE]
 
 The lengths are those of real pairs (``hh_lengths.json``), repeated ``--grow`` times in other
@@ -73,6 +73,7 @@ def main() -> int:
     flags.add_argument("--lengths", type=Path, default=LENGTHS, metavar="FILE")
     flags.add_argument("--tokens-per-batch", type=int, default=4096)
     flags.add_argument("--grow", type=int, default=10)
+    flags.add_argument("--ranks", type=int, nargs="+", default=WORLDS)
     flags.add_argument("--step-seconds", type=float, help="of a full micro-batch on one device")
     flags.add_argument("--adapter-mib", type=float, default=16.0, help="fp32 gradients")
     flags.add_argument("--json", type=Path, metavar="FILE")
@@ -81,7 +82,7 @@ def main() -> int:
     lengths = np.tile(np.array([sum(pair) for pair in pairs], np.int64), chosen.grow)
     print(f"{len(lengths):,} pairs, {lengths.sum():,} tokens, rows of {chosen.tokens_per_batch}")
     table = []
-    for world in WORLDS:
+    for world in chosen.ranks:
         found = balance(lengths, chosen.tokens_per_batch, world)
         if chosen.step_seconds:
             bytes_ = chosen.adapter_mib * 2**20
