@@ -152,16 +152,9 @@ class AlignmentModule(TrainerSupport):
         choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
         with phase(f"loading {base}"):
             self.model, self.base_identity, self.lora = build_policy(
-                base,
-                choice,
-                start,
-                dtype=dtype,
-                random_init=random_init,
-                dropout=dropout,
-                quantize=quantize,
-                residual=residual,
-                embeddings=rows,
-            )
+                base, choice, start, dtype=dtype, random_init=random_init, dropout=dropout,
+                quantize=quantize, residual=residual, embeddings=rows,
+            )  # fmt: skip
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
         resized = rows_before(self.model) is not None
         self._keep_hyperparameter(
