@@ -14,14 +14,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from alignkit.models.archive import local_path
 
 
-def closing_lines(trainer: Trainer) -> Iterator[str]:
+def closing_lines(trainer: Trainer, log_dir: str | None) -> Iterator[str]:
     """Yield lines about what a fit wrote, the next command and the curves.
 
     Args:
         trainer: The trainer, after training.
+        log_dir: Its ``log_dir``, which only all ranks together may ask for.
     """
     files = [Path(path) for path in _checkpoints(trainer)]
-    files += [folder / name for folder in _log_folders(trainer) for name in ("config.yaml",)]
+    home = local_path(log_dir) if trainer.loggers and log_dir else None
+    files += [home / "config.yaml"] if home is not None else []
     folders: dict[Path, list[str]] = {}
     for file in files:
         if file.is_file() and file.name not in folders.get(file.parent, ()):
@@ -45,12 +47,6 @@ def _checkpoints(trainer: Trainer) -> Iterator[str]:
             for path in (callback.last_model_path, callback.best_model_path):
                 if path and local_path(path) is not None:
                     yield path
-
-
-def _log_folders(trainer: Trainer) -> Iterator[Path]:
-    folder = local_path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None
-    if folder is not None:
-        yield folder
 
 
 def _has_weights(names: list[str]) -> bool:

@@ -146,8 +146,9 @@ class AlignCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Tell what was written and what to do next."""
+        folder = self.trainer.log_dir  # broadcast from rank 0, so every rank must read it
         if self.trainer.is_global_zero and not is_quiet():
-            for line in closing_lines(self.trainer):
+            for line in closing_lines(self.trainer, folder):
                 print(line)
 
     before_fit = before_validate = before_test = _find_named_checkpoint

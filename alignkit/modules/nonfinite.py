@@ -125,11 +125,8 @@ def save_batch(path: Path, batch: PackedBatch, **about: Any) -> None:
         batch: The batch, on any device.
         **about: Plain values to keep beside it, such as the step.
     """
-    tensors = {
-        field.name: getattr(batch, field.name).cpu()
-        for field in fields(PackedBatch)
-        if field.name != "spans"
-    }
+    held = {field.name: getattr(batch, field.name) for field in fields(PackedBatch)}
+    tensors = {name: value.cpu() for name, value in held.items() if isinstance(value, Tensor)}
     spans = [[span.start, span.prompt, list(span.responses)] for span in batch.spans]
     write_archive(path, {**about, "tensors": tensors, "spans": spans})
 

@@ -64,7 +64,7 @@ def test_nothing_is_repeated_or_lost_however_often_the_ranks_change(data: Any) -
                 sampler.load_state_dict(position)
         steps = steps_of(everyone, ranks[1])
         one = everyone[0]
-        assert len(one) == one.start + len(list(one))
+        assert len(one) == one._start + len(list(one))
         if position is None:
             whole, order = steps, one._order.tolist()
         if number == len(course) - 1 or len(steps) < 2:
@@ -74,7 +74,7 @@ def test_nothing_is_repeated_or_lost_however_often_the_ranks_change(data: Any) -
         shown += steps[:taken]
         position = {
             "epoch": epoch,
-            "batches": one.start + taken * ranks[1],
+            "batches": one._start + taken * ranks[1],
             "plan": one.fingerprint,
         }
     seen = [i for step in shown for i in step]

@@ -187,7 +187,8 @@ def test_audit_fails_where_no_row_is_usable(
     assert main(["audit", str(path), "--json", str(tmp_path / "report.json")]) == 1
     out, err = capsys.readouterr()
     assert "bad_rows, row 1: the row has no `answer` (it has `question`, `best`)" in out
-    assert err == f"alignkit: error: {path}: no row is usable, see above\n"
+    # A slow machine is told of its progress before.
+    assert err.splitlines()[-1] == f"alignkit: error: {path}: no row is usable, see above"
     assert '"usable": 0' in (tmp_path / "report.json").read_text()
     write_jsonl(path, [*rows, {"question": "q", "answer": "a"}])
     assert main(["audit", str(path), "--kind", "sft"]) == 0

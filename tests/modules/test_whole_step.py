@@ -67,7 +67,7 @@ def test_micro_batches_are_one_batch(
         torch.testing.assert_close(module.state_dict()[name], value, atol=5e-5, rtol=1e-3)
     assert any(not torch.equal(value, start[name]) for name, value in whole.state_dict().items())
     for name in ("train/loss", "train/grad_norm", "train/rewards/margins"):
-        assert logged[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+        assert logged[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
     assert module._step_pairs == []
 
 
