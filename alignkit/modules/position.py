@@ -97,6 +97,8 @@ class Position:
         cut = outside and trainer.validating and self._validated != now
         if begun and not whole:
             _rewind(saved, start.batches, step=trainer.global_step, validate=cut)
+        elif begun:
+            _end_epoch(saved, trainer.global_step)
         _restart_validation(saved["epoch_loop.val_loop.batch_progress"], begin=cut)
         checkpoint["rng"] = ckpt.of_all_ranks(start.random_state)
         checkpoint[_KEY] = {"validated": self._validated if self._open else 0}
@@ -152,6 +154,22 @@ def _rewind(fit_loop: dict[str, Any], batches: int, step: int, validate: bool) -
     steps = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
     for tracker in steps.values():
         tracker["ready"] = tracker["completed"]  # a step that had begun was not taken
+
+
+def _end_epoch(fit_loop: dict[str, Any], step: int) -> None:
+    """Set the saved state within ``on_train_epoch_end`` to that after the epoch's last batch.
+
+    Lightning goes on from there with the next epoch; from within the hook it would count the next
+    one as done.
+    """
+    epoch, progress = fit_loop["epoch_progress"], _progress(fit_loop)
+    if epoch["current"]["completed"] == epoch["current"]["processed"]:
+        return
+    for tracker in epoch.values():
+        tracker.update(processed=tracker["ready"] - 1, completed=tracker["ready"] - 1)
+    for tracker in (progress["total"], progress["current"]):
+        tracker["completed"] = tracker["ready"] - 1
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
 
 
 def _progress(fit_loop: Mapping[str, Any]) -> dict[str, Any]:
