@@ -115,7 +115,7 @@ def machine(rank: int, port: int, launcher: str) -> tuple[list[str], dict[str, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun"])
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
 def test_two_machines_train_once(launcher: str, command: Callable, tmp_path: Path) -> None:
     """Two starts on this machine, as many as two machines of one device would have."""
     with socket.socket() as free:
