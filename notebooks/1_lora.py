@@ -20,18 +20,18 @@
 
 # %%
 import os
+from functools import partial
 from pathlib import Path
 
 from IPython.display import Image, Markdown
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import seed_everything
 
 from alignkit import LoRAModule, TextDataModule
-from alignkit.callbacks import Checkpoint
 from alignkit.lora import LoRAConfig
 from alignkit.tools.curves import plot_curves, read_scalars
 from alignkit.tools.demo.model import prepare_model
 from alignkit.tools.demo.prose import write_prose
+from alignkit.tools.demo.short_run import short_run
 from alignkit.tools.profile.command import profile
 
 # Another model, or fewer steps, for those who want them.
@@ -66,27 +66,8 @@ prose = TextDataModule(base, str(RUNS / "prose"), block_size=128, tokens_per_bat
 module = LoRAModule(base, lora=lora, warmup_steps=0.1)
 share = sum(p.numel() for p in module.parameters() if p.requires_grad)
 print(f"{share:,} of {sum(p.numel() for p in module.parameters()):,} parameters are trained")
-
-
-def train(module, data, name):
-    """Train on the CPU, and return the run's folder."""
-    logger = TensorBoardLogger(RUNS, name=name)
-    options = {"enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        val_check_interval=max(STEPS // 2, 1),
-        check_val_every_n_epoch=None,
-        limit_val_batches=2,
-        log_every_n_steps=1,
-        gradient_clip_val=1.0,
-        logger=logger,
-        callbacks=[Checkpoint(filename="best", monitor="val/loss", save_last=True)],
-        **options,
-    ).fit(module, data)
-    return logger.log_dir
-
-
+# A few steps on the CPU, with two validations, checkpoints and TensorBoard's events.
+train = partial(short_run, RUNS, STEPS)
 run = train(module, prose, "lora")
 
 # %%

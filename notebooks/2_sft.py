@@ -23,18 +23,17 @@ from functools import partial
 from pathlib import Path
 
 from IPython.display import Image, Markdown
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import seed_everything
 from torch.optim import AdamW
 
 from alignkit import HHSFTDataModule, SFTModule
-from alignkit.callbacks import Checkpoint
 from alignkit.lora import LoRAConfig
 from alignkit.models import load_tokenizer
 from alignkit.tools.compare import compare
 from alignkit.tools.curves import plot_curves
 from alignkit.tools.demo.model import prepare_model
 from alignkit.tools.demo.preferences import write_preferences
+from alignkit.tools.demo.short_run import short_run
 
 # Another model, or fewer steps, for those who want them.
 RUNS = Path(os.environ.get("ALIGNKIT_RUNS", "runs"))
@@ -65,27 +64,8 @@ print("answer:", repr(tokenizer.decode(batch.target_ids[batch.response_index == 
 # The rate is five times the default, since the steps are few.
 optimizer = partial(AdamW, lr=1e-3)
 lora = LoRAConfig(r=8, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
-
-
-def train(module, data, name):
-    """Train on the CPU, and return the run's folder."""
-    logger = TensorBoardLogger(RUNS, name=name)
-    options = {"enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        val_check_interval=max(STEPS // 2, 1),
-        check_val_every_n_epoch=None,
-        limit_val_batches=2,
-        log_every_n_steps=1,
-        gradient_clip_val=1.0,
-        logger=logger,
-        callbacks=[Checkpoint(filename="best", monitor="val/loss", save_last=True)],
-        **options,
-    ).fit(module, data)
-    return logger.log_dir
-
-
+# A few steps on the CPU, with two validations, checkpoints and TensorBoard's events.
+train = partial(short_run, RUNS, STEPS)
 run = train(SFTModule(base, lora=lora, optimizer=optimizer, warmup_steps=0.1), data, "sft")
 plot_curves({"sft": run}, ["train/loss", "val/loss", "val/token_accuracy"], RUNS / "sft.png")
 Image(RUNS / "sft.png")

@@ -21,21 +21,21 @@
 # %%
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from IPython.display import Image
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch import seed_everything
 from torch.nn.functional import relu
 
 from alignkit import DPOModule, HHPreferenceDataModule
-from alignkit.callbacks import Checkpoint
 from alignkit.lora import LoRAConfig
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
 from alignkit.tools.curves import plot_curves
 from alignkit.tools.demo.model import prepare_model
 from alignkit.tools.demo.preferences import write_preferences
+from alignkit.tools.demo.short_run import short_run
 
 # Another model, or fewer steps, for those who want them.
 RUNS = Path(os.environ.get("ALIGNKIT_RUNS", "runs"))
@@ -90,27 +90,8 @@ print(loss)
 write_preferences(RUNS / "preferences")
 lora = LoRAConfig(r=8, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"))
 pairs = HHPreferenceDataModule(base, str(RUNS / "preferences"), tokens_per_batch=512)
-
-
-def train(module, data, name):
-    """Train on the CPU, and return the run's folder."""
-    logger = TensorBoardLogger(RUNS, name=name)
-    options = {"enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        val_check_interval=max(STEPS // 2, 1),
-        check_val_every_n_epoch=None,
-        limit_val_batches=2,
-        log_every_n_steps=1,
-        gradient_clip_val=1.0,
-        logger=logger,
-        callbacks=[Checkpoint(filename="best", monitor="val/loss", save_last=True)],
-        **options,
-    ).fit(module, data)
-    return logger.log_dir
-
-
+# A few steps on the CPU, with two validations, checkpoints and TensorBoard's events.
+train = partial(short_run, RUNS, STEPS)
 runs = {}
 for objective in (DPO(beta=0.1), Hinge(beta=0.1, width=0.05)):
     seed_everything(0)

@@ -180,6 +180,22 @@ def _unpacked(packed_OI: Tensor, scale_O: Tensor, dtype: torch.dtype) -> Tensor:
 _KINDS: dict[str, type[PackedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}
 
 
+def packable_layers(model: PreTrainedModel) -> list[str]:
+    """Return the paths of the linear layers of a plain model that `quantize` packs.
+
+    Raises:
+        AlignkitError: It has none.
+    """
+    modules = plain_modules(model)
+    chosen = [path for path in all_linear(model).adapted if type(modules[path]) is nn.Linear]
+    if not chosen:
+        raise AlignkitError(
+            f"model.quantize: {type(model).__name__} has no torch.nn.Linear to quantize; leave "
+            "model.quantize out"
+        )
+    return chosen
+
+
 def quantize(model: PreTrainedModel, to: Quantization) -> None:
     """Replace the linear layers of a plain model by packed ones, in place, one at a time.
 
@@ -191,13 +207,7 @@ def quantize(model: PreTrainedModel, to: Quantization) -> None:
         AlignkitError: bitsandbytes is not installed, or the model has no layer that can be packed.
     """
     need_bitsandbytes()
-    modules = plain_modules(model)
-    chosen = [path for path in all_linear(model).adapted if type(modules[path]) is nn.Linear]
-    if not chosen:
-        raise AlignkitError(
-            f"model.quantize: {type(model).__name__} has no torch.nn.Linear to quantize; leave "
-            "model.quantize out"
-        )
+    modules, chosen = plain_modules(model), packable_layers(model)
     if told := str(all_linear(model)):
         log.warning("model.quantize: not packed: %s", told)
     for path in chosen:

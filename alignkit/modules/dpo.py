@@ -15,7 +15,6 @@ from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
 from alignkit.modules.gauges import RatedPairs
 from alignkit.modules.pair_scores import pair_scores, reference_pair_scores, refuse_other_counts
-from alignkit.modules.reference_choice import resolve_choice
 from alignkit.modules.watch import PairWatch
 from alignkit.modules.whole_step import WholeStepModule, recomputed_scores
 from alignkit.modules.window import LossOutput
@@ -63,24 +62,19 @@ class DPOModule(WholeStepModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if reference_checks < 1:
-            raise AlignkitError(f"model.reference_checks={reference_checks}: give at least 1")
         # A checkpoint's hyper-parameters hold the loss as plain values.
         self.loss = PreferenceLoss.from_dict(loss) if isinstance(loss, Mapping) else loss
         name, reads = type(self.loss).__name__, self.loss.uses_reference
-        choice = resolve_choice(reference, name, reads, self.lora is None)
         if self.loss.weighs_tokens and reference_cache is not None:
             raise AlignkitError(
                 f"model.reference_cache: {name} weighs tokens, and the cache keeps sums over whole "
                 "answers; leave it out"
             )
-        self.refresh_reference(reference_every, reference_mix, choice, reference_cache)
         self.watch = PairWatch(compares=reads)
-        self.reference = None
-        if reads:
-            self.keep_reference(choice, reference_cache, reference_checks)
-        elif reference_cache is not None:
-            raise AlignkitError(f"model.reference_cache: {name} uses no reference; leave it out")
+        self.use_reference(
+            name, reads, reference, every=reference_every, mix=reference_mix,
+            cache=reference_cache, checks=reference_checks,
+        )  # fmt: skip
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the summed loss of the batch's pairs; its weight is the number of pairs."""

@@ -16,7 +16,6 @@ from torchmetrics import Metric
 from alignkit.batch import PackedBatch
 from alignkit.engine import response_sums, score
 from alignkit.errors import AlignkitError
-from alignkit.modules.reference_choice import resolve_choice
 from alignkit.modules.refreshed import RefreshedModule
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.unpaired import KTO, UnpairedScores
@@ -61,12 +60,10 @@ class KTOModule(RefreshedModule):
         super().__init__(*args, **kwargs)
         # A checkpoint's hyper-parameters hold the loss as plain values.
         self.loss = KTO.from_dict(loss) if isinstance(loss, Mapping) else loss
-        choice = resolve_choice(
-            reference, "KTO", reads_reference=True, trains_all=self.lora is None
-        )
-        self.reference = None
-        self.refresh_reference(reference_every, reference_mix, choice, reference_cache)
-        self.keep_reference(choice, reference_cache, reference_checks)
+        self.use_reference(
+            "KTO", True, reference, every=reference_every, mix=reference_mix,
+            cache=reference_cache, checks=reference_checks,
+        )  # fmt: skip
         self.held_out = nn.ModuleDict({key(name): HeldOut(self.loss, name) for name in _HELD_OUT})
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError
 from alignkit.lora.state import refuse_differences
-from alignkit.modules.reference_choice import COPY
+from alignkit.modules.reference_choice import COPY, resolve_choice
 from alignkit.modules.referenced import ReferencedModule
 
 KEY = "refreshed_reference"
@@ -30,20 +30,42 @@ class RefreshedModule(ReferencedModule):
     _every: int | None = None
     _mix: float = 1.0
 
-    def refresh_reference(
-        self, every: int | None, mix: float, choice: str, cache: str | None
+    def use_reference(
+        self,
+        loss: str,
+        reads: bool,
+        choice: str | None,
+        *,
+        every: int | None,
+        mix: float,
+        cache: str | None,
+        checks: int,
     ) -> None:
-        """Set how often and how far the reference follows the policy.
+        """Make the reference that a loss reads, if it reads one, and say when it is refreshed.
 
         Args:
+            loss: The loss's name.
+            reads: Whether it reads a reference.
+            choice: As `resolve_choice` takes it.
             every: Optimizer steps from one refresh to the next; ``None`` for a fixed reference.
             mix: α, the policy's share.
-            choice: The choice of reference, which must be a copy of the policy.
-            cache: The reference cache, which must be ``None``.
+            cache: The cache's directory; ``None`` scores every batch live.
+            checks: Number of cached examples of each batch that are scored again.
 
         Raises:
             AlignkitError: A number out of its range, or what does not go together.
         """
+        if checks < 1:
+            raise AlignkitError(f"model.reference_checks={checks}: give at least 1")
+        chosen = resolve_choice(choice, loss, reads, self.lora is None)
+        self._refresh_every(every, mix, chosen, cache)
+        self.reference = None
+        if reads:
+            self.keep_reference(chosen, cache, checks)
+        elif cache is not None:
+            raise AlignkitError(f"model.reference_cache: {loss} uses no reference; leave it out")
+
+    def _refresh_every(self, every: int | None, mix: float, choice: str, cache: str | None) -> None:
         if not 0 < mix <= 1:
             raise AlignkitError(f"model.reference_mix={mix}: give a share in (0, 1]")
         if every is None and mix != 1:

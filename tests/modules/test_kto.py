@@ -115,6 +115,11 @@ def test_what_is_no_unpaired_row_is_refused(model_dir: Callable) -> None:
         KTOModule(str(model_dir("gpt2")), reference="none")
 
 
+def test_a_reference_without_checks_is_refused(model_dir: Callable, tmp_path: Path) -> None:
+    with pytest.raises(AlignkitError, match="reference_checks=0: give at least 1"):
+        KTOModule(str(model_dir("gpt2")), reference_cache=str(tmp_path), reference_checks=0)
+
+
 def write(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

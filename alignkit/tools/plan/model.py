@@ -14,14 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from alignkit.engine.fp32 import outermost_blocks
 from alignkit.engine.tail import assume_plain_tail
 from alignkit.engine.verify import assume_packed
-from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora
 from alignkit.lora.adapter import plain_modules, replace_module
-from alignkit.lora.targets import all_linear
 from alignkit.models.dropout import zero_dropout
 from alignkit.models.lean import lean_modules
 from alignkit.models.load import read_config
 from alignkit.models.policy import checkpoint_activations
+from alignkit.models.quantize import packable_layers
 from alignkit.models.residual import widen_residual
 from alignkit.modules.reference import frozen_copy
 from alignkit.modules.reference_choice import BASE, COPY, NONE, without_adapters
@@ -148,13 +147,7 @@ def _pack(model: PreTrainedModel, to: str | None) -> None:
     if to is None:
         return
     modules = plain_modules(model)
-    chosen = [path for path in all_linear(model).adapted if type(modules[path]) is nn.Linear]
-    if not chosen:
-        raise AlignkitError(
-            f"model.quantize: {type(model).__name__} has no torch.nn.Linear to quantize; leave "
-            "model.quantize out"
-        )
-    for path in chosen:
+    for path in packable_layers(model):
         linear = modules[path]
         assert isinstance(linear, nn.Linear)  # for the type checker
         replace_module(model, path, SIZED[to](linear))
