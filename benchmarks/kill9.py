@@ -26,7 +26,7 @@ from sidebyside.shapes import SHAPES, write_random_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from alignkit.cli import command as cli
+from alignkit.cli.front import main as alignkit_main
 from alignkit.errors import AlignkitError
 from alignkit.models.archive import read_archive
 from alignkit.modules import base
@@ -162,7 +162,7 @@ def run(stock: bool, scratch: Path, temporary: Path) -> None:
     arguments += [f"{saver}.every_n_train_steps", "1", f"{saver}.save_last", "true"]
     arguments += [f"{saver}.monitor", "step", f"{saver}.mode", "max", f"{saver}.save_top_k", "2"]
     arguments += [f"{saver}.filename", "{step}", f"{saver}.enable_version_counter", "false"]
-    os._exit(cli.main(arguments))
+    os._exit(alignkit_main(arguments))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import alignkit.cli  # noqa: F401
+import alignkit.cli.command  # noqa: F401
 
 _REAL_OPEN = os.open
 

@@ -36,7 +36,7 @@ def test_the_commands_ask_nothing_of_posix(
     done = subprocess.run(
         [sys.executable, "-X", "warn_default_encoding", str(script), json.dumps(commands)],
         capture_output=True,
-        text=True,
+        encoding="cp1252",
         env={
             **os.environ,
             "ALIGNKIT_CACHE": str(workplace / "cache"),
