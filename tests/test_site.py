@@ -193,3 +193,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "from_trl" / "index.html").is_file()
     assert "score_with_stats" in (tmp_path / "reference" / "index.html").read_text()
+    for built_page in tmp_path.rglob("*.html"):
+        assert "```" not in built_page.read_text(encoding="utf-8"), f"{built_page}: an unread fence"
