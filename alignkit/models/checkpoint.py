@@ -7,7 +7,8 @@ holds frozen base weights. Its stamp names the base that they belong to. Everyth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str, base: str | None = None, dtype: torch.dtype = torch.float32, *, reward: bool = False
+    path: str,
+    base: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    reward: bool = False,
+    argument: str = "model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a trained or a plain model for generation and export.
 
@@ -111,6 +117,7 @@ def load_policy(
         base: Where the base model lies now, if not where the checkpoint or adapter says.
         dtype: Of the base's weights.
         reward: Whether a reward model's checkpoint is wanted, and nothing else.
+        argument: What gave the path, for the line about one that is missing.
 
     Returns:
         The model in eval mode on the CPU, adapters active, and its base's tokenizer.
@@ -119,8 +126,32 @@ def load_policy(
         AlignkitError: Something is missing, damaged, or does not fit its base.
     """
     path = find_checkpoint(path)
-    with phase(f"loading {path}"):
+    with phase(f"loading {path}"), as_argument(argument, path):
         return _load_policy(path, base or policy_base(path), dtype, reward)
+
+
+@contextmanager
+def as_argument(argument: str, path: str) -> Iterator[None]:
+    """Name the argument that gave a path where it is taken for a base and cannot be loaded.
+
+    Raises:
+        AlignkitError: With the argument in the place of ``base``; of a path where nothing lies it says
+            what may lie there.
+    """
+    try:
+        yield
+    except AlignkitError as error:
+        told = str(error)
+        start = f"base '{path}': "
+        if not told.startswith(start):
+            raise
+        told = told.removeprefix(start)
+        if not Path(path).expanduser().exists():
+            told = (
+                f"{told.partition('; ')[0]}; give a checkpoint (.ckpt), a run's folder, an adapter or "
+                "a model"
+            )
+        raise AlignkitError(f"{argument} '{path}': {told}") from error
 
 
 def _load_policy(

@@ -16,7 +16,13 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.merge import merged_plain
 from alignkit.lora.resize import rows_before
-from alignkit.models.checkpoint import base_record, load_policy, policy_base, policy_format
+from alignkit.models.checkpoint import (
+    as_argument,
+    base_record,
+    load_policy,
+    policy_base,
+    policy_format,
+)
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
 from alignkit.models.find import find_checkpoint
@@ -92,7 +98,8 @@ def export(
     whole = to in ("merged", "gguf")
     place_of_base = base or policy_base(model)
     named = base or base_record(model)[0]
-    written = stored_dtype(place_of_base) if dtype == "base" else getattr(torch, dtype)
+    with as_argument("model", model):
+        written = stored_dtype(place_of_base) if dtype == "base" else getattr(torch, dtype)
     # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
     policy, tokenizer = load_policy(model, base=base, dtype=written if whole else torch.float32)
     trained = policy_format(model)
