@@ -96,9 +96,9 @@ INTRO = """# Objectives
 
 Every loss is a frozen dataclass whose fields are its parameters. `--model.loss NAME` chooses it and
 `--model.loss.PARAMETER` sets them; in Python it is `DPOModule(base, loss=SimPO(gamma=0.7))`.
-[extend.md](extend.md) shows how to write another one. The commands take a model by its Hub id or folder,
-and a file of [preference rows](data.md#pairs-and-ranked-answers-preferences); yours stand in their place.
-The flags after these two go with `alignkit fit --config FILE` as well, where `FILE` trains a `DPOModule`.
+[extend.md](extend.md) shows how to write another one. The commands name a model of the Hub and a
+file of rows ([Data](data.md#pairs-and-ranked-answers-preferences)); put yours in their place. The
+flags behind them go with `alignkit fit --config FILE` as well, where `FILE` trains a `DPOModule`.
 
 Symbols, as in the papers: y_w is the chosen and y_l the rejected answer, |y| an answer's number of
 tokens, π the policy, π_ref the reference, σ the logistic function, ε the share of flipped labels.
@@ -152,7 +152,9 @@ def sentence(text: str) -> str:
 def command(kind: type) -> str:
     """Return a command that trains by a loss and sets its parameters."""
     if kind is BradleyTerry:
-        return _fit("RewardModule", "PreferenceDataModule", "pairs.jsonl", "--model.loss.margin 0.0")
+        return _fit(
+            "RewardModule", "PreferenceDataModule", "pairs.jsonl", "--model.loss.margin 0.0"
+        )
     if kind is KTO:
         return _fit("KTOModule", "UnpairedDataModule", "labelled.jsonl", "--model.loss.beta 0.1")
     if kind is losses.WeightedSum:

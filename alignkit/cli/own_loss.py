@@ -1,7 +1,8 @@
 """Refuse a loss that does not belong to the module it is given to, in one line.
 
-`KTOModule` and `RewardModule` have one loss each, whose parameters are given directly. A configuration
-of DPO names a loss by its class, which `--model KTOModule` after it does not take back.
+`KTOModule` and `RewardModule` have one loss each, whose parameters are given directly. A
+configuration of DPO names a loss by its class, which ``--model KTOModule`` behind it does not take
+back.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def check_losses(arguments: Sequence[str], configs: Mapping[str, Mapping[str, An
         stray = _stray(loss, own, _loss_of(str(model.get("class_path") or module)))
         if stray:
             raise AlignkitError(
-                f"{path}: model.loss is {stray}, which {_short(module)} does not take; remove `loss` "
-                f"from the file, and give {_instead(own)}"
+                f"{path}: model.loss is {stray}, which {_short(module)} does not take; remove "
+                f"`loss` from the file, and give {_instead(own)}"
             )
     for name in _given(arguments, "--model.loss"):
         if not issubclass(own, PreferenceLoss) and name.isidentifier() and name != own.__name__:
             raise AlignkitError(
-                f"--model.loss {name}: {_short(module)} has a loss of its own; remove the option, and "
-                f"give {_instead(own)}"
+                f"--model.loss {name}: {_short(module)} has a loss of its own; remove the option, "
+                f"and give {_instead(own)}"
             )
 
 

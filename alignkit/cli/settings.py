@@ -27,9 +27,10 @@ _LEAST = {
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
-    """Refuse a ``--config`` file that is not a YAML mapping, or a loss that its module does not take.
+    """Refuse a ``--config`` file that is not a YAML mapping, and a loss that its module lacks.
 
-    A value that is not a file is left to the parser, which also takes YAML itself.
+    The line names the file, of YAML the line in it too. A value that is not a file is left to the
+    parser, which also takes YAML itself.
 
     Args:
         arguments: The command line after ``alignkit``.

@@ -1,14 +1,12 @@
 """Read small checkpoints, which hold what training changed, and load the models they belong to.
 
-A checkpoint holds the policy's trainable parameters and the state of optimizer and loop. It never
-holds frozen base weights. Its stamp names the base that they belong to. Everything loads with
-``weights_only=True``.
+A checkpoint holds the policy's trainable parameters, optimizer and loops, and no frozen weights of
+the base, which its stamp names. Everything loads with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
-from alignkit.models.place import find_base
+from alignkit.models.place import as_argument, find_base
 from alignkit.models.reward import attach_head, holds_reward
 from alignkit.models.stamp import (
     STAMP,
@@ -128,30 +126,6 @@ def load_policy(
     path = find_checkpoint(path)
     with phase(f"loading {path}"), as_argument(argument, path):
         return _load_policy(path, base or policy_base(path), dtype, reward)
-
-
-@contextmanager
-def as_argument(argument: str, path: str) -> Iterator[None]:
-    """Name the argument that gave a path where it is taken for a base and cannot be loaded.
-
-    Raises:
-        AlignkitError: With the argument in the place of ``base``; of a path where nothing lies it says
-            what may lie there.
-    """
-    try:
-        yield
-    except AlignkitError as error:
-        told = str(error)
-        start = f"base '{path}': "
-        if not told.startswith(start):
-            raise
-        told = told.removeprefix(start)
-        if not Path(path).expanduser().exists():
-            told = (
-                f"{told.partition('; ')[0]}; give a checkpoint (.ckpt), a run's folder, an adapter or "
-                "a model"
-            )
-        raise AlignkitError(f"{argument} '{path}': {told}") from error
 
 
 def _load_policy(

@@ -255,5 +255,6 @@ def need_bitsandbytes() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise AlignkitError(
-            "model.quantize: needs bitsandbytes, which is not installed; run pip install bitsandbytes"
+            "model.quantize: needs bitsandbytes, which is not installed; run pip install "
+            "bitsandbytes"
         )

@@ -187,7 +187,11 @@ def base_license(base: str) -> str | None:
 
 
 def _summary(training: Training, base: str, to: Kind, dtype: str, version: str) -> str:
-    special = {"peft": "A LoRA adapter", "safetensors": "A LoRA adapter", "reward": "A reward model"}
+    special = {
+        "peft": "A LoRA adapter",
+        "safetensors": "A LoRA adapter",
+        "reward": "A reward model",
+    }
     what = special.get(to, "A language model")
     if training.stage is None:
         return f"{what} over `{base}`, exported by alignkit {version} in {dtype}."

@@ -16,13 +16,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.merge import merged_plain
 from alignkit.lora.resize import rows_before
-from alignkit.models.checkpoint import (
-    as_argument,
-    base_record,
-    load_policy,
-    policy_base,
-    policy_format,
-)
+from alignkit.models.checkpoint import base_record, load_policy, policy_base, policy_format
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
 from alignkit.models.find import find_checkpoint
@@ -31,7 +25,7 @@ from alignkit.models.gguf_file import need_gguf
 from alignkit.models.hub import check_push
 from alignkit.models.hub import push as push_folder
 from alignkit.models.load import embedding_size, load_model, stored_dtype
-from alignkit.models.place import absolute_base, base_header
+from alignkit.models.place import absolute_base, as_argument, base_header
 from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.readback import refuse_other_answers
 from alignkit.models.reward import save_reward_model
