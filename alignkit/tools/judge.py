@@ -168,7 +168,7 @@ def _scorer(
         raise AlignkitError(
             f"--model {model}: is a whole model, whose implicit reward needs --reference"
         )
-    other = policy if reference is None else load_policy(reference)[0]
+    other = policy if reference is None else load_policy(reference, argument="reference")[0]
 
     def implicit(examples: Sequence[Example]) -> list[list[float]]:
         batch = collate(examples)
