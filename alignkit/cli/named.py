@@ -29,11 +29,15 @@ def named_class(arguments: Sequence[str], part: str, base: type) -> type:
 
 
 def subclasses(kind: type) -> Iterator[type]:
-    """Yield the imported classes below a class."""
+    """Yield the imported classes below a class, each once, whatever ways lead to it."""
+    yield from dict.fromkeys(_below(kind))
+
+
+def _below(kind: type) -> Iterator[type]:
     below: list[type] = type.__subclasses__(kind)
     for each in below:
         yield each
-        yield from subclasses(each)
+        yield from _below(each)
 
 
 def _find(name: str, base: type) -> type:
