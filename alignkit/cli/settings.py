@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
 from alignkit.cli.launch import check_strategy
+from alignkit.cli.own_loss import check_losses
 from alignkit.errors import AlignkitError
 
 _CONFIG_FLAGS = ("--config", "-c")
@@ -26,21 +27,25 @@ _LEAST = {
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
-    """Refuse a ``--config`` file that is not a YAML mapping, naming the file and the line.
+    """Refuse a ``--config`` file that is not a YAML mapping, and a loss that its module lacks.
 
-    A value that is not a file is left to the parser, which also takes YAML itself.
+    The line names the file, of YAML the line in it too. A value that is not a file is left to the
+    parser, which also takes YAML itself.
 
     Args:
         arguments: The command line after ``alignkit``.
 
     Raises:
-        AlignkitError: The file cannot be read as YAML, or holds no options.
+        AlignkitError: The file cannot be read as YAML, or holds no options, or the loss is another
+            module's.
     """
+    configs = {}
     for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name, given, inline = flag.partition("=")
         path = Path(inline if given else value)
         if name in _CONFIG_FLAGS and path.is_file():
-            _check_yaml(path)
+            configs[str(path)] = _check_yaml(path)
+    check_losses(arguments, configs)
 
 
 def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
@@ -81,7 +86,7 @@ def _given(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def _check_yaml(path: Path) -> None:
+def _check_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -100,3 +105,4 @@ def _check_yaml(path: Path) -> None:
         raise AlignkitError(
             f"{path}: holds a {type(content).__name__}, not options; write `name: value` lines"
         )
+    return content

@@ -1,8 +1,7 @@
 """Read small checkpoints, which hold what training changed, and load the models they belong to.
 
-A checkpoint holds the policy's trainable parameters and the state of optimizer and loop. It never
-holds frozen base weights. Its stamp names the base that they belong to. Everything loads with
-``weights_only=True``.
+A checkpoint holds the policy's trainable parameters, optimizer and loops, and no frozen weights of
+the base, which its stamp names. Everything loads with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
-from alignkit.models.place import find_base
+from alignkit.models.place import as_argument, find_base
 from alignkit.models.reward import attach_head, holds_reward
 from alignkit.models.stamp import (
     STAMP,
@@ -101,7 +100,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str, base: str | None = None, dtype: torch.dtype = torch.float32, *, reward: bool = False
+    path: str,
+    base: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    reward: bool = False,
+    argument: str = "model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a trained or a plain model for generation and export.
 
@@ -111,6 +115,7 @@ def load_policy(
         base: Where the base model lies now, if not where the checkpoint or adapter says.
         dtype: Of the base's weights.
         reward: Whether a reward model's checkpoint is wanted, and nothing else.
+        argument: What gave the path, for the line about one that is missing.
 
     Returns:
         The model in eval mode on the CPU, adapters active, and its base's tokenizer.
@@ -119,7 +124,7 @@ def load_policy(
         AlignkitError: Something is missing, damaged, or does not fit its base.
     """
     path = find_checkpoint(path)
-    with phase(f"loading {path}"):
+    with phase(f"loading {path}"), as_argument(argument, path):
         return _load_policy(path, base or policy_base(path), dtype, reward)
 
 

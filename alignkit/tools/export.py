@@ -25,7 +25,7 @@ from alignkit.models.gguf_file import need_gguf
 from alignkit.models.hub import check_push
 from alignkit.models.hub import push as push_folder
 from alignkit.models.load import embedding_size, load_model, stored_dtype
-from alignkit.models.place import absolute_base, base_header
+from alignkit.models.place import absolute_base, as_argument, base_header
 from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.readback import refuse_other_answers
 from alignkit.models.reward import save_reward_model
@@ -85,13 +85,15 @@ def export(
     if push is not None:
         check_push(push)
     if to == "reward":
-        return _export_reward(model, place, base)
+        _export_reward(model, place, base)
+        return _pushed(place, push)
     if to == "gguf":
         need_gguf()
     whole = to in ("merged", "gguf")
     place_of_base = base or policy_base(model)
     named = base or base_record(model)[0]
-    written = stored_dtype(place_of_base) if dtype == "base" else getattr(torch, dtype)
+    with as_argument("model", model):
+        written = stored_dtype(place_of_base) if dtype == "base" else getattr(torch, dtype)
     # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
     policy, tokenizer = load_policy(model, base=base, dtype=written if whole else torch.float32)
     trained = policy_format(model)
@@ -123,20 +125,27 @@ def export(
     write_card(model, place, to, base=named, dtype=precision)
     told = f", {precision}{told}" if whole else ""
     Console().print(f"wrote {place} ({to}{told})", highlight=False)
+    return _pushed(place, push)
+
+
+def _pushed(place: Path, push: str | None) -> Path:
+    """Return an export's folder, which is put into a repository if one is named."""
     if push is not None:
         Console().print(f"pushed to {push_folder(place, push)}", highlight=False)
     return place
 
 
-def _export_reward(model: str, place: Path, base: str | None) -> Path:
-    """Write a reward model with its tokenizer and its text format."""
+def _export_reward(model: str, place: Path, base: str | None) -> None:
+    """Write a reward model with its tokenizer, its text format and its card."""
     policy, tokenizer = load_policy(model, base=base, reward=True)
     save_reward_model(policy, place, tokenizer)
     trained = policy_format(model)
     if trained is not None:
         write_format(trained, place)
-    Console().print(f"wrote {place} (reward)", highlight=False)
-    return place
+    named = base or base_record(model)[0]
+    precision = str(policy.dtype).removeprefix("torch.")
+    write_card(model, place, "reward", base=named, dtype=precision)
+    Console().print(f"wrote {place} (reward, {precision})", highlight=False)
 
 
 @torch.no_grad()

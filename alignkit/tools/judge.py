@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.encode.choose import choose_format
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import DraftExample
-from alignkit.data.read.rows import Source
+from alignkit.data.read.rows import BadRow, Source
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.policies import Tally
+from alignkit.data.text.ranked import SAMPLED
 from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import preference_sides
 from alignkit.engine import Example, collate, response_sums, score
@@ -74,7 +75,8 @@ def judge(
     """Score the answers of a file by a reward model, or by DPO's implicit reward, and rank them.
 
     Args:
-        path: Pairs or ranked answers: a file, a directory or a Hub id, as the data modules take it.
+        path: Pairs, ranked answers or what ``alignkit sample`` wrote: a file, a directory or a Hub
+            id, as the data modules take it.
         model: A reward model (a checkpoint, a run's folder, or what ``export --to reward`` wrote),
             or a policy, whose implicit reward is β (log π(y|x) − log π_ref(y|x)).
         reference: π_ref, as ``model``; by default the policy without its adapters.
@@ -99,6 +101,7 @@ def judge(
     if split is not None and split not in offered:
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
+    columns = columns or _sampled(sources)
     scorer, tokenizer = _scorer(model, reference, beta)
     encoder = _encoder(sources, tokenizer, model, prompt_format, max_length, columns)
     lines: list[str] = []
@@ -123,7 +126,7 @@ def judge(
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of `judge`, whose path is positional."""
-    parser.add_argument("path", type=str, help="Pairs or ranked answers.")
+    parser.add_argument("path", type=str, help="Pairs, ranked or sampled answers.")
     parser.add_function_arguments(judge, skip={"path"})
 
 
@@ -165,7 +168,7 @@ def _scorer(
         raise AlignkitError(
             f"--model {model}: is a whole model, whose implicit reward needs --reference"
         )
-    other = policy if reference is None else load_policy(reference)[0]
+    other = policy if reference is None else load_policy(reference, argument="reference")[0]
 
     def implicit(examples: Sequence[Example]) -> list[list[float]]:
         batch = collate(examples)
@@ -199,6 +202,13 @@ def _encoder(
         prompt_format=prompt_format,
         columns=names,
     )
+
+
+def _sampled(sources: Sequence[Source]) -> dict[str, str] | None:
+    """Return how the rows of ``alignkit sample`` are read, ``None`` for rows of others."""
+    first = next((row for source in sources for _, row in source.rows()), {})
+    is_sampled = not isinstance(first, BadRow) and SAMPLED in first
+    return {"responses": SAMPLED} if is_sampled else None
 
 
 def _batches(
