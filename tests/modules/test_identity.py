@@ -335,9 +335,9 @@ def test_the_references_name_holds_no_draw(use_dora: bool, tiny_model: Any) -> N
     """Orthogonal factors are not zero, and their product is: each session draws others."""
     names = set()
     for seed in range(2):
+        model = tiny_model("llama")
         torch.manual_seed(seed)
-        config = LoRAConfig(r=4, init="orthogonal", use_dora=use_dora)
-        model = inject_lora(tiny_model("llama"), config)
+        inject_lora(model, LoRAConfig(r=4, init="orthogonal", use_dora=use_dora))
         names.add(trained_fingerprint(model))
     assert len(names) == 1
     with torch.no_grad():
