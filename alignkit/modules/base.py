@@ -106,6 +106,8 @@ class AlignmentModule(TrainerSupport):
     model: PreTrainedModel
     text_format: TextFormat | None = None
     """How text became tokens in training, if the data module or a checkpoint says so."""
+    rewards = False
+    """Whether the stage trains a reward model."""
     _settings: dict[str, Any] | None = None
     _resumed: dict[str, Any] | None = None
     _steps_before = 0
@@ -134,7 +136,7 @@ class AlignmentModule(TrainerSupport):
         on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         super().__init__(on_nonfinite)
-        check_rates(warmup_steps, lora_plus_ratio)
+        check_rates(warmup_steps, lora_plus_ratio, lora)
         self._save_plain_hyperparameters()
         self.base = base
         self.optimizer = optimizer
@@ -147,7 +149,7 @@ class AlignmentModule(TrainerSupport):
         start = None
         if init_from is not None:
             init_from = self.hparams["init_from"] = find_checkpoint(init_from)
-            start = find_start(init_from)
+            start = find_start(init_from, self.rewards)
             self.text_format = start.text_format()
         # A checkpoint's hyper-parameters hold the config as plain values.
         choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora

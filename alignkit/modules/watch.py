@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.gauges import GAUGES, Gauge, RatedPairs
+from alignkit.utils.exact import exact
 
 _SURE = 2.0
 """How many standard errors a mean must lie from 0."""
@@ -117,9 +118,9 @@ class FallingChosen:
         """Add a batch, without waiting for the device."""
         if self.told or (training and not self.compares):
             return
-        chosen = pairs.policy.chosen.double()
+        chosen = exact(pairs.policy.chosen)
         if self.compares:
-            chosen = chosen - pairs.reference.chosen.double()
+            chosen = chosen - exact(pairs.reference.chosen)
         columns = (chosen, pairs.margin, torch.ones_like(chosen))
         own = torch.stack([part.sum() for part in (*columns, *(c.square() for c in columns[:2]))])
         self._sums = own if self._sums is None else self._sums + own
