@@ -119,6 +119,11 @@ def load_policy(
         AlignkitError: Something is missing, damaged, or does not fit its base.
     """
     path = find_checkpoint(path)
+    if base not in (None, path) and not path.endswith(".ckpt") and not is_adapter(path):
+        raise AlignkitError(
+            f"{path}: is no checkpoint or adapter, which --base could belong to; mend the path, or "
+            "leave --base out"
+        )
     with phase(f"loading {path}"):
         return _load_policy(path, base or policy_base(path), dtype, reward)
 
