@@ -22,6 +22,7 @@ from alignkit.cli.optimizer import spell_out_optimizers
 from alignkit.cli.parsers import Parser, tool_parser
 from alignkit.cli.settings import check_config_files
 from alignkit.cli.stages import STAGES, fit_arguments
+from alignkit.cli.stage_class import check_stage
 from alignkit.cli.training import AlignCLI
 from alignkit.models.checkpoint import policy_base
 from alignkit.utils.interrupts import Stopped, stop_on_signals
@@ -89,7 +90,9 @@ def _run_command(arguments: Sequence[str]) -> int:
         arguments = ["--completion", *arguments[1:]]
     elif arguments[0] in STAGES:
         name, *flags = arguments
+        check_config_files(flags)
         arguments = fit_arguments(name, flags, gpu=torch.cuda.is_available(), base_of=policy_base)
+        check_stage(name, arguments)
     check_config_files(arguments)
     AlignCLI(spell_out_optimizers(spell_out_losses(arguments)))
     return 0

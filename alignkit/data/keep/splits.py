@@ -135,7 +135,9 @@ def open_splits(
     }
     for split, examples in sets.items():
         if len(examples) == 0:
-            raise AlignkitError(f"data.path {path}: no example is left in {split}")
+            raise AlignkitError(
+                f"data.path {path}: no example is left in {split}: {_why_empty(parts[split])}"
+            )
     train = parts.get("train", [])
     stats = _count([part.store.meta for part in train])
     if "train" in sets:
@@ -261,6 +263,23 @@ def _count(metas: Sequence[dict[str, Any]]) -> dict[str, float]:
     examples = totals.get("examples", 0)
     totals["truncated_frac"] = totals.get("truncated", 0) / examples if examples else 0.0
     return totals
+
+
+def _why_empty(parts: Sequence[_Part]) -> str:
+    """Return why a split has no examples, and what to change."""
+    if any(len(part.store) for part in parts):
+        return (
+            "its examples were all held out or left out; give more rows, name the splits in "
+            "data.splits, or raise data.max_train_examples and data.max_val_examples"
+        )
+    counts = _count([part.store.meta for part in parts])
+    counts.pop("truncated_frac")
+    rows = counts.pop("rows", 0)
+    found = ", ".join(f"{defect} {count:g}" for defect, count in sorted(counts.items()))
+    if not found:
+        return f"its {rows:g} rows do not fill one block; lower data.block_size, or give more text"
+    advice = "raise data.max_length" if counts.get("too_long") else "alignkit audit shows them"
+    return f"its {rows:g} rows were all dropped ({found}); {advice}"
 
 
 def _log_counts(name: str, meta: dict[str, Any]) -> None:
