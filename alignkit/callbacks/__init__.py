@@ -1,4 +1,4 @@
-"""Provide the Lightning callbacks for checkpoints, for a last validation and for the progress bar."""
+"""Provide the Lightning callbacks for checkpoints, a final validation and progress."""
 
 from alignkit.callbacks.checkpoint import Checkpoint
 from alignkit.callbacks.final_validation import FinalValidation

@@ -21,8 +21,8 @@ from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.optimizer import spell_out_optimizers
 from alignkit.cli.parsers import Parser, tool_parser
 from alignkit.cli.settings import check_config_files
-from alignkit.cli.stages import STAGES, fit_arguments
 from alignkit.cli.stage_class import check_stage
+from alignkit.cli.stages import STAGES, fit_arguments
 from alignkit.cli.training import AlignCLI
 from alignkit.models.checkpoint import policy_base
 from alignkit.utils.interrupts import Stopped, stop_on_signals

@@ -6,13 +6,13 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from alignkit.cli.config_file import flags_and_values, named_configs, read_config_file
 from alignkit.errors import AlignkitError
+from alignkit.utils.atomic import output_path
 
 _FLAG = "--trainer.logger"
 _KINDS = ("TensorBoardLogger", "CSVLogger")  # those that number runs below their folder
@@ -28,9 +28,7 @@ def run_place(out: str) -> str:
         >>> run_place("2024")
         './2024'
     """
-    if not out.strip():
-        raise AlignkitError("--out: is empty; name a folder")
-    return os.path.join(".", Path(out).expanduser())
+    return os.path.join(".", output_path(out, "--out"))
 
 
 def logger_at(place: str) -> str:

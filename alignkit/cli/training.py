@@ -22,7 +22,7 @@ from alignkit.models.checkpoint import read_checkpoint
 from alignkit.models.find import find_checkpoint
 from alignkit.modules import AlignmentModule
 from alignkit.modules.precision import refuse_precision_name
-from alignkit.modules.runs import CHECKPOINT_NAMES, asked_checkpoint
+from alignkit.modules.runs import CHECKPOINT_NAMES, asked_checkpoint, discard_empty_folders
 from alignkit.utils.phases import is_quiet
 
 
@@ -115,8 +115,10 @@ class AlignCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except Exception as error:
-            end_ranks(self.trainer, error)
+        except BaseException as error:
+            discard_empty_folders(self.trainer)
+            if isinstance(error, Exception):
+                end_ranks(self.trainer, error)
             raise
 
     def _parse_ckpt_path(self) -> None:

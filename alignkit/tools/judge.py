@@ -122,9 +122,10 @@ def judge(
         raise AlignkitError(f"{path}: has no row to judge{_dropped(dropped)}")
     verdict = _verdict(torch.tensor(margins, dtype=torch.float64))
     error = f" (± {verdict.error:.1%})" if verdict.rows > 1 else ""
+    rows = f"{verdict.rows:,} row{'s' if verdict.rows > 1 else ''}{_dropped(dropped)}"
     print(
-        f"{path}: {verdict.rows:,} row{'s' if verdict.rows > 1 else ''}{_dropped(dropped)}, first "
-        f"answer above the last in {verdict.accuracy:.1%}{error}, by {verdict.margin:.4g} on average"
+        f"{path}: {rows}, first answer above the last in {verdict.accuracy:.1%}{error}, by "
+        f"{verdict.margin:.4g} on average"
     )
     return verdict
 

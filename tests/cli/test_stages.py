@@ -93,7 +93,7 @@ def test_on_a_gpu_the_base_is_bfloat16() -> None:
         (["--base", "b", "--data", "d", "--rank", "x"], "--rank x: give a whole number"),
         (["--base", "b", "--data", "d", "--full", "--rank", "4"], "leave out it or --rank"),
         (["--base", "b", "--data", "d", "--full", "--model.lora.r=4"], "or --model.lora.r"),
-        (["--base", "b", "--data", "d", "--out", ""], "--out: is empty; name a folder"),
+        (["--base", "b", "--data", "d", "--out", ""], "--out: is empty; give a path"),
         (["--base", "b", "--data", "d", "--lr", "fast"], "model.optimizer"),
         (["--base", "b", "--data", "d", "--loss", "IPOO"], "did you mean IPO?"),
         (["--base", "b", "--data", "d", "--trainer.max_epoch", "3"], "mean trainer.max_epochs?"),
@@ -203,3 +203,15 @@ def test_without_a_logger_checkpoints_go_to_out(
     status, out, err = alignkit(*arguments, "--trainer.fast_dev_run", "true")
     assert status == 0, err
     assert "wrote no checkpoint" in out
+
+
+def test_a_run_that_fails_leaves_no_folder(
+    alignkit: Callable, model_dir: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"what": "nothing"}\n')
+    status, _, err = alignkit(
+        "sft", "--base", model_dir("llama"), "--data", tmp_path / "bad.jsonl", "--out", "a/b"
+    )
+    assert status == 2, err
+    assert "bad.jsonl:1" in err
+    assert not Path("a/b").exists()

@@ -80,6 +80,44 @@ def test_a_merged_model_is_in_the_bases_dtype_and_answers_alike(run: Path, tmp_p
     assert AutoConfig.from_pretrained(tmp_path / "full").dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--dtype", "float16"], "--dtype float16: is for --to merged and gguf, not peft"),
+        (["--onto", "original"], "--onto original: is for --to merged and gguf, not peft"),
+        (["--to", "merged", "--plain", "true"], "--plain: is for --to peft and safetensors"),
+        (["--to", "merged", "--onto", "original"], "was not trained over a quantized base"),
+        (["--output", ""], "--output: is empty"),
+    ],
+)
+def test_options_without_use_are_refused(
+    run: Path, tmp_path: Path, flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(run, tmp_path / "out", *flags) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_has_no_adapter_to_write(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(base, tmp_path / "out") == 2
+    assert "has no adapter for --to peft; export --to merged writes" in capsys.readouterr().err
+
+
+def test_a_place_is_taken_and_told_as_it_is(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / ("[b] " * 20).strip()))
+    assert export(run, Path("~/out")) == 0
+    place = Path("~/out").expanduser()
+    assert place.is_dir()
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {place} (peft)"
+
+
 @pytest.mark.parametrize("to", ["merged", "peft", "safetensors", "gguf"])
 def test_every_file_is_as_readable_as_the_umask_allows(run: Path, tmp_path: Path, to: str) -> None:
     before = os.umask(0o022)

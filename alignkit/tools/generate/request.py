@@ -32,7 +32,8 @@ class Request:
 
     Args:
         prompts: A prompt, or a list of them.
-        prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, or one a line.
+        prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, a .json array of them or
+            of texts, or a .txt file with one a line.
         base: The base model of a checkpoint or adapter, if it has moved since training.
         prompt_format: How a question is formatted: as HH-RLHF's dialogues (boundary), as dialogues
             of stripped texts (stripped), by the tokenizer's chat template (chat), as it is (text),
