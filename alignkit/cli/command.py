@@ -25,6 +25,7 @@ from alignkit.cli.stage_class import check_stage
 from alignkit.cli.stages import STAGES, fit_arguments
 from alignkit.cli.training import AlignCLI
 from alignkit.models.checkpoint import policy_base
+from alignkit.models.find import find_checkpoint
 from alignkit.utils.interrupts import Stopped, stop_on_signals
 from alignkit.utils.ranks import is_first_rank, is_lost_connection
 
@@ -91,7 +92,8 @@ def _run_command(arguments: Sequence[str]) -> int:
     elif arguments[0] in STAGES:
         name, *flags = arguments
         check_config_files(flags)
-        arguments = fit_arguments(name, flags, gpu=torch.cuda.is_available(), base_of=policy_base)
+        gpu = torch.cuda.is_available()
+        arguments = fit_arguments(name, flags, gpu=gpu, base_of=policy_base, find=find_checkpoint)
         check_stage(name, arguments)
     check_config_files(arguments)
     AlignCLI(spell_out_optimizers(spell_out_losses(arguments)))

@@ -76,7 +76,12 @@ def stage_help(name: str) -> str:
 
 
 def fit_arguments(
-    name: str, arguments: Sequence[str], *, gpu: bool, base_of: Callable[[str], str]
+    name: str,
+    arguments: Sequence[str],
+    *,
+    gpu: bool,
+    base_of: Callable[[str], str],
+    find: Callable[[str], str] = str,
 ) -> list[str]:
     """Return the arguments of ``fit`` that a stage's command stands for.
 
@@ -88,6 +93,7 @@ def fit_arguments(
         arguments: What follows it on the command line.
         gpu: Whether the run is on a GPU, where bfloat16 is the faster choice.
         base_of: Finds the base of a checkpoint or adapter, for ``--init-from`` without ``--base``.
+        find: Finds the checkpoint that ``--init-from`` stands for.
 
     Raises:
         AlignkitError: A flag is unknown or has no value, or base or data is missing.
@@ -96,6 +102,7 @@ def fit_arguments(
     _check_others(name, others)
     elsewhere = any(other.partition("=")[0] in ("--config", "-c") for other in others)
     if given.base is None and given.init_from is not None:
+        given.init_from = find(given.init_from)
         given.base = base_of(given.init_from)
     for flag, value, same in (
         ("--base MODEL", given.base, "--model.base"),

@@ -143,7 +143,7 @@ def named_checkpoint(trainer: Trainer, name: str) -> str:
         folders = _checkpoint_folders(trainer)
         where = ", ".join(map(str, folders))
         candidates = (file for folder in folders for file in newest_first(folder))
-        found = first_intact(candidates, asked)
+        found = first_intact(candidates, asked, told=name != "best")
     if found is None:
         raise AlignkitError(
             f"{asked}: there is no checkpoint in {where}; give a file, or start without --ckpt_path"
@@ -180,6 +180,8 @@ def _best_checkpoint(newest: str) -> str:
         except AlignkitError as error:
             damage = error
         else:
+            if is_first_rank():
+                log.info("ckpt_path best: taking %s", candidate)
             return str(candidate)
     log.warning("ckpt_path best: %s; taking the newest instead, %s", damage, newest)
     return newest

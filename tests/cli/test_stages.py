@@ -127,7 +127,9 @@ def test_help_is_short(stage: str, alignkit: Callable) -> None:
     assert ("--beta" in out) is (stage == "dpo")
 
 
-def test_two_stages_in_turn(alignkit: Callable, model_dir: Callable, hh: Path) -> None:
+def test_two_stages_in_turn(
+    alignkit: Callable, model_dir: Callable, hh: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """SFT, then DPO from it without saying the base again, then its resumption."""
     quick = ("--data", hh, "--tokens-per-batch", 512, "--trainer.limit_train_batches", 2)
     status, out, err = alignkit("sft", "--base", model_dir("llama"), *quick)
@@ -135,6 +137,7 @@ def test_two_stages_in_turn(alignkit: Callable, model_dir: Callable, hh: Path) -
     assert "wrote runs/sft/version_0: last.ckpt, best.ckpt, config.yaml" in out
     status, out, err = alignkit("dpo", "--init-from", "runs/sft", *quick, "--beta", 0.2)
     assert status == 0, err
+    assert len([line for line in caplog.messages if line.startswith("runs/sft: taking")]) == 1
     config = yaml.safe_load(Path("runs/dpo/version_0/config.yaml").read_text())
     assert config["model"]["init_args"]["base"] == str(model_dir("llama"))
     assert config["model"]["init_args"]["loss"]["init_args"]["beta"] == 0.2
@@ -215,3 +218,13 @@ def test_a_run_that_fails_leaves_no_folder(
     assert status == 2, err
     assert "bad.jsonl:1" in err
     assert not Path("a/b").exists()
+
+
+def test_a_finished_run_has_nothing_left(alignkit: Callable, model_dir: Callable, hh: Path) -> None:
+    arguments = ("sft", "--base", model_dir("llama"), "--data", hh, "--tokens-per-batch", 2048)
+    assert alignkit(*arguments)[0] == 0
+    status, out, err = alignkit(*arguments, "--resume")
+    assert status == 0, err
+    assert "nothing was left to train: the run is at step 2 already" in out
+    assert "best.ckpt" not in out  # which is the first run's
+    assert "next:" not in out
