@@ -25,6 +25,7 @@ from alignkit.objectives.reward import BradleyTerry
 from alignkit.objectives.unpaired import KTO, UnpairedScores
 
 HERE = Path(__file__).parent
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 LOGP, TOKENS = -40.0, 20
 """Of every answer under the reference: its log-probability in nats, and its length."""
 REACH = 40.0
@@ -95,7 +96,9 @@ INTRO = """# Objectives
 
 Every loss is a frozen dataclass whose fields are its parameters. `--model.loss NAME` chooses it and
 `--model.loss.PARAMETER` sets them; in Python it is `DPOModule(base, loss=SimPO(gamma=0.7))`.
-[extend.md](extend.md) shows how to write another one.
+[extend.md](extend.md) shows how to write another one. The commands name a model of the Hub and a
+file of rows ([Data](data.md#pairs-and-ranked-answers-preferences)); put yours in their place. The
+flags behind them go with `alignkit fit --config FILE` as well, where `FILE` trains a `DPOModule`.
 
 Symbols, as in the papers: y_w is the chosen and y_l the rejected answer, |y| an answer's number of
 tokens, π the policy, π_ref the reference, σ the logistic function, ε the share of flipped labels.
@@ -147,22 +150,35 @@ def sentence(text: str) -> str:
 
 
 def command(kind: type) -> str:
-    """Return the flags that choose a loss and set its first parameter."""
+    """Return a command that trains by a loss and sets its parameters."""
     if kind is BradleyTerry:
-        return "--model RewardModule --model.loss.margin 0.0 --data PreferenceDataModule"
+        return _fit(
+            "RewardModule", "PreferenceDataModule", "pairs.jsonl", "--model.loss.margin 0.0"
+        )
     if kind is KTO:
-        return "--model KTOModule --model.loss.beta 0.1 --data UnpairedDataModule"
+        return _fit("KTOModule", "UnpairedDataModule", "labelled.jsonl", "--model.loss.beta 0.1")
     if kind is losses.WeightedSum:
         terms = "--model.loss.terms '[DPO, ChosenNLL]' --model.loss.weights '[1, 0.2]'"
-        return f"--model.loss WeightedSum {terms}"
+        return _dpo(f"--model.loss WeightedSum {terms}")
     if kind is losses.WPO:
-        return "--model.loss WPO --model.loss.of IPO"
+        return _dpo("--model.loss WPO --model.loss.of IPO")
     flags = [
         f"--model.loss.{field.name} {field.default}"
         for field in fields(kind)
         if field.default is not MISSING and not isinstance(field.default, bool)
     ]
-    return " ".join([f"--model.loss {kind.__name__}", *flags])
+    return _dpo(" ".join([f"--model.loss {kind.__name__}", *flags]))
+
+
+def _dpo(flags: str) -> str:
+    return f"alignkit dpo --base {BASE} --data pairs.jsonl \\\n  {flags}"
+
+
+def _fit(module: str, data: str, file: str, flags: str) -> str:
+    return (
+        f"alignkit fit --model {module} --model.base {BASE} {flags} \\\n"
+        f"  --data {data} --data.path {file} --trainer.max_epochs 1"
+    )
 
 
 def page() -> str:
@@ -176,7 +192,7 @@ def page() -> str:
             parts.append(f"When: {when}\n\n")
             if parameters:
                 parts.append(f"{parameters}\n\n")
-            parts.append(f"```sh\nalignkit fit --config dpo.yaml {command(kind)}\n```\n\n")
+            parts.append(f"```sh\n{command(kind)}\n```\n\n")
     return "".join(parts).rstrip() + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,20 @@ def fit(model_dir: Path, *options: object) -> int:
     )
     quiet = ("--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false")
     return main(["fit", *(str(o) for o in (*options, *fixed, *trainer, *quiet))])
+
+
+def test_every_command_is_understood(
+    page: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is printed, beside its section's ``mine.py``."""
+    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```sh\nalignkit ([^\n]+)", text, re.M | re.S)
+    assert len(found) == 5
+    for title, command in found:
+        page(title)
+        with pytest.raises(SystemExit) as ended:
+            main([*shlex.split(command), "--print_config"])
+        assert ended.value.code in (0, None), capsys.readouterr().err
 
 
 @pytest.fixture

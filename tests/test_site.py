@@ -23,6 +23,7 @@ from lightning.pytorch import Trainer
 import alignkit
 from alignkit.cli import main
 from alignkit.cli.command import TOOLS, Parser
+from alignkit.cli.stages import STAGES
 from alignkit.lora import LoRAConfig
 from alignkit.objectives import preference
 
@@ -93,6 +94,40 @@ def test_commands_parse(command: list[str]) -> None:
     parser = Parser()
     importlib.import_module(TOOLS[command[0]][1]).add_arguments(parser)
     assert parser.parse_args(command[1:])
+
+
+def training_commands(page: Path) -> list[list[str]]:
+    """Return a page's lines that train or copy a configuration, in their order."""
+    lines = "\n".join(blocks(page, "(?:sh)?")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("alignkit ")]
+    return [each for each in words if each[0] in {*STAGES, "fit", "validate", "test", "configs"}]
+
+
+@pytest.mark.parametrize(
+    "page",
+    # Those of objectives.md and extend.md have tests of their own.
+    [p for p in PAGES[1:] if p.stem not in ("objectives", "extend") and training_commands(p)],
+    ids=lambda page: page.stem,
+)
+def test_what_a_page_trains_by_works_as_it_is_printed(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line by line, from a clone's folder: a configuration that no line copies is none."""
+    monkeypatch.chdir(tmp_path)
+    Path("configs").symlink_to(ROOT / "configs")
+    text = page.read_text(encoding="utf-8")
+    for name, content in re.findall(
+        r"saved as `([\w.]+)`:\n\n```yaml\n(.*?)^```", text, re.M | re.S
+    ):
+        Path(name).write_text(content)
+    for command in training_commands(page):
+        if command[0] == "configs":
+            assert main(command) == 0
+        elif "--help" not in command and "DIR" not in command:  # what the reader has to fill in
+            with pytest.raises(SystemExit) as ended:
+                main([*command, "--print_config"])
+            told = capsys.readouterr()
+            assert ended.value.code in (0, None), (command, told.err)
 
 
 @pytest.mark.parametrize("page", ["from_trl", "from_llama_factory"])
@@ -193,3 +228,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "from_trl" / "index.html").is_file()
     assert "score_with_stats" in (tmp_path / "reference" / "index.html").read_text()
+    for built_page in tmp_path.rglob("*.html"):
+        assert "```" not in built_page.read_text(encoding="utf-8"), f"{built_page}: an unread fence"

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Timer
 
 from alignkit.cli.config_file import flags_and_values, named_configs, read_config_file
 from alignkit.cli.launch import check_strategy
+from alignkit.cli.own_loss import check_losses
 from alignkit.errors import AlignkitError
 
 # The least values. Below these Lightning trains, but wrongly: a negative clip value reverses the
@@ -26,17 +27,22 @@ _LEAST = {
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
-    """Refuse a ``--config`` file that is not a YAML mapping, naming the file and the line.
+    """Refuse a ``--config`` file that is not a YAML mapping, and a loss that its module lacks.
+
+    The line names the file, of YAML the line in it too.
 
     Args:
         arguments: The command line after ``alignkit``.
 
     Raises:
-        AlignkitError: The file cannot be read as YAML, or holds no options.
+        AlignkitError: The file cannot be read as YAML, or holds no options, or the loss is another
+            module's.
     """
+    configs = {}
     for flag, value in flags_and_values(arguments):
         for path in named_configs(flag, value):
-            read_config_file(path)
+            configs[str(path)] = read_config_file(path)
+    check_losses(arguments, configs)
 
 
 def check_trainer(command: str, settings: Mapping[str, Any]) -> None:

@@ -137,8 +137,11 @@ def stage_parser(name: str) -> ArgumentParser:
     how = parser.add_argument_group("how")
     if name == "dpo":
         how.add_argument("--loss", metavar="NAME", help="DPO, IPO, SimPO, … (default: DPO)")
-        how.add_argument("--beta", metavar="B", help="strength of the reference (default: 0.1)")
-    how.add_argument("--lr", metavar="RATE", help=f"peak learning rate (default: {stage.lr:g})")
+        how.add_argument(
+            "--beta", metavar="B", help="strength of the reference (default: the loss's own)"
+        )
+    rates = f"default: {stage.lr:g}, with --full {stage.lr * _FULL_SHARE:g}"
+    how.add_argument("--lr", metavar="RATE", help=f"peak learning rate ({rates})")
     how.add_argument("--epochs", metavar="N", help="passes over the data (default: 1)")
     how.add_argument("--steps", metavar="N", help="end after so many optimizer steps")
     _add(how, "tokens-per-batch", "N", "tokens of a micro-batch (default: 4096)")

@@ -38,7 +38,7 @@ class DialogueDataModule(AlignmentDataModule):
         prompt_format: ``auto`` takes the tokenizer's chat template where the rows are messages
             and it has one, HH-RLHF's text otherwise, and logs which and why. By name: ``chat``,
             ``boundary`` (HH-RLHF's text), ``stripped``, or ``raw`` for rows that were rendered
-            before; see `alignkit.data.text.formats`.
+            before; docs/data.md shows each.
         policies: What to do with each defect; see `Policies`.
         columns: The rows' columns by the names that are read, where they have others:
             ``{"prompt": "query", "chosen": "better"}``.

@@ -1,18 +1,16 @@
 """Read small checkpoints, which hold what training changed, and load the models they belong to.
 
-A checkpoint holds the policy's trainable parameters and the state of optimizer and loop. It never
-holds frozen base weights. Its stamp names the base that they belong to. Everything loads with
-``weights_only=True``.
+A checkpoint holds the policy's trainable parameters, optimizer and loops, and no frozen weights of
+the base, which its stamp names. Everything loads with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +25,7 @@ from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
 from alignkit.models.fingerprint import QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
-from alignkit.models.place import find_base
+from alignkit.models.place import as_argument, find_base
 from alignkit.models.reward import attach_head, holds_reward
 from alignkit.models.stamp import (
     STAMP,
@@ -101,7 +99,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_policy(
-    path: str, base: str | None = None, dtype: torch.dtype = torch.float32, *, reward: bool = False
+    path: str,
+    base: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    reward: bool = False,
+    argument: str = "model",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a trained or a plain model for generation and export.
 
@@ -111,6 +114,7 @@ def load_policy(
         base: Where the base model lies now, if not where the checkpoint or adapter says.
         dtype: Of the base's weights.
         reward: Whether a reward model's checkpoint is wanted, and nothing else.
+        argument: What gave the path, for the line about one that is missing.
 
     Returns:
         The model in eval mode on the CPU, adapters active, and its base's tokenizer.
@@ -124,7 +128,7 @@ def load_policy(
             f"{path}: is no checkpoint or adapter, which --base could belong to; mend the path, or "
             "leave --base out"
         )
-    with phase(f"loading {path}"):
+    with phase(f"loading {path}"), as_argument(argument, path):
         return _load_policy(path, base or policy_base(path), dtype, reward)
 
 
@@ -264,37 +268,3 @@ def is_adapter(path: str | Path) -> bool:
     """Return whether a path is an adapter in PEFT's format: its directory, or one file."""
     path = Path(path)
     return (path / CONFIG_FILE).is_file() or (path.suffix == ".safetensors" and path.is_file())
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Return torch's random states on the host and on the device."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def of_all_ranks(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return every rank's `random_state`; all ranks must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [state]
-    states: list[dict[str, Tensor]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(states, state)
-    return states
-
-
-def restore_random_state(
-    states: Sequence[Mapping[str, Tensor]] | Mapping[str, Tensor], device: torch.device, rank: int
-) -> None:
-    """Restore this rank's state of `of_all_ranks`.
-
-    A rank that the saving run did not have gets a new stream of random numbers.
-    """
-    if isinstance(states, Mapping):  # an earlier alignkit saved the state of rank 0 alone
-        states = [states]
-    state = states[min(rank, len(states) - 1)]
-    torch.set_rng_state(state["cpu"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-    if rank >= len(states):
-        torch.manual_seed(int(torch.randint(2**62, ())) + rank)

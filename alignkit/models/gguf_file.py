@@ -78,7 +78,7 @@ def need_gguf() -> None:
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise AlignkitError(
-            f"export: --to gguf needs {' and '.join(missing)}; run pip install 'alignkit[gguf]'"
+            f"export: --to gguf needs {' and '.join(missing)}; run pip install gguf accelerate"
         )
 
 

@@ -246,7 +246,7 @@ def _need_gguf_packages(name: str, argument: str) -> None:
     if missing:
         raise AlignkitError(
             f"{argument} '{name}': reading GGUF needs {' and '.join(missing)}; "
-            "run pip install 'alignkit[gguf]'"
+            "run pip install gguf accelerate"
         )
 
 

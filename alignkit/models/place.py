@@ -1,9 +1,11 @@
-"""Find the base of a checkpoint or an adapter again, from whatever folder."""
+"""Find the base of a checkpoint or adapter from any folder, and name what gave a path to it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 from alignkit.errors import AlignkitError
 
@@ -54,3 +56,27 @@ def find_base(named: str, kept: Mapping[str, str], where: str) -> str:
             f"{where}: its base model {called} is not at {absolute} any more; pass --base"
         )
     return named
+
+
+@contextmanager
+def as_argument(argument: str, path: str) -> Iterator[None]:
+    """Raise errors about a path that is taken for a base under the argument that gave it.
+
+    Raises:
+        AlignkitError: With the argument in the place of ``base``; of a path where nothing lies it
+            says what may lie there.
+    """
+    try:
+        yield
+    except AlignkitError as error:
+        told = str(error)
+        start = f"base '{path}': "
+        if not told.startswith(start):
+            raise
+        told = told.removeprefix(start)
+        if not Path(path).expanduser().exists():
+            told = (
+                f"{told.partition('; ')[0]}; give a checkpoint (.ckpt), a run's folder, an adapter "
+                "or a model"
+            )
+        raise AlignkitError(f"{argument} '{path}': {told}") from error

@@ -256,5 +256,5 @@ def need_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise AlignkitError(
             "model.quantize: needs bitsandbytes, which is not installed; run pip install "
-            "'alignkit[quant]'"
+            "bitsandbytes"
         )

@@ -67,7 +67,7 @@ class AlignmentModule(TrainerSupport):
         dtype: Dtype of the base's weights. With LoRA ``bfloat16`` halves their memory. Adapters
             are always fp32; without LoRA the whole model trains, which needs ``float32``.
         quantize: Keep the frozen linear layers of the base in 4 bits (``nf4``, with double
-            quantization) or 8 (``int8``), for adapters over them; needs ``alignkit[quant]``.
+            quantization) or 8 (``int8``), for adapters over them; needs the package bitsandbytes.
         residual: Dtype in which blocks add up: that of the ``weights``, or ``float32`` over weights
             in half precision, which leaves logits unrounded too; see `alignkit.models.residual`.
         random_init: Draw the base's weights at random from its config, reading none.

@@ -6,6 +6,7 @@ Shape letters: B pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
 from alignkit.modules.gauges import RatedPairs
 from alignkit.modules.pair_scores import pair_scores, reference_pair_scores, refuse_other_counts
-from alignkit.modules.watch import PairWatch
-from alignkit.modules.whole_step import WholeStepModule, recomputed_scores
-from alignkit.modules.window import LossOutput
+from alignkit.modules.watch import PairWatch, WatchedModule
+from alignkit.modules.whole_step import WholeStepModule, recomputed
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
 
 
-class DPOModule(WholeStepModule):
+class DPOModule(WholeStepModule[PairScores], WatchedModule):
     """Train a policy to prefer chosen over rejected answers, relative to a frozen reference.
 
     The reference is a frozen deep copy of the policy, taken after ``init_from`` is loaded, unless
@@ -50,6 +50,8 @@ class DPOModule(WholeStepModule):
         AlignkitError: No checks, or a base that cannot be loaded.
     """
 
+    loss: PreferenceLoss
+
     def __init__(
         self,
         *args: Any,
@@ -76,18 +78,11 @@ class DPOModule(WholeStepModule):
             cache=reference_cache, checks=reference_checks,
         )  # fmt: skip
 
-    def compute_loss(self, batch: PackedBatch) -> LossOutput:
-        """Return the summed loss of the batch's pairs; its weight is the number of pairs."""
-        policy, reference = self.scores(batch)
-        # -log σ(β (log π_θ(y_w|x)/π_ref(y_w|x) - log π_θ(y_l|x)/π_ref(y_l|x))), equation 7
-        loss_B = self.preference_loss(policy, reference)
-        return LossOutput(loss_B.sum(), len(loss_B), self.watched_metrics(policy, reference))
-
     def scores(self, batch: PackedBatch, recompute: bool = False) -> tuple[PairScores, PairScores]:
         """Score a batch under policy and reference.
 
         Args:
-            batch: As in `compute_loss`.
+            batch: The batch, on the module's device.
             recompute: Whether the backward pass computes the policy's activations again.
 
         Raises:
@@ -99,8 +94,8 @@ class DPOModule(WholeStepModule):
         # log π_ref(y_w|x), log π_ref(y_l|x)
         reference = self.reference_scores(batch) if self.reference is not None else None
         # log π_θ(y_w|x), log π_θ(y_l|x)
-        score_policy = recomputed_scores if recompute else pair_scores
-        policy = score_policy(self.model, batch, self.loss)
+        score_policy = partial(pair_scores, self.model, batch, self.loss)
+        policy = recomputed(score_policy) if recompute else score_policy()
         if reference is None:
             reference = policy.detached()
         self.check_start(batch)

@@ -16,21 +16,23 @@ from torchmetrics import Metric
 from alignkit.batch import PackedBatch
 from alignkit.engine import response_sums, score
 from alignkit.errors import AlignkitError
-from alignkit.modules.refreshed import RefreshedModule
+from alignkit.modules.whole_step import WholeStepModule, recomputed
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.unpaired import KTO, UnpairedScores
+from alignkit.utils.exact import exact
 
 _PARTS = {"chosen": "good", "rejected": "bad"}
 """TRL's names of the means over good and over bad answers, and the names of their counts."""
 _HELD_OUT = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
 
 
-class KTOModule(RefreshedModule):
+class KTOModule(WholeStepModule[UnpairedScores]):
     """Train a policy on answers that are each good or bad, without pairs (arXiv:2402.01306).
 
     Its data come from an `UnpairedDataModule`: every prompt has its answer and a mismatched one.
-    The mean log-ratio of the mismatched ones of all ranks' micro-batches is the reference point. A
-    validation takes that of all its rows, so that its loss depends on no batch.
+    The mean log-ratio of the mismatched ones of an optimizer step, of all its micro-batches and
+    ranks, is the reference point. A validation takes that of all its rows. No loss depends on how
+    rows are cut into batches.
 
     Args:
         *args: As in `AlignmentModule`.
@@ -45,6 +47,8 @@ class KTOModule(RefreshedModule):
     Raises:
         AlignkitError: As `DPOModule`.
     """
+
+    loss: KTO
 
     def __init__(
         self,
@@ -66,67 +70,74 @@ class KTOModule(RefreshedModule):
         )  # fmt: skip
         self.held_out = nn.ModuleDict({key(name): HeldOut(self.loss, name) for name in _HELD_OUT})
 
-    def compute_loss(self, batch: PackedBatch) -> LossOutput:
-        """Return the summed loss of the batch's answers; its weight is their number."""
-        policy, reference = self.scores(batch)
-        ratios_B = (policy.mismatched - reference.mismatched).detach()
-        sums = torch.stack((ratios_B.double().sum(), ratios_B.new_tensor(len(ratios_B)).double()))
-        if self.training and self._trainer is not None:
-            sums = self._sum_over_ranks(sums.clone())  # gloo reduces in place
-        point = (sums[0] / sums[1]).clamp(min=0).float()
-        loss_B = self.loss(policy, reference, point)
-        with torch.no_grad():
-            metrics = self.metrics(policy, reference, point)
-        return LossOutput(loss_B.sum(), len(loss_B), metrics)
-
-    def scores(self, batch: PackedBatch) -> tuple[UnpairedScores, UnpairedScores]:
+    def scores(
+        self, batch: PackedBatch, recompute: bool = False
+    ) -> tuple[UnpairedScores, UnpairedScores]:
         """Score a batch under the policy and under the reference.
+
+        Args:
+            batch: The batch, on the module's device.
+            recompute: Whether the backward pass computes the policy's activations again.
 
         Raises:
             AlignkitError: The batch has no labels, or not two answers a prompt.
         """
-        if batch.labels is None or any(len(span.responses) != 2 for span in batch.spans):
+        good_B = batch.labels
+        if good_B is None or any(len(span.responses) != 2 for span in batch.spans):
             raise AlignkitError(
                 "data: KTO needs an answer a prompt with a label, and a mismatched one; use "
                 "UnpairedDataModule"
             )
         assert self.reference is not None
         # The reference comes first, as in DPO.
-        theirs_R = self.reference.sums(batch)
-        ours_R = response_sums(score(self.model, batch), batch)
-        self.check_start(batch)
-        ours = UnpairedScores.from_responses(ours_R, batch.labels)
-        return ours, UnpairedScores.from_responses(theirs_R, batch.labels)
+        theirs = UnpairedScores.from_responses(self.reference.sums(batch), good_B)
 
-    def metrics(
-        self, policy: UnpairedScores, reference: UnpairedScores, point: Tensor
+        def score_policy() -> UnpairedScores:
+            sums_R = response_sums(score(self.model, batch), batch)
+            return UnpairedScores.from_responses(sums_R, good_B)
+
+        ours = recomputed(score_policy) if recompute else score_policy()
+        self.check_start(batch)
+        return ours, theirs
+
+    def preference_loss(self, policy: UnpairedScores, reference: UnpairedScores) -> Tensor:
+        """Return the loss of each answer against the reference point of all of them, [B] fp32."""
+        return self.loss(policy, reference)
+
+    @torch.no_grad()
+    def watched_metrics(
+        self, policy: UnpairedScores, reference: UnpairedScores
     ) -> dict[str, Tensor]:
         """Return what is logged beside the loss, summed over the B answers.
 
         ``rewards/…`` and ``logps/…`` of good (``chosen``) and bad (``rejected``) answers become
-        means over the answers of their kind.
+        means over the answers of their kind, and ``kl`` the reference point of all.
         """
-        good_B = policy.good.double()
-        rewards_B = self.loss.rewards(policy, reference).double()
-        found = {"kl": point * len(good_B)}
+        good_B = exact(policy.good)
+        rewards_B = exact(self.loss.rewards(policy, reference))
+        found = {"kl": exact(policy.mismatched - reference.mismatched).sum()}
         for name, kind_B in (("chosen", good_B), ("rejected", 1 - good_B)):
             found[_PARTS[name]] = kind_B.sum()
             found[f"rewards/{name}"] = (rewards_B * kind_B).sum()
-            found[f"logps/{name}"] = (policy.answers.double() * kind_B).sum()
+            found[f"logps/{name}"] = (exact(policy.answers) * kind_B).sum()
         return found
 
     def logged_means(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return means over the answers of a kind in the place of means over all answers."""
-        shown = {name: value for name, value in means.items() if name not in _PARTS.values()}
+        """Return z₀, and means over the answers of a kind, without those of which there is none."""
+        shown = {**means, "kl": means["kl"].clamp(min=0)}
         for name, kind in _PARTS.items():
-            for what in ("rewards", "logps"):
-                shown[f"{what}/{name}"] = means[f"{what}/{name}"] / means[kind]
-        shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
+            share = shown.pop(kind)
+            for what in (f"rewards/{name}", f"logps/{name}"):
+                total = shown.pop(what)
+                if share > 0:
+                    shown[what] = total / share
+        if {"rewards/chosen", "rewards/rejected"} <= shown.keys():
+            shown["rewards/margins"] = shown["rewards/chosen"] - shown["rewards/rejected"]
         return shown
 
     def logged_totals(self, totals: LossOutput) -> LossOutput:
-        """Return the totals of an epoch that are sums over all answers."""
-        return replace(totals, metrics={"kl": totals.metrics["kl"]})
+        """Return the totals of an epoch that are sums over all answers: that of the loss."""
+        return replace(totals, metrics={})
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Add the batch's log-ratios, of which the validation's end computes the loss."""
@@ -149,7 +160,14 @@ class KTOModule(RefreshedModule):
             cast(HeldOut, each).reset()
 
     def _log_evaluation(self, stage: str) -> None:
+        seen = cast(HeldOut, self.held_out["loss"]).good
+        good = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.bool, device=self.device)
+        counts = self._sum_over_ranks(torch.stack((good.sum(), (~good).sum())))
+        there = dict(zip(_PARTS, (counts > 0).tolist(), strict=True))
+        there["margins"] = all(there.values())
         for name in _HELD_OUT:
+            if not there.get(name.rpartition("/")[2], True):
+                continue
             each = cast(HeldOut, self.held_out[key(name)])
             attribute = f"held_out.{key(name)}"
             bar = name == "loss"
@@ -182,7 +200,7 @@ class HeldOut(Metric):
         self.good.append(policy.good)
 
     def compute(self) -> Tensor:
-        """Return the number, fp32; NaN where there is no answer of its kind."""
+        """Return the number, fp32."""
         ratios, mismatched, good = map(_joined, (self.ratios, self.mismatched, self.good))
         rewards, good = self.loss.beta * ratios, good.bool()
         chosen, rejected = rewards[good].mean(), rewards[~good].mean()

@@ -1,6 +1,6 @@
 """Score batches under the frozen reference that a preference loss compares the policy with.
 
-Shape letters: B pairs, R responses (2B of pairs).
+Shape letters: R responses (2B of B pairs).
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignkit.batch import PackedBatch
-from alignkit.engine import compile_blocks, response_lengths, response_sums, score
+from alignkit.engine import compile_blocks, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora.identity import trained_fingerprint
 from alignkit.models.noise import adapters_quiet
 from alignkit.models.residual import is_widened
 from alignkit.modules.reference_cache import ReferenceCache, ReferencedBatch, refuse_wrong_rows
-from alignkit.objectives.pairs import PairScores
 
 # Before the first step policy and reference score the same row through the same kernels, so only
 # the kernels' nondeterminism separates them.
@@ -76,6 +75,7 @@ class Reference(nn.Module):
         model: The frozen model.
         fingerprint: A hash that identifies it: its trained weights, and its base where that is not
             the policy's.
+        base: Fingerprint of the base model, for the cache's name.
         cache: The cache that `open_cache` opened; without one, every batch is scored live.
         cache_error: Scalar, the largest error, in nats, of cached rows scored again since the last
             `check_cache`.
@@ -94,7 +94,7 @@ class Reference(nn.Module):
         self.fingerprint = f"{base}-{trained}" if base else trained
         self.cache: ReferenceCache | None = None
         self.cache_error = torch.zeros(())
-        self._base = ""
+        self.base = ""
         # Whether `check_start` need not compare: it has, or the reference is no copy.
         self._agreed = chosen is not None
         self.train(False)
@@ -131,10 +131,6 @@ class Reference(nn.Module):
         self.cache_error = torch.maximum(self.cache_error.to(error.device), error)
         return batch.known_R.index_copy(0, batch.probe_R, live_R)
 
-    def scores(self, batch: PackedBatch) -> PairScores:
-        """Return `sums` as the scores of B pairs, for a batch of two responses an example."""
-        return PairScores.from_responses(self.sums(batch), response_lengths(batch))
-
     def _live_sums(self, batch: PackedBatch, weights_N: Tensor | None = None) -> Tensor:
         with torch.inference_mode():
             logps_N = score(self.model, batch)
@@ -152,7 +148,7 @@ class Reference(nn.Module):
             base: Fingerprint of the base model.
             checks: Number of cached examples of each batch that are scored again; at least 1.
         """
-        self._base = base
+        self.base = base
         self.cache = ReferenceCache(directory, self._name(self.model.dtype), checks)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> None:
@@ -189,7 +185,7 @@ class Reference(nn.Module):
         dtypes = [stored] if computed == stored else [stored, computed]
         dtype = "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         wide = "-residual" if is_widened(self.model) else ""
-        return f"{self._base}-{self.fingerprint}-{dtype}{wide}"
+        return f"{self.base}-{self.fingerprint}-{dtype}{wide}"
 
     # Start ----------------------------------------------------------------------------------
 

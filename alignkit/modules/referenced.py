@@ -73,26 +73,32 @@ class ReferencedModule(AlignmentModule):
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Log the largest error of the cached rows scored again, and refuse wrong ones."""
-        if self.reference is None or self.reference.cache is None:
-            return
-        if self.is_logged_step:
+        super().on_train_batch_end(*args)
+        if self.is_logged_step and self.reference is not None and self.reference.cache is not None:
             self._log("ref/cache_abs_err", self.reference.cache_error)
-            self.reference.check_cache(step_dtype(self._trainer, self.model.dtype))
-
-    @property
-    def is_logged_step(self) -> bool:
-        """Tell whether the trainer logs the step that was taken last."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return self.global_step % max(every, 1) == 0
+            self._check_cache()
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means, and write new rows of the cache."""
+        """Log the means, and write new rows of the cache if the others are right."""
         super().on_validation_epoch_end()
-        if self.reference is not None:
-            self.reference.write_cache()
+        self._write_cache()
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means, and write new rows of the cache if the others are right."""
+        super().on_test_epoch_end()
+        self._write_cache()
 
     def on_train_end(self) -> None:
-        """Write new rows of the cache."""
+        """Write new rows of the cache if the others are right."""
+        super().on_train_end()
+        self._write_cache()
+
+    def _check_cache(self) -> None:
+        if self.reference is not None:
+            self.reference.check_cache(step_dtype(self._trainer, self.model.dtype))
+
+    def _write_cache(self) -> None:
+        self._check_cache()
         if self.reference is not None:
             self.reference.write_cache()
 

@@ -12,6 +12,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.state import refuse_differences
 from alignkit.modules.reference_choice import COPY, resolve_choice
 from alignkit.modules.referenced import ReferencedModule
+from alignkit.modules.sharding import units
 
 KEY = "refreshed_reference"
 """Key of the reference's parameters in a checkpoint."""
@@ -24,11 +25,12 @@ class RefreshedModule(ReferencedModule):
     reference becomes a copy of the policy, and rewards start at 0 again. What is mixed are the
     parameters that train: of an adapter its factors A and B, whose product is then not exactly the
     mean of the two products. A checkpoint holds the refreshed reference, and a resumed run goes on
-    with it.
+    with it, whether or not it refreshes it further.
     """
 
     _every: int | None = None
     _mix: float = 1.0
+    _moved = False  # whether the reference is no longer the policy's first weights
 
     def use_reference(
         self,
@@ -95,6 +97,7 @@ class RefreshedModule(ReferencedModule):
 
     @torch.no_grad()
     def _refresh(self) -> None:
+        self._moved = True
         for name, theirs in self._reference_parameters():
             own = self.model.get_parameter(name)
             if self._mix == 1:
@@ -103,18 +106,30 @@ class RefreshedModule(ReferencedModule):
                 theirs.mul_(1 - self._mix).add_(own, alpha=self._mix)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the reference's parameters, where it is refreshed."""
-        if self._every is not None:
+        """Add the reference's parameters, where it is or was refreshed."""
+        if self._every is not None or self._moved:
             checkpoint[KEY] = {name: p.detach() for name, p in self._reference_parameters()}
         super().on_save_checkpoint(checkpoint)
 
     @torch.no_grad()
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the reference's parameters, once the checkpoint is found to fit."""
+        """Restore the reference's parameters, once the checkpoint is found to fit.
+
+        Raises:
+            AlignkitError: There is a cache, which is of another reference, or sharded blocks.
+        """
         super().on_load_checkpoint(checkpoint)
         state: dict[str, Tensor] | None = checkpoint.get(KEY)
         if state is None:
             return
+        kept = self.reference is not None and self.reference.cache is not None
+        wrong = "model.reference_cache" if kept else "trainer.strategy=fsdp2"
+        if kept or units(self):
+            raise AlignkitError(
+                f"{wrong}: does not work with a refreshed reference, which the checkpoint holds; "
+                "leave it out"
+            )
+        self._moved = True
         own = dict(self._reference_parameters())
         shapes = {name: tuple(parameter.shape) for name, parameter in own.items()}
         refuse_differences(state, shapes, "ckpt_path: the refreshed reference")

@@ -73,6 +73,7 @@ def _refuse_with_sharding(module: Any, trainer: Trainer) -> None:
         "model.compile": bool(options.get("compile")),
         "model.quantize": options.get("quantize") is not None,
         "model.reference_cache": options.get("reference_cache") is not None,
+        "model.reference_every": options.get("reference_every") is not None,
         "trainer.precision=16-mixed": getattr(trainer.precision_plugin, "scaler", None) is not None,
         "trainer.precision=64-true": str(trainer.precision) == "64-true",
     }
@@ -87,14 +88,14 @@ def _refuse_with_sharding(module: Any, trainer: Trainer) -> None:
             f"trainer.strategy={NAME}: does not work with {', '.join(told)}; leave that out, or "
             "use ddp"
         )
-    for model in _models(module):
+    for model in models_of(module):
         if not blocks_of(model):
             raise AlignkitError(
                 f"trainer.strategy={NAME}: {type(model).__name__} has no blocks to shard; use ddp"
             )
 
 
-def _models(module: Any) -> list[Any]:
+def models_of(module: Any) -> list[Any]:
     """Return the policy, and the reference's model if there is one."""
     reference = getattr(module, "reference", None)
     return [module.model, *([reference.model] if reference is not None else [])]
@@ -102,7 +103,7 @@ def _models(module: Any) -> list[Any]:
 
 def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
     """Divide the blocks of the policy and of its reference, which share frozen shards too."""
-    models = _models(module)
+    models = models_of(module)
     if any(isinstance(each, FSDPModule) for each in models[0].modules()):
         return
     owner: dict[int, tuple[nn.Module, str]] = {}
@@ -131,7 +132,7 @@ def units(module: Any) -> list[FSDPModule]:
     """Return the sharded blocks of a module's models; none under other strategies."""
     return [
         each
-        for model in _models(module)
+        for model in models_of(module)
         for each in model.modules()
         if isinstance(each, FSDPModule)
     ]

@@ -185,6 +185,12 @@ class ExactSteps(HasLoss):
         if loss is not None and not loss.isfinite() and self.trainer.is_global_zero:
             log.warning("global step %d: val/loss is %s", self.global_step, loss.item())
 
+    @property
+    def is_logged_step(self) -> bool:
+        """Tell whether the trainer logs the step that was taken last."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return self.global_step % max(every, 1) == 0
+
     # Checkpoints ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
+from alignkit.modules.alike import start_alike
 from alignkit.modules.averaging import AVERAGED
 from alignkit.modules.companions import (
     check_callbacks,
@@ -73,10 +74,11 @@ class TrainerSupport(ExactSteps):
         return []
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that would train wrongly, and cast the module as it asks."""
+        """Refuse a precision that would train wrongly, cast as it asks, and start as rank 0."""
         set_up_sharding(self, self.trainer)
         keep_batches_uncast(self.trainer)
         cast_before_restore(self, trained_in_full=self.lora is None)
+        start_alike(self, self.trainer.strategy.root_device)
         self.averaged = self.resumes = False
         self.position.load({})  # a tuner's trial run may have restored a position
         set_up_callbacks(self.trainer, self)

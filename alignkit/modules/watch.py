@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from alignkit.modules.base import AlignmentModule
 from alignkit.modules.gauges import GAUGES, Gauge, RatedPairs
-from alignkit.modules.refreshed import RefreshedModule
 
 _SURE = 2.0
 """How many standard errors a mean must lie from 0."""
@@ -18,7 +18,7 @@ _FEWEST = 4
 log = logging.getLogger(__name__)
 
 
-class WatchedModule(RefreshedModule):
+class WatchedModule(AlignmentModule):
     """Log the gauges of validations, of the pairs that a subclass hands to ``watch``.
 
     Attributes:

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
+from alignkit.utils.exact import exact
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class KTO:
 
     Ethayarajh et al. 2024, arXiv:2402.01306, equations 7 and 8; the second term is a bad answer's.
     z₀ = max(0, mean r(y')) over answers y' of other rows, without gradient, is how much likelier
-    than under its reference the policy makes any answer; rewards count against it.
+    than under its reference the policy makes any answer; rewards count against it. In training it
+    is over all rows of an optimizer step, of every micro-batch and rank.
 
     Args:
         beta: Strength of the tie to the reference.
@@ -74,6 +76,7 @@ class KTO:
     beta: float = 0.1
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    whole_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Refuse parameters out of their range."""
@@ -108,7 +111,7 @@ class KTO:
     @staticmethod
     def point(ratios_B: Tensor) -> Tensor:
         """Return z₀ of the log-ratios of mismatched answers, a scalar without gradient."""
-        return ratios_B.detach().mean().clamp(min=0)
+        return exact(ratios_B.detach()).mean().clamp(min=0).to(ratios_B.dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parameters as plain values."""

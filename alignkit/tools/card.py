@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
@@ -21,9 +21,11 @@ from alignkit.models.stamp import STAMP
 from alignkit.tools.curves import read_scalars
 from alignkit.utils.atomic import write_atomically
 
+Kind = Format | Literal["reward"]
+"""What `alignkit export --to` writes."""
 CARD_FILE = "README.md"
 _CONFIG_FILE = "config.yaml"
-_USES: Mapping[Format, str] = {
+_USES: Mapping[Kind, str] = {
     "merged": """```python
 from transformers import pipeline
 
@@ -38,6 +40,16 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, ".")
 ```""",
     "safetensors": "```sh\nalignkit generate --model " + ADAPTER_FILE + " --base {base}\n```",
+    "reward": """```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+model = AutoModelForSequenceClassification.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+rows = tokenizer("a prompt and its answer, put as in training", return_tensors="pt")
+with torch.no_grad():
+    print(model(**rows).logits)  # [1, 1]: the answer's reward
+```""",
     "gguf": f"```sh\nllama-cli -m {GGUF_FILE}\n```",
 }
 
@@ -89,7 +101,7 @@ def read_training(model: str) -> Training:
     )
 
 
-def write_card(model: str, directory: Path, to: Format, *, base: str, dtype: str) -> None:
+def write_card(model: str, directory: Path, to: Kind, *, base: str, dtype: str) -> None:
     """Write ``README.md`` with the Hub's header beside an export.
 
     Args:
@@ -104,7 +116,7 @@ def write_card(model: str, directory: Path, to: Format, *, base: str, dtype: str
     write_atomically(directory / CARD_FILE, text)
 
 
-def model_card(training: Training, name: str, to: Format, *, base: str, dtype: str) -> str:
+def model_card(training: Training, name: str, to: Kind, *, base: str, dtype: str) -> str:
     """Return the card's text.
 
     Args:
@@ -120,7 +132,7 @@ def model_card(training: Training, name: str, to: Format, *, base: str, dtype: s
     if not Path(base).expanduser().exists():
         header["base_model"] = base
     header["library_name"] = "peft" if to in ("peft", "safetensors") else "transformers"
-    header["pipeline_tag"] = "text-generation"
+    header["pipeline_tag"] = "text-classification" if to == "reward" else "text-generation"
     header["tags"] = ["alignkit", *([stage.lower()] if stage else []), *(["gguf"] * (to == "gguf"))]
     version = importlib.metadata.version("alignkit")
     parts = [
@@ -174,8 +186,13 @@ def base_license(base: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _summary(training: Training, base: str, to: Format, dtype: str, version: str) -> str:
-    what = {"peft": "A LoRA adapter", "safetensors": "A LoRA adapter"}.get(to, "A language model")
+def _summary(training: Training, base: str, to: Kind, dtype: str, version: str) -> str:
+    special = {
+        "peft": "A LoRA adapter",
+        "safetensors": "A LoRA adapter",
+        "reward": "A reward model",
+    }
+    what = special.get(to, "A language model")
     if training.stage is None:
         return f"{what} over `{base}`, exported by alignkit {version} in {dtype}."
     steps = f" for {training.steps} steps" if training.steps else ""

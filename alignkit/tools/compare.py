@@ -21,6 +21,7 @@ from alignkit.tools.compare_page import comparison_page
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
 from alignkit.tools.generate.options import gather_options
+from alignkit.tools.generate.prompts import shown
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.tools.moved import Piece, moved_tokens
 from alignkit.utils.atomic import check_outputs, write_atomically
@@ -116,7 +117,7 @@ def compare(
     named = name_models(models)
     options = gather_options(options)
     request = Request(**options)
-    comparison = Comparison(request.questions)
+    comparison = Comparison([shown(question) for question in request.questions])
     pages: Pages = {}
     console = Console()
     try:

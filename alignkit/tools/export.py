@@ -24,7 +24,7 @@ from alignkit.models.gguf_file import need_gguf
 from alignkit.models.hub import check_push
 from alignkit.models.hub import push as push_folder
 from alignkit.models.load import embedding_size, load_model, stored_dtype
-from alignkit.models.place import absolute_base, base_header
+from alignkit.models.place import absolute_base, as_argument, base_header
 from alignkit.models.quantize import quantization, unquantize
 from alignkit.models.readback import refuse_other_answers
 from alignkit.models.reward import save_reward_model
@@ -86,13 +86,15 @@ def export(
     if push is not None:
         check_push(push)
     if to == "reward":
-        return _export_reward(model, place, base)
+        _export_reward(model, place, base)
+        return _pushed(place, push)
     if to == "gguf":
         need_gguf()
     whole = to in ("merged", "gguf")
     place_of_base = base or policy_base(model)
     named = base or base_record(model)[0]
-    written = stored_dtype(place_of_base) if dtype == "base" else getattr(torch, dtype)
+    with as_argument("model", model):
+        written = stored_dtype(place_of_base) if dtype == "base" else getattr(torch, dtype)
     # Adapters stay fp32 beside a base of any dtype; only a merged model is cast.
     policy, tokenizer = load_policy(model, base=base, dtype=written if whole else torch.float32)
     trained = policy_format(model)
@@ -131,6 +133,11 @@ def export(
     write_card(model, place, to, base=named, dtype=precision)
     told = f", {precision}{told}" if whole else ""
     print(f"wrote {place} ({to}{told})")
+    return _pushed(place, push)
+
+
+def _pushed(place: Path, push: str | None) -> Path:
+    """Return an export's folder, which is put into a repository if one is named."""
     if push is not None:
         print(f"pushed to {push_folder(place, push)}")
     return place
@@ -152,15 +159,17 @@ def _check_use(to: str, *, dtype: str, plain: bool, onto: str) -> None:
             raise AlignkitError(f"{flag}: is for --to {' and '.join(formats)}, not {to}")
 
 
-def _export_reward(model: str, place: Path, base: str | None) -> Path:
-    """Write a reward model with its tokenizer and its text format."""
+def _export_reward(model: str, place: Path, base: str | None) -> None:
+    """Write a reward model with its tokenizer, its text format and its card."""
     policy, tokenizer = load_policy(model, base=base, reward=True)
     save_reward_model(policy, place, tokenizer)
     trained = policy_format(model)
     if trained is not None:
         write_format(trained, place)
-    print(f"wrote {place} (reward)")
-    return place
+    named = base or base_record(model)[0]
+    precision = str(policy.dtype).removeprefix("torch.")
+    write_card(model, place, "reward", base=named, dtype=precision)
+    print(f"wrote {place} (reward, {precision})")
 
 
 @torch.no_grad()

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.encode.choose import choose_format
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import DraftExample
-from alignkit.data.read.rows import Source
+from alignkit.data.read.rows import BadRow, Source
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.policies import Tally
+from alignkit.data.text.ranked import SAMPLED
 from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import preference_sides
 from alignkit.engine import Example, collate, response_sums, score
@@ -77,7 +78,8 @@ def judge(
     """Score the answers of a file by a reward model, or by DPO's implicit reward, and rank them.
 
     Args:
-        path: Pairs or ranked answers: a file, a directory or a Hub id, as the data modules take it.
+        path: Pairs, ranked answers or what ``alignkit sample`` wrote: a file, a directory or a Hub
+            id, as the data modules take it.
         model: A reward model (a checkpoint, a run's folder, or what ``export --to reward`` wrote),
             or a policy, whose implicit reward is β (log π(y|x) − log π_ref(y|x)).
         reference: π_ref, as ``model``; by default the policy without its adapters.
@@ -104,6 +106,7 @@ def judge(
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
     model = find_checkpoint(model)
+    columns = columns or _sampled(sources)
     scorer, tokenizer = _scorer(model, reference, beta)
     encoder = _encoder(sources, tokenizer, model, prompt_format, max_length, columns)
     lines: list[str] = []
@@ -132,7 +135,7 @@ def judge(
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of `judge`, whose path is positional."""
-    parser.add_argument("path", type=str, help="Pairs or ranked answers.")
+    parser.add_argument("path", type=str, help="Pairs, ranked or sampled answers.")
     parser.add_function_arguments(judge, skip={"path"})
 
 
@@ -176,7 +179,7 @@ def _scorer(
         )
     other = policy
     if reference is not None:
-        other, theirs = load_policy(reference)
+        other, theirs = load_policy(reference, argument="reference")
         try:
             refuse_other_tokens(theirs, tokenizer, model)
         except AlignkitError as error:
@@ -228,6 +231,13 @@ def _drafts(
             kept.add(draft.line)
             yield draft
         dropped += sorted(set(tally.lines.get("rows", ())) - kept)
+
+
+def _sampled(sources: Sequence[Source]) -> dict[str, str] | None:
+    """Return how the rows of ``alignkit sample`` are read, ``None`` for rows of others."""
+    first = next((row for source in sources for _, row in source.rows()), {})
+    is_sampled = not isinstance(first, BadRow) and SAMPLED in first
+    return {"responses": SAMPLED} if is_sampled else None
 
 
 def _batches(

@@ -8,12 +8,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.batch import Example, collate
-from alignkit.data.encode.tokens import TextEncoder
 from alignkit.engine import score
 from alignkit.lora import adapter_configs, adapters_disabled
 from alignkit.models.text_format import TextFormat
 from alignkit.tools.generate.pieces import UNFINISHED
-from alignkit.tools.generate.prompts import as_prompts
+from alignkit.tools.generate.prompts import Question, encode_prompts
 
 Piece = tuple[str, float | None]
 """A token's text, and the log-ratio of its probabilities in nats; ``None`` without an adapter."""
@@ -24,7 +23,7 @@ def moved_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     asked: TextFormat,
-    question: str,
+    question: Question,
     ids: Sequence[int],
 ) -> list[Piece]:
     """Return the tokens of an answer with ``log p(token) − log p_base(token)`` of each.
@@ -39,12 +38,8 @@ def moved_tokens(
     pieces = _pieces([str(tokenizer.decode(list(ids[:end]))) for end in range(1, len(ids) + 1)])
     if not ids or not adapter_configs(model):
         return [(piece, None) for piece in pieces]
-    kind = asked.prompt_format
-    (prompt,) = as_prompts(
-        [question], kind, tokenizer, chat_template=asked.chat_template, system=asked.system
-    )
-    (prompt_ids,) = TextEncoder(tokenizer).prompts([prompt], kind)
-    batch = collate([Example(prompt=prompt_ids, responses=[list(ids)])]).to(model.device)
+    (prompt,) = encode_prompts([question], asked, tokenizer)
+    batch = collate([Example(prompt=prompt, responses=[list(ids)])]).to(model.device)
     with_it = score(model, batch)
     with adapters_disabled(model):
         without = score(model, batch)

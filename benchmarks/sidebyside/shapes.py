@@ -9,11 +9,14 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from alignkit.errors import AlignkitError
@@ -43,6 +46,44 @@ SHAPES: dict[str, PretrainedConfig] = {
         max_position_embeddings=2048,
         **_IDS,
     ),
+    # Blocks as published (Qwen3-0.6B, Gemma 3 270M, Mistral 7B at a quarter of its width), fewer of
+    # them, and one vocabulary, so that a CPU takes a step in seconds.
+    "qwen3-shape": Qwen3Config(
+        vocab_size=49152,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        **_IDS,
+    ),
+    "gemma3-shape": Gemma3TextConfig(
+        vocab_size=49152,
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=512,
+        max_position_embeddings=4096,
+        **_IDS,
+    ),
+    "mistral-shape": MistralConfig(
+        vocab_size=49152,
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=128,
+        sliding_window=512,
+        max_position_embeddings=4096,
+        **_IDS,
+    ),
     "tiny-gpt2-shape": GPT2Config(
         vocab_size=512, n_positions=512, n_embd=64, n_layer=2, n_head=4, **_NO_DROPOUT, **_IDS
     ),
@@ -59,10 +100,11 @@ SHAPES: dict[str, PretrainedConfig] = {
 }
 
 # The attention's projections, the report's choice for GPT-2.
+_APART = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {
     "gpt2": ("attn.c_attn", "attn.c_proj"),
     "gpt_neox": ("query_key_value", "attention.dense"),
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    **dict.fromkeys(("llama", "qwen3", "gemma3_text", "mistral"), _APART),
 }
 
 

@@ -87,6 +87,25 @@ def test_unknown_loss(fit: Callable) -> None:
     assert "did you mean IPO?" in fit("--config", "extra.yaml")
 
 
+def test_a_loss_that_is_not_the_modules(fit: Callable) -> None:
+    """The configuration's DPO, a flag's, and a reward model's under DPO: what to remove is said."""
+    dpo = {"config": "dpo_hh_pythia.yaml"}
+    line = fit("--model", "KTOModule", "--data", "UnpairedDataModule", **dpo)
+    assert "pythia.yaml: model.loss is DPO, which KTOModule does not take; remove `loss`" in line
+    assert "set_parsing_settings" not in line
+    line = fit("--model", "RewardModule", "--model.loss.margin", 0.0, **dpo)
+    assert "which RewardModule does not take; remove `loss`" in line
+    assert "give --model.loss.margin or --model.loss.center" in line
+    Path("reward.yaml").write_text(
+        "model:\n  class_path: RewardModule\n  init_args: {base: x, loss: {margin: 0.5}}\n"
+    )
+    line = fit("--config", "reward.yaml", "--model", "DPOModule")
+    assert "reward.yaml: model.loss is that of BradleyTerry, which DPOModule does not take" in line
+    Path("kto.yaml").write_text("model:\n  class_path: KTOModule\n  init_args: {base: x}\n")
+    line = fit("--config", "kto.yaml", "--model.loss", "IPO")
+    assert "--model.loss IPO: KTOModule has a loss of its own" in line
+
+
 def test_bad_parameter_of_a_loss(fit: Callable) -> None:
     """Values fail before anything is loaded; a loss has its own parameters and no other's."""
     line = fit("--model.loss.beta", -1, "--model.base", "no/such/model")

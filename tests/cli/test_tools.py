@@ -48,6 +48,35 @@ def test_compare(sft: Path, alignkit: Callable, model_dir: Callable) -> None:
         assert name in out and name in markdown
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("export", "--model", "runs/nope", "--output", "out"),
+        ("generate", "--model", "runs/nope", "--prompts", "Hi"),
+        ("chat", "runs/nope"),
+        ("compare", "--models", "a=runs/nope", "--prompts", "Hi"),
+        ("judge", "pairs.jsonl", "--model", "runs/nope", "--output", "out.jsonl"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_missing_model_is_named_by_its_argument(
+    command: tuple[str, ...],
+    alignkit: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody wrote `base`, and a checkpoint would do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("alignkit.models.load.hub_reachable", lambda: False)
+    Path("pairs.jsonl").write_text('{"prompt": "Why?", "chosen": "So.", "rejected": "No."}\n')
+    status, _, err = alignkit(*command)
+    line = err.strip().splitlines()[-1]
+    assert status != 0
+    assert "model 'runs/nope': no such local path" in line
+    assert "give a checkpoint (.ckpt), a run's folder, an adapter or a model" in line
+    assert "base" not in line
+
+
 @pytest.mark.parametrize("to", ["peft", "merged"])
 def test_export(sft: Path, alignkit: Callable, to: str, model_dir: Callable) -> None:
     """What others read scores as the checkpoint does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -16,7 +17,9 @@ from typing import Any
 
 import pytest
 
+import alignkit
 from alignkit.data import HHPreferenceDataModule, HHSFTDataModule
+from alignkit.data.encode import code
 from alignkit.data.encode.code import UnknownContentError, code_identity
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.read.rows import Source
@@ -236,3 +239,20 @@ def test_the_package_is_known_by_its_source(tmp_path: Path, tokenizer_dir: Path)
         "[Side('\\n\\nHuman: q\\n\\nAssistant:', ' ' + 'yes ' * 20)]\n"
     )
     assert run() > before
+
+
+def test_the_package_digest_covers_all_that_makes_token_ids() -> None:
+    """Every module that the data side loads, but for what deals examples or concerns weights."""
+    home = Path(alignkit.__file__).parent
+    weights = {"__init__", "fingerprint", "lean", "lean_proof", "quantize", "settings"}
+    aside = {str(home / "models" / f"{name}.py") for name in weights}
+    program = (
+        "import sys, alignkit.data; print(*(module.__file__ for name, module in "
+        "sys.modules.items() if name.startswith(('alignkit.data', 'alignkit.models'))), sep='\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    loaded = {path for path in done.stdout.splitlines() if Path(path).parent.name != "deal"}
+    sources = set(code._sources())
+    assert len(loaded) > 40, done.stderr
+    assert loaded - sources <= aside
+    assert max(os.path.getsize(path) for path in sources) < code._LARGEST

@@ -18,7 +18,9 @@ from alignkit.tools.audit.command import audit
 from tests.data.conftest import write_jsonl
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```jsonl (\w+): ([^\n]+)\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = re.findall(
+    r'^```{\.jsonl title="(\w+): ([^"\n]+)"}\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE
+)
 
 
 @pytest.mark.parametrize(("kind", "shape", "lines"), BLOCKS, ids=[each[1] for each in BLOCKS])

@@ -124,16 +124,16 @@ def test_dpo_reference_stays_out_of_ddp(model_dir: Callable, tmp_path: Path) -> 
 def test_the_reference_point_of_kto_is_that_of_all_ranks(
     model_dir: Callable, tmp_path: Path
 ) -> None:
-    """Two ranks with one and three rows train and validate as one process with four."""
+    """Two ranks with one and three rows, two micro-batches a step, as one process with eight."""
     torch.manual_seed(3)
     module = KTOModule(
         str(model_dir("gpt2")), optimizer=sgd, schedule="constant_with_warmup", loss=KTO(beta=1.0)
     )
     single = copy.deepcopy(module)
     rows = [Example(p.prompt, p.responses, label=i % 3 > 0) for i, p in enumerate(pairs(12))]
-    end = run(module, rows, tmp_path, accumulate=1)
+    end = run(module, rows, tmp_path, accumulate=2)
     run_single = trainer(tmp_path, max_epochs=1)
-    run_single.fit(single, loader(rows, 4), loader(rows, 4))
+    run_single.fit(single, loader(rows, 8), loader(rows, 4))
     for name, value in single.state_dict().items():
         torch.testing.assert_close(end["state"][name], value, atol=2e-6, rtol=1e-4)
     logged = run_single.callback_metrics

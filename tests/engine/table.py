@@ -21,7 +21,7 @@ from alignkit.engine import check_engine, collate, score
 from alignkit.engine.verify import _VERIFIED
 from alignkit.errors import AlignkitError
 from tests.engine.families import KINDS, UNBUILT, VARIANTS, tiny_family
-from tests.lora.travel import RELOADED, Travel, travel
+from tests.lora.travel import RELOADED, UNADAPTED, Travel, travel
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 PACKED, MIXED, ALONE = "packed", "packed up to a length", "one sequence a forward"
@@ -128,7 +128,11 @@ def main() -> None:
     counts = Counter(each.way for each in outcomes.values())
     variants = sum(kind in VARIANTS for kind in outcomes)
     told = ", ".join(f"{counts[way]} {way}" for way in WAYS)
-    types = [o.adapted for o in outcomes.values() if o.adapted.targets != UNTRIED]
+    types = [
+        o.adapted
+        for o in outcomes.values()
+        if o.adapted.targets != UNTRIED and not o.adapted.targets.startswith(UNADAPTED)
+    ]
     read = {
         way: sum(getattr(each, way) == RELOADED for each in types) for way in ("peft", "merged")
     }

@@ -28,6 +28,8 @@ from tests.engine.families import tiny_family
 IDS = torch.tensor([[3, 17, 98, 45, 6, 71, 22, 118, 9, 54, 33, 80]])
 EXACT = 1e-4
 """Largest difference of logits and gradients, as a part of the largest entry."""
+UNADAPTED = "none:"
+"""How the targets of a type begin that takes no adapter."""
 RELOADED, UNTRIED = "exact", "not tried"
 
 
@@ -60,7 +62,7 @@ def travel(kind: str, place: Path, targets: Any = "all-linear") -> Travel:
     try:
         inject_lora(model, LoRAConfig(r=4, targets=targets))
     except AlignkitError as error:
-        return Travel(f"none: {error}")
+        return Travel(f"{UNADAPTED} {error}")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

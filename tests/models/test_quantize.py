@@ -33,7 +33,7 @@ KINDS = ("nf4", "int8")
 IDS = torch.arange(2, 34)[None]
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed: pip install 'alignkit[quant]'",
+    reason="bitsandbytes is not installed: pip install bitsandbytes",
 )
 ModelDir = Callable[[str], Path]
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alignkit.engine import Example, collate
+from alignkit.engine import Example, collate, response_lengths
 from alignkit.modules import DPOModule
 from alignkit.modules.gauges import GAUGES, RatedPairs
 from alignkit.modules.pair_scores import pair_scores
@@ -118,7 +118,9 @@ def test_a_validation_logs_them_beside_what_trl_logs(model_dir: Callable, tmp_pa
     run.fit(module, loader(pairs(8), 2), loader(held_out, 4))
     whole = collate(held_out)
     with torch.no_grad():
-        policy, reference = pair_scores(module.model.eval(), whole), module.reference.scores(whole)
+        policy = pair_scores(module.model.eval(), whole)
+        sums = module.reference.sums(whole)
+    reference = PairScores.from_responses(sums, response_lengths(whole))
     rows = list(
         zip(
             policy.chosen.tolist(), policy.rejected.tolist(),

@@ -106,6 +106,67 @@ def test_training_logs_means_of_each_kind(model_dir: Callable, tmp_path: Path) -
     assert logged["train/logps/rejected"][0] == pytest.approx(sums[~good].mean().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [4, 1])
+def test_a_step_is_the_same_however_it_is_cut(
+    size: int, model_dir: Callable, tmp_path: Path
+) -> None:
+    """z₀ is that of all its rows, for windows of two and of eight micro-batches."""
+    examples, ends = unpaired(16), []
+    for each in (8, size):
+        torch.manual_seed(0)
+        module = KTOModule(
+            str(model_dir("gpt2")), optimizer=sgd, loss=KTO(1.0), schedule="constant_with_warmup"
+        )
+        with torch.no_grad():  # a worse reference, so that z₀ > 0
+            for _, parameter in module._reference_parameters():
+                parameter.normal_(std=0.2)
+        module.reference._agreed = True
+        logged = logged_steps(module)
+        run = trainer(tmp_path, max_epochs=1, accumulate_grad_batches=8 // each)
+        run.fit(module, loader(examples, each))
+        ends.append((module.state_dict(), logged))
+    (whole, expected), (state, logged) = ends
+    assert expected["train/kl"][0] > 0.1
+    for name in ("train/loss", "train/kl", "train/grad_norm", "train/rewards/margins"):
+        # Log-probs are sums of hundreds, rounded to fp32.
+        close = 1e-6 if name == "train/loss" else 1e-5
+        assert logged[name] == pytest.approx(expected[name], rel=1e-5, abs=close), name
+    for name, value in whole.items():
+        torch.testing.assert_close(state[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_batch_is_scored_by_one_rank_alone(
+    model_dir: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the rows at fault of a step that is not finite are sought: the others would not answer."""
+    module = KTOModule(str(model_dir("gpt2"))).train()
+    module.trainer = trainer(tmp_path)
+
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("asks all ranks")
+
+    monkeypatch.setattr(module.trainer.strategy, "reduce", ask)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", ask)
+    assert module.compute_loss(collate(unpaired(2))).loss_sum.isfinite()
+
+
+def test_nothing_is_logged_of_answers_that_are_not_there(
+    model_dir: Callable, tmp_path: Path
+) -> None:
+    """The second step and the validation have good ones alone."""
+    module = KTOModule(str(model_dir("gpt2")), optimizer=sgd)
+    both, good = unpaired(4), [Example(e.prompt, e.responses, label=True) for e in pairs(4)]
+    logged = logged_steps(module)
+    trainer(tmp_path, max_epochs=1).fit(module, loader([*both, *good], 4), loader(good, 2))
+    for name, count in (("chosen", 2), ("rejected", 1), ("margins", 1)):
+        assert len(logged[f"train/rewards/{name}"]) == count, name
+    assert all(value == value for values in logged.values() for value in values)
+    (shown,) = trainer(tmp_path).validate(
+        KTOModule(str(model_dir("gpt2"))), loader(good, 2), verbose=False
+    )
+    assert shown.keys() == {"val/loss", "val/kl", "val/rewards/chosen"}
+
+
 def test_what_is_no_unpaired_row_is_refused(model_dir: Callable) -> None:
     module = KTOModule(str(model_dir("gpt2")))
     for examples in (pairs(2), [Example([1], [[2]], label=True)]):

@@ -15,6 +15,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.models.checkpoint import read_checkpoint
 from alignkit.modules import DPOModule, KTOModule
+from alignkit.modules.sharding import _refuse_with_sharding
 from alignkit.objectives.preference import SimPO
 from tests.modules.helpers import loader, pairs, trainer
 
@@ -100,6 +101,31 @@ def test_a_run_resumes_with_the_refreshed_reference(model_dir: Callable, tmp_pat
     stop.validate(fixed, loader(pairs(4), 2), ckpt_path=path, verbose=False)
     assert same(parameters(fixed)[1], read_checkpoint(path)["refreshed_reference"])
     assert not same(parameters(fixed)[1], parameters(made(model_dir))[1])
+
+
+def test_a_refreshed_reference_is_kept_by_runs_that_refresh_it_no_more(
+    model_dir: Callable, tmp_path: Path
+) -> None:
+    """It lies in their checkpoints too, and a cache of the policy's first weights is refused."""
+    place, kept = None, []
+    for number, every in enumerate((2, None, None)):
+        module = made(model_dir, reference_every=every)
+        run = trainer(tmp_path, max_steps=2 + number)
+        run.fit(module, loader(pairs(4 + 2 * number), 2), ckpt_path=place)
+        place = tmp_path / f"{number}.ckpt"
+        run.save_checkpoint(place)
+        kept.append(parameters(module)[1])
+    assert same(kept[0], kept[2])
+    assert not same(kept[0], parameters(made(model_dir))[1])
+    cached = made(model_dir, reference_cache=str(tmp_path / "cache"))
+    with pytest.raises(AlignkitError, match=r"model\.reference_cache: does not work with a refr"):
+        trainer(tmp_path).validate(cached, loader(pairs(4), 2), ckpt_path=place, verbose=False)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_sharded_blocks_are_refused_at_the_start(model_dir: Callable, tmp_path: Path) -> None:
+    with pytest.raises(AlignkitError, match=r"fsdp2: does not work with model\.reference_every; "):
+        _refuse_with_sharding(made(model_dir, reference_every=2), trainer(tmp_path))
 
 
 def test_what_does_not_go_together_is_one_line(model_dir: Callable, tmp_path: Path) -> None:

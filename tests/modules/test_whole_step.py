@@ -68,7 +68,7 @@ def test_micro_batches_are_one_batch(
     assert any(not torch.equal(value, start[name]) for name, value in whole.state_dict().items())
     for name in ("train/loss", "train/grad_norm", "train/rewards/margins"):
         assert logged[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
-    assert module._step_pairs == []
+    assert module._step_scores == []
 
 
 def test_a_mean_over_micro_batches_is_another_loss(model_dir: Callable) -> None:

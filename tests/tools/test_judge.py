@@ -59,12 +59,25 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def test_by_a_reward_model_and_its_export(
-    model_dir: Callable, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: Callable,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same scores by our checkpoint in packed rows and by transformers one by one."""
+    pushed: list[tuple[Path, str]] = []
+    monkeypatch.setattr("alignkit.tools.export.check_push", lambda repository: None)
+    monkeypatch.setattr("alignkit.tools.export.push_folder", lambda *sent: pushed.append(sent))
     checkpoint = fit("RewardModule", model_dir("llama"), pairs, "--model.loss.center", 0.01)
     plain = tmp_path / "plain"
-    assert run("export", "--model", checkpoint, "--to", "reward", "--output", plain) == 0
+    export = ("export", "--model", checkpoint, "--to", "reward", "--output", plain)
+    assert run(*export, "--push", "me/judge") == 0
+    assert pushed == [(plain, "me/judge")]
+    card = (plain / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "A reward model over" in card
+    assert "AutoModelForSequenceClassification.from_pretrained" in card
     found = {}
     for name, model in (("ours", checkpoint), ("theirs", plain)):
         output = tmp_path / f"{name}.jsonl"

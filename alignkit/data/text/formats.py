@@ -1,14 +1,17 @@
 r"""Render dialogues as text for the tokenizer, in one of four prompt formats.
 
-``boundary`` (the default)
+``auto``, the default of the data modules, is ``chat`` where the rows are messages and the tokenizer
+has a chat template, and ``boundary`` otherwise.
+
+``boundary``
     The published text. The prompt ends right after ``Assistant:`` and the answer keeps its space,
     so both have the same tokens apart as together.
 ``stripped``
     A template of its own, ``prompt + "\nAssistant: " + response``, both stripped. The prompt
     ends with a space token that the whole text does not have, so it fails the boundary proof: of
     2,000 HH-RLHF pairs 2,000 with GPT-2's tokenizer and 1,999 with GPT-NeoX's (99.8 % of single
-    answers). It is here to reproduce the report; asking for it by name allows the violations,
-    which are counted and logged, unless ``policies.boundary`` is ``error``.
+    answers). It is here to compare with; asking for it by name allows the violations, which are
+    counted and logged, unless ``policies.boundary`` is ``error``.
 ``chat``
     The tokenizer's chat template. Special tokens are read as such, and BOS comes from the template
     alone, as in transformers' ``apply_chat_template(tokenize=True)``.

@@ -15,6 +15,9 @@ SCORES = ("scores", "ratings", "rewards")
 RANKS = ("ranks", "rankings")
 """Columns with a number for each answer, the lower the better."""
 
+SAMPLED = "candidates"
+"""Column of answers that ``alignkit sample`` drew, which nobody has ranked yet."""
+
 _TEXTS = ("text", "response", "content", "answer", "completion", "output", "generation", "value")
 _SCORE = ("score", "rating", "overall_score", "reward", "quality", "pm_score")
 _RANK = ("rank", "ranking")

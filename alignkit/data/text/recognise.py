@@ -13,6 +13,7 @@ from functools import lru_cache
 from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import is_set
 from alignkit.data.text.known_shapes import PREFERENCE, SFT
+from alignkit.data.text.ranked import SAMPLED
 from alignkit.data.text.shape import SPOKEN, Columns, Shape, Shapes
 from alignkit.data.text.speakers import plain_messages
 from alignkit.errors import AlignkitError
@@ -170,6 +171,8 @@ def _matching(there: frozenset[str], shapes: tuple[Shape, ...]) -> tuple[Shape, 
 
 def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
     there = frozenset(name for name in row if row[name] is not None)
+    if SAMPLED in there:
+        return f"nobody has ranked its `{SAMPLED}` yet: run alignkit judge FILE --output RANKED"
 
     def near(shape: Shape) -> tuple[int, int]:
         """Return a sort key: the most columns of a shape present, then the fewest missing."""

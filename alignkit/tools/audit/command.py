@@ -46,8 +46,9 @@ def audit(
         tokenizer: A Hub id or a local directory. Without one, lengths are estimated as a token
             for every four bytes, and the boundary defects are not counted.
         max_length: Most tokens of a prompt with one answer, EOS included; of a document, for text.
-        prompt_format: How dialogues become text; see `alignkit.data.text.formats`. ``auto``
-            chooses as the data modules do, by the rows and the tokenizer's chat template.
+        prompt_format: How dialogues become text: ``boundary``, ``stripped``, ``chat`` or ``raw``,
+            which docs/data.md shows. ``auto`` chooses as the data modules do, by the rows and the
+            tokenizer's chat template.
         examples: How many examples of each defect to show.
         json: Write the report to this file: counts as numbers under ``rows`` and each defect's
             name, and the rows, by line number from 1, under ``row_numbers`` by the same names.

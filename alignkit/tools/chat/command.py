@@ -28,7 +28,7 @@ _HELP = """\
 /reset        forget what was said
 /help         show this
 /quit         end, as the end of the input does"""
-_FIXED: set[str | int] = {*REQUEST_FLAGS, "prompts_file", "batch_size"}
+_FIXED: set[str | int] = {*REQUEST_FLAGS, "prompts_file", "data", "batch_size"}
 
 
 @dataclass

@@ -19,11 +19,13 @@ class Answer(NamedTuple):
         text: The answer.
         ids: Its tokens, without the one that ended it.
         ended: Whether the model ended it; ``False`` if it was cut at ``max_new_tokens``.
+        end: The token that ended it, if one did.
     """
 
     text: str
     ids: tuple[int, ...]
     ended: bool
+    end: tuple[int, ...] = ()
 
     @property
     def repetition(self) -> float:

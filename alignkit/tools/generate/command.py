@@ -12,6 +12,7 @@ from rich.console import Console
 from alignkit.errors import AlignkitError
 from alignkit.models.find import find_checkpoint
 from alignkit.tools.generate.options import add_options, gather_options
+from alignkit.tools.generate.prompts import shown
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.utils.atomic import check_outputs, write_atomically
 from alignkit.utils.progress import counting
@@ -56,12 +57,12 @@ def generate(
         with nullcontext() if stream else counting("prompt", len(request.questions)) as count:
             for question in request.questions:
                 if stream:
-                    console.rule(printable(question), align="left", style="dim")
+                    console.rule(printable(shown(question)), align="left", style="dim")
                 answers.append(next(given))
                 if count is None:
                     console.print()
                 else:
-                    console.rule(printable(question), align="left", style="dim")
+                    console.rule(printable(shown(question)), align="left", style="dim")
                     console.print(printable(answers[-1]))
                     count.reach(len(answers))
     finally:  # also what was answered before a signal

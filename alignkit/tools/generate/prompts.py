@@ -10,7 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.text.dialogue import HUMAN, Dialogue
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.data.read.rows import BadRow, Row
+from alignkit.data.read.sources import find_splits
+from alignkit.data.text.dialogue import HUMAN, Dialogue, RowError
 from alignkit.data.text.formats import Format
 from alignkit.data.text.shapes import Side, sft_sides
 from alignkit.data.text.templated import Templated
@@ -21,11 +24,14 @@ TURN = f"\n\n{HUMAN}"
 
 _SUFFIXES = (".jsonl", ".json", ".txt", "")
 
+Question = str | list[dict[str, str]]
+"""What the human says or a whole dialogue, as text or as messages with ``role`` and ``content``."""
+
 log = logging.getLogger(__name__)
 
 
 def as_prompts(
-    questions: Sequence[str],
+    questions: Sequence[Question],
     kind: TextKind,
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -46,12 +52,12 @@ def as_prompts(
         AlignkitError: The tokenizer lacks what the format needs.
     """
     if kind == "raw" or kind == "text":
-        return list(questions)
+        return [shown(question) for question in questions]
     form = Format(kind, tokenizer, chat_template=chat_template)
     templated = Templated(tokenizer, specials=form.specials)
     prompts = []
     for index, question in enumerate(questions, start=1):
-        side = _question_side(question.strip(), system)
+        side = _question_side(question, system)
         if (sign := templated.find([side])) and sign.grave:
             log.warning(
                 "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
@@ -60,6 +66,27 @@ def as_prompts(
         dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
         prompts.append(form.render(dialogue).prompt)
     return prompts
+
+
+def encode_prompts(
+    questions: Sequence[Question],
+    asked: TextFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder | None = None,
+) -> list[list[int]]:
+    """Return the ids of each question's prompt, as the model is asked.
+
+    Args:
+        questions: As in `as_prompts`.
+        asked: The text format to ask in.
+        tokenizer: The model's tokenizer.
+        encoder: That of the tokenizer, where there is one.
+    """
+    kind = asked.prompt_format
+    texts = as_prompts(
+        questions, kind, tokenizer, chat_template=asked.chat_template, system=asked.system
+    )
+    return [list(ids) for ids in (encoder or TextEncoder(tokenizer)).prompts(texts, kind)]
 
 
 def chat_prompt(
@@ -84,24 +111,38 @@ def chat_prompt(
     return form.render(dialogue).prompt
 
 
-def _question_side(question: str, system: str | None) -> Side:
+def _question_side(question: Question, system: str | None) -> Side:
     """Return a question as training reads the prompt of a row."""
-    side = sft_sides({"prompt": question, "completion": ""})[0]
-    if system is None:
+    prompt: Question = question.strip() if isinstance(question, str) else question
+    side = sft_sides({"prompt": prompt, "completion": ""})[0]
+    if system is None or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
         return side
     if side.starts is None:  # a dialogue already
         return Side(f"{system}\n\n{side.prompt.lstrip()}", "")
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
-    return sft_sides({"prompt": messages, "completion": ""})[0]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    told = [{"role": "system", "content": system}, *messages]
+    return sft_sides({"prompt": told, "completion": ""})[0]
 
 
-def gather_prompts(prompts: str | Sequence[str] | None, prompts_file: str | None) -> list[str]:
-    """Return the prompts given as arguments, followed by those of a file.
+def shown(question: Question) -> str:
+    """Return a question for a reader: its text, or what each message says."""
+    if isinstance(question, str):
+        return question
+    if len(question) == 1:
+        return question[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in question)
+
+
+def gather_prompts(
+    prompts: str | Sequence[str] | None, prompts_file: str | None, data: str | None = None
+) -> list[Question]:
+    """Return the prompts given as arguments, followed by those of a file and of a data set.
 
     Args:
         prompts: One prompt or several.
         prompts_file: A ``.jsonl`` file of ``{"prompt": ...}`` rows, a ``.json`` file with an array
             of them or of texts, or a text file with one prompt a line. Blank lines are skipped.
+        data: A data set, as the data modules take it; see `data_prompts`.
 
     Raises:
         AlignkitError: There is no prompt, an empty one, a file that cannot be read, or a row
@@ -111,11 +152,56 @@ def gather_prompts(prompts: str | Sequence[str] | None, prompts_file: str | None
     for index, prompt in enumerate(given):
         if not prompt.strip():
             raise AlignkitError(f"prompts: prompt {index + 1} is empty; give it some text")
-    found = given + (list(_read(prompts_file)) if prompts_file is not None else [])
+    found: list[Question] = [*given]
+    if prompts_file is not None:
+        found += _read(prompts_file)
+    if data is not None:
+        found += data_prompts(data)
     if not found:
         where = f"prompts_file '{prompts_file}' holds none" if prompts_file else "none was given"
-        raise AlignkitError(f"prompts: {where}; pass --prompts TEXT or --prompts_file FILE")
+        raise AlignkitError(
+            f"prompts: {where}; pass --prompts TEXT, --prompts_file FILE or --data DATA"
+        )
     return found
+
+
+def data_prompts(path: str) -> Iterator[Question]:
+    """Yield each prompt of a data set once: of its test or validation split, if it has one.
+
+    Args:
+        path: A file, a directory or a Hub id, followed by ``#SPLIT`` for another split.
+
+    Raises:
+        AlignkitError: There is no such data or split, or a row without a prompt, by its place.
+    """
+    place, _, wanted = path.partition("#")
+    splits = find_splits(place)
+    split = wanted or next(name for name in ("test", "validation", "train") if name in splits)
+    if split not in splits:
+        raise AlignkitError(f"data '{path}': has no split {split}; it has {', '.join(splits)}")
+    met: set[str] = set()
+    for source in splits[split]:
+        for line, row in source.rows():
+            question = _question_of(row, f"{source.name}:{line}")
+            if (key := json.dumps(question)) not in met:
+                met.add(key)
+                yield question
+
+
+def _question_of(row: Row, where: str) -> Question:
+    """Return the prompt of a row as its data module reads it."""
+    try:
+        if isinstance(row, BadRow):
+            raise RowError(row.reason)
+        alone = row.keys() == {"prompt"}
+        side = sft_sides({**row, "completion": ""} if alone else row)[0]
+    except RowError as error:
+        raise AlignkitError(f"{where}: {error}") from error
+    if not side.prompt.strip():
+        raise AlignkitError(f"{where}: has no prompt")
+    if side.messages is None:
+        return side.prompt
+    return [{"role": each.role, "content": each.content} for each in side.messages]
 
 
 def _read(name: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from alignkit.models.checkpoint import load_policy, policy_format
 from alignkit.models.text_format import TextFormat, TextKind
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.asking import DEFAULT_FORMAT, choose_format, warn_of_length
-from alignkit.tools.generate.prompts import TURN, as_prompts, gather_prompts
+from alignkit.tools.generate.prompts import TURN, Question, as_prompts, gather_prompts
 from alignkit.tools.generate.sampling import Sampling, complete
 
 
@@ -34,6 +34,8 @@ class Request:
         prompts: A prompt, or a list of them.
         prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, a .json array of them or
             of texts, or a .txt file with one a line.
+        data: A data set whose prompts are answered, each once: those of its test split if it has
+            one; DATA#SPLIT takes another.
         base: The base model of a checkpoint or adapter, if it has moved since training.
         prompt_format: How a question is formatted: as HH-RLHF's dialogues (boundary), as dialogues
             of stripped texts (stripped), by the tokenizer's chat template (chat), as it is (text),
@@ -68,6 +70,7 @@ class Request:
 
     prompts: list[str] | str | None = None
     prompts_file: str | None = None
+    data: str | None = None
     base: str | None = None
     prompt_format: TextKind | None = None
     system: str | None = None
@@ -83,14 +86,14 @@ class Request:
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
 
-    questions: list[str] = field(init=False)
+    questions: list[Question] = field(init=False)
     sampling: Sampling = field(init=False)
     target: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
         if self.raw and self.prompt_format not in (None, "raw"):
             raise AlignkitError(f"raw: contradicts prompt_format={self.prompt_format}; pass one")
-        self.questions = gather_prompts(self.prompts, self.prompts_file)
+        self.questions = gather_prompts(self.prompts, self.prompts_file, self.data)
         drawn = {f.name: getattr(self, f.name) for f in fields(Sampling) if f.name != "stop"}
         self.sampling = Sampling(**drawn)
         self.target = resolve_device(self.device)
@@ -161,7 +164,7 @@ class Request:
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
+    questions: Sequence[Question],
     sampling: Sampling,
     asked: TextFormat = DEFAULT_FORMAT,
     *,
@@ -169,6 +172,7 @@ def answer_questions(
     batch_size: int = 8,
     told: Callable[[str], None] | None = None,
     heard: Callable[[Answer], None] | None = None,
+    first: int = 0,
 ) -> Iterator[str]:
     """Yield a model's answers to questions; see `alignkit.tools.generate.sampling.complete`.
 
@@ -182,6 +186,7 @@ def answer_questions(
         batch_size: Questions computed side by side.
         told: Gets each piece of an answer as it is drawn.
         heard: Gets each answer with its tokens.
+        first: Place of the first question in a longer list, which the noise depends on.
 
     Raises:
         AlignkitError: A question cannot be formatted, is empty or is too long for the model.
@@ -202,6 +207,7 @@ def answer_questions(
         ends=asked.ends,
         told=told,
         heard=heard,
+        first=first,
     )
 
 

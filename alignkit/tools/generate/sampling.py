@@ -102,6 +102,7 @@ def complete(
     ends: Sequence[int] = (),
     told: Callable[[str], None] | None = None,
     heard: Callable[[Answer], None] | None = None,
+    first: int = 0,
 ) -> Iterator[str]:
     """Yield the continuation of each prompt, in order and batch by batch.
 
@@ -115,6 +116,7 @@ def complete(
         ends: Token ids that ended answers in training, beside EOS.
         told: Gets each piece of an answer as it is drawn; one prompt at a time then.
         heard: Gets each answer with its tokens.
+        first: Place of the first prompt in a longer list, which its noise depends on.
 
     Yields:
         One answer a prompt, without EOS, ``sampling.stop`` and surrounding white space.
@@ -134,7 +136,7 @@ def complete(
         batch_size = 1
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        for answer in _complete_batch(model, tokenizer, batch, sampling, start, ends, told):
+        for answer in _complete_batch(model, tokenizer, batch, sampling, first + start, ends, told):
             if heard is not None:
                 heard(answer)
             yield answer.text
@@ -199,7 +201,7 @@ def _answer(
 ) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in eos), len(ids))
     ended = end < len(ids) or (stop is not None and stop in tokenizer.decode(ids))
-    return Answer(text, tuple(ids[:end]), ended)
+    return Answer(text, tuple(ids[:end]), ended, tuple(ids[end : end + 1]))
 
 
 def _text(

@@ -1,0 +1,158 @@
+"""Sampling several answers to a prompt, judging them, and training on what the judge wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignkit.cli import main
+from alignkit.errors import AlignkitError
+from alignkit.models import load_model, load_tokenizer
+from alignkit.tools import sample as sample_module
+from alignkit.tools.generate.answer import Answer
+from alignkit.tools.generate.prompts import data_prompts
+from alignkit.tools.sample import log_probs, sample
+
+FEW = {"max_new_tokens": 6, "device": "cpu", "answers": 3, "temperature": 1.0, "top_p": 1.0}
+QUESTIONS = ["Why is the sky blue?", "How?", "What is two and two, and why?", "Who?"]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def base(model_dir: Callable[[str], Path], request: pytest.FixtureRequest) -> str:
+    return str(model_dir(request.param))
+
+
+def test_log_probs_are_those_of_each_answer_alone(base: str) -> None:
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    prompt = tokenizer("\n\nHuman: Why?\n\nAssistant:")["input_ids"]
+    answers = [
+        Answer("", (5, 6, 7), ended=True, end=(tokenizer.eos_token_id,)),
+        Answer("", (9,), ended=False),
+        Answer("", (), ended=True, end=(tokenizer.eos_token_id,)),
+    ]
+    for answer, found in zip(answers, log_probs(model, prompt, answers), strict=True):
+        ids = torch.tensor([[*prompt, *answer.ids, *answer.end]])
+        logits = model(ids).logits[0, :-1].log_softmax(-1)
+        each = logits[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
+        assert found == pytest.approx(each[len(prompt) - 1 :].sum().item(), abs=1e-4)
+
+
+def test_rows_do_not_depend_on_the_batch(base: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "one.jsonl", tmp_path / "all.jsonl"]
+    for path, size in zip(paths, (1, 12), strict=True):
+        sample(base, output=str(path), prompts=QUESTIONS, batch_size=size, **FEW)
+    one, other = map(rows_of, paths)
+    assert [row["candidates"] for row in one] == [row["candidates"] for row in other]
+    assert [row["prompt"] for row in one] == QUESTIONS
+    assert all(len(set(row["candidates"])) > 1 for row in one), "each answer has its own noise"
+    for row, same in zip(one, other, strict=True):
+        for drawn, again in zip(row["drawn"], same["drawn"], strict=True):
+            assert drawn["logp"] == pytest.approx(again["logp"], abs=1e-3)
+            assert drawn["logp"] < 0
+            assert 1 <= drawn["tokens"] <= 7
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_file(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
+    sample(base, output=str(whole), prompts=QUESTIONS, **FEW)
+    add = sample_module._Part.add
+
+    def stop(part: sample_module._Part, row: dict) -> None:
+        if len(part.rows) == 2:
+            part._file.write('{"prompt": "What is')  # a line that was not written whole
+            raise KeyboardInterrupt
+        add(part, row)
+
+    monkeypatch.setattr(sample_module._Part, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sample(base, output=str(output), prompts=QUESTIONS, **FEW)
+    monkeypatch.undo()
+    assert not output.exists()
+    for other in ({"seed": 1}, {"prompts": QUESTIONS[:3]}, {"answers": 4}):
+        with pytest.raises(AlignkitError, match="was begun with another model, other prompts"):
+            sample(base, **{"output": str(output), "prompts": QUESTIONS, **FEW, **other})
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_module, "log_probs", lambda *a: drawn.append(a) or log_probs(*a))
+        sample(base, output=str(output), prompts=QUESTIONS, **FEW)
+    assert len(drawn) == 2, "the first two prompts were not answered again"
+    assert output.read_bytes() == whole.read_bytes()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["again.jsonl", "whole.jsonl"]
+
+
+def test_bad_requests(base: str, tmp_path: Path) -> None:
+    output = str(tmp_path / "rows.jsonl")
+    with pytest.raises(AlignkitError, match="answers: must be 2 or more, got 1"):
+        sample(base, output=output, prompts=["Why?"], **{**FEW, "answers": 1})
+    with pytest.raises(AlignkitError, match="temperature: at 0 all answers to a prompt"):
+        sample(base, output=output, prompts=["Why?"], **{**FEW, "temperature": 0})
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "Why?"}\n')
+    with pytest.raises(AlignkitError, match="has no split test; it has train"):
+        sample(base, output=output, data=f"{path}#test", **FEW)
+
+
+def test_prompts_of_a_data_set(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    hh = "\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: But why?\n\nAssistant:"
+    rows = [
+        {"prompt": "Why?"},
+        {"prompt": "Why?", "chosen": "So.", "rejected": "No."},
+        {"messages": [*chat, {"role": "assistant", "content": "So."}]},
+        {"chosen": f"{hh} So.", "rejected": f"{hh} No."},
+        {"prompt": "Why?"},
+    ]
+    (tmp_path / "train.jsonl").write_text('{"prompt": "not this"}\n')
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    single = [{"role": "user", "content": "Why?"}]
+    assert list(data_prompts(str(tmp_path))) == [single, chat, hh]
+    assert len(list(data_prompts(f"{tmp_path}#train"))) == 1
+    path.write_text('{"prompt": "Why?"}\n{"prompt": 3}\n')
+    with pytest.raises(AlignkitError, match=r"test\.jsonl:2: "):
+        list(data_prompts(str(tmp_path)))
+
+
+def test_a_round(
+    model_dir: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Sample, judge, train on the ranked answers: three commands."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
+    base = str(model_dir("llama"))
+    prompts = [f"Say {n}." for n in range(8)]
+    assert main(
+        ["sample", "--model", base, "--prompts", *prompts, "--answers", "4", "--output",
+         "drawn.jsonl", "--max_new_tokens", "6", "--temperature", "1", "--device", "cpu"]
+    ) == 0  # fmt: skip
+    assert "next: alignkit judge drawn.jsonl" in capsys.readouterr().out
+    fit = ["fit", "--model", "DPOModule", "--model.base", base, "--model.loss", "PlackettLuce",
+           "--data", "PreferenceDataModule", "--trainer.max_steps", "2", "--trainer.accelerator",
+           "cpu", "--trainer.logger", "false"]  # fmt: skip
+    assert main([*fit, "--data.path", "drawn.jsonl"]) == 2, "nobody has judged them yet"
+    error = capsys.readouterr().err
+    assert "candidates" in error
+    assert "alignkit judge" in error
+    other = str(model_dir("gpt_neox"))
+    assert main(["judge", "drawn.jsonl", "--model", base, "--reference", other, "--output",
+                 "ranked.jsonl"]) == 0  # fmt: skip
+    drawn = {row["prompt"]: row["candidates"] for row in rows_of(Path("drawn.jsonl"))}
+    ranked = rows_of(Path("ranked.jsonl"))
+    full = [row for row, answers in drawn.items() if all(answers)]
+    assert len(ranked) == len(full) > 0, "a row with an empty answer is left out"
+    for row in ranked:
+        (question,) = row["prompt"]
+        assert len(row["responses"]) == len(drawn[question["content"]])
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+    assert main([*fit, "--data.path", "ranked.jsonl"]) == 0
