@@ -1,4 +1,4 @@
-"""Validate at the end of a run that ends within an epoch."""
+"""Run a validation at the end of a run that ends within an epoch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class FinalValidation(Callback):
-    """Validate after the step ``max_steps``, wherever in its epoch it is.
+    """Run a validation after the step ``max_steps``, wherever in its epoch it is.
 
     Lightning would end the run without: a short one would have no validation at all, and the best
     checkpoint could not be its last.

@@ -155,7 +155,7 @@ def test_compare_puts_models_side_by_side(
 
 def test_a_model_that_cannot_be_loaded_costs_only_itself(base: str, tmp_path: Path) -> None:
     table = tmp_path / "table.md"
-    with pytest.raises(AlignkitError, match=r"1 of 3 failed: gone: base '\./gone'") as error:
+    with pytest.raises(AlignkitError, match=r"1 of 3 failed: gone: model '\./gone'") as error:
         compare(
             {"base": base, "gone": "./gone", "again": base},
             prompts="Why?",

@@ -1,4 +1,4 @@
-"""Say what was found in a source, and why nothing is left of one."""
+"""Tell what was found in a source, and why nothing is left of one."""
 
 from __future__ import annotations
 
