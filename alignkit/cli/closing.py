@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from alignkit.models.archive import local_path
+from alignkit.modules import RewardModule
 
 _CLOCK = 0.1  # seconds by which a file system's clock may be behind
 
@@ -47,7 +48,8 @@ def closing_lines(
         yield "wrote no checkpoint, as the trainer was told"
     else:
         model = shlex.quote(_shown(kept))
-        yield f"next: alignkit chat {model}"
+        is_reward = isinstance(trainer.lightning_module, RewardModule)
+        yield f"next: alignkit {f'judge FILE --model {model}' if is_reward else f'chat {model}'}"
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             yield f"curves: tensorboard --logdir {shlex.quote(_shown(Path(logger.root_dir)))}"

@@ -14,6 +14,7 @@ from jsonargparse import set_parsing_settings
 from jsonargparse.typing import register_type
 
 from alignkit.cli.commands import TOOLS
+from alignkit.cli.config_option import naming_file
 from alignkit.cli.errors import explain
 from alignkit.cli.launch import RankFailed, keep_relaunchable
 from alignkit.cli.logs import log_unraisable
@@ -96,7 +97,8 @@ def _run_command(arguments: Sequence[str]) -> int:
         arguments = fit_arguments(name, flags, gpu=gpu, base_of=policy_base, find=find_checkpoint)
         check_stage(name, arguments)
     check_config_files(arguments)
-    AlignCLI(spell_out_optimizers(spell_out_losses(arguments)))
+    with naming_file(arguments):
+        AlignCLI(spell_out_optimizers(spell_out_losses(arguments)))
     return 0
 
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Timer
 
 from alignkit.cli.config_file import flags_and_values, named_configs, read_config_file
 from alignkit.cli.launch import check_strategy
+from alignkit.cli.near import did_you_mean
 from alignkit.cli.own_loss import check_losses
 from alignkit.errors import AlignkitError
 
@@ -24,6 +25,9 @@ _LEAST = {
     "min_epochs": 0,
     "min_steps": 0,
 }
+
+
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
@@ -42,7 +46,24 @@ def check_config_files(arguments: Sequence[str]) -> None:
     for flag, value in flags_and_values(arguments):
         for path in named_configs(flag, value):
             configs[str(path)] = read_config_file(path)
+            _check_classes(configs[str(path)], str(path))
     check_losses(arguments, configs)
+
+
+def _check_classes(settings: Any, where: str) -> None:
+    """Refuse other keys beside a class; the parser's line would not name them."""
+    if isinstance(settings, list):
+        for each in settings:
+            _check_classes(each, where)
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            if "class_path" in settings and name not in _CLASS_KEYS:
+                near = did_you_mean(str(name), _CLASS_KEYS)
+                raise AlignkitError(
+                    f"{where}: {name}: no such key beside class_path of {settings['class_path']}"
+                    f"{near}"
+                )
+            _check_classes(value, where)
 
 
 def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
@@ -64,7 +85,7 @@ def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
     often = settings["val_check_interval"]
     if isinstance(often, int | float) and not often > 0:
         raise AlignkitError(
-            f"trainer.val_check_interval={often}: must be above 0; trainer.limit_val_batches 0 "
+            f"trainer.val_check_interval={often}: must be above 0; --trainer.limit_val_batches 0 "
             "turns validation off"
         )
     _check_duration(settings["max_time"])

@@ -19,6 +19,7 @@ from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import DraftExample
 from alignkit.data.read.rows import BadRow, Source
 from alignkit.data.read.sources import find_splits
+from alignkit.data.text.defects import DefectError
 from alignkit.data.text.policies import Tally
 from alignkit.data.text.ranked import SAMPLED
 from alignkit.data.text.recognise import check_columns
@@ -118,6 +119,8 @@ def judge(
             for draft, scores in zip(drafts, scored, strict=True):
                 lines.append(json.dumps(ranked_row(draft, scores), ensure_ascii=False))
                 margins.append(scores[0] - scores[-1])
+    except DefectError as defect:  # this command has no policies
+        raise AlignkitError(defect.told) from None
     finally:  # also what was scored before a signal
         if written is not None and lines:
             write_atomically(written, "".join(f"{line}\n" for line in lines))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import load_policy
 from alignkit.models.gguf_file import GGUF_FILE, write_gguf
 from alignkit.models.readback import refuse_other_answers
-from alignkit.tools.card import base_license
+from alignkit.tools.card import CARD_FILE, base_license
 from tests.cli.conftest import hh  # noqa: F401
 
 GREEDY = """
@@ -308,3 +310,17 @@ def test_a_push_that_cannot_work_is_one_line(
     assert "403 Forbidden: you may not" in line
     assert "hf upload me/mine" in line
     assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_the_commands_of_a_card_run_as_they_stand(
+    run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "my base's"
+    shutil.copytree(base, moved)
+    out = tmp_path / "out"
+    assert export(run, out, "--to", "safetensors", "--base", str(moved)) == 0
+    text = (out / CARD_FILE).read_text(encoding="utf-8")
+    program, *command = shlex.split(text.partition("```sh\n")[2].partition("```")[0])
+    monkeypatch.chdir(out)
+    assert program == "alignkit"
+    assert main([*command, "--max_new_tokens", "2"]) == 0

@@ -132,6 +132,7 @@ def test_what_cannot_be_judged_is_one_line(
     assert run("judge", tmp_path / "sft.jsonl", "--model", base, "--reference", base) == 2
     line = capsys.readouterr().err.strip()
     assert "sft.jsonl:1" in line and "\n" not in line
+    assert line.endswith("mend the row")  # there are no policies to set
 
 
 def test_a_reference_with_other_tokens_is_refused(
