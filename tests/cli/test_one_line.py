@@ -237,7 +237,7 @@ def test_help_names_debug_and_configurations_do_not(command: str, alignkit: Call
         (["judge"], "give PATH and --model; see"),
         (["fit"], "give --data and --model, or a --config FILE that has both; see alignkit fit"),
         (
-            ["fit", "--model", "SFTModule", "--data.path", "x"],
+            ["fit", "--model", "SFTModule"],
             "give --model.base; see alignkit fit",
         ),
         (["generate", "--modle", "x"], "did you mean model?"),

@@ -320,7 +320,9 @@ def test_the_commands_of_a_card_run_as_they_stand(
     out = tmp_path / "out"
     assert export(run, out, "--to", "safetensors", "--base", str(moved)) == 0
     text = (out / CARD_FILE).read_text(encoding="utf-8")
-    program, *command = shlex.split(text.partition("```sh\n")[2].partition("```")[0])
+    program, *command = shlex.split(
+        text.partition("```sh\n")[2].partition("```")[0].replace("\\\n", "")
+    )
     monkeypatch.chdir(out)
     assert program == "alignkit"
     assert main([*command, "--max_new_tokens", "2"]) == 0
