@@ -8,10 +8,11 @@ back.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from alignkit.cli.config_file import flags_and_values
 from alignkit.cli.named import named_class
 from alignkit.errors import AlignkitError
 from alignkit.modules import AlignmentModule
@@ -82,13 +83,9 @@ def _loss_in(content: Any) -> Any:
     return content
 
 
-def _given(arguments: Sequence[str], flag: str) -> Iterator[str]:
-    """Yield the values that a flag was given."""
-    for argument, value in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument == flag:
-            yield value
-        elif argument.startswith(f"{flag}="):
-            yield argument.partition("=")[2]
+def _given(arguments: Sequence[str], flag: str) -> list[str]:
+    """Return the values that a flag was given."""
+    return [value for name, value in flags_and_values(arguments) if name == flag]
 
 
 def _short(name: str) -> str:

@@ -166,6 +166,12 @@ def test_sft_data_for_dpo(fit: Callable, workplace: Path) -> None:
     assert "two responses" in fit("--data", "alignkit.HHSFTDataModule")
 
 
+def test_kto_rows_for_dpo(fit: Callable) -> None:
+    write_lines(Path("kto.jsonl"), [{"prompt": "a", "completion": "b", "label": True}] * 4)  # type: ignore[dict-item]
+    said = fit("--data.path", "kto.jsonl")
+    assert "it is for KTOModule with UnpairedDataModule; mend the row or set data.policies" in said
+
+
 def test_more_tokens_than_positions(fit: Callable) -> None:
     rows = [{"text": "tea " * 2000}] * 20
     write_lines(Path("long/train.jsonl"), rows)
