@@ -90,6 +90,8 @@ class Checkpoint(ModelCheckpoint):
         A step that was saved before is saved again if its weights have been replaced since, as
         weight averaging does at the end of training.
         """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # where Lightning's own writes one nevertheless
         if self._saved_weights not in (None, _weight_versions(pl_module)):
             self._last_global_step_saved = -1
         super().on_train_end(trainer, pl_module)

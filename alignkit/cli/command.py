@@ -14,6 +14,7 @@ from jsonargparse import set_parsing_settings
 from jsonargparse.typing import register_type
 
 from alignkit.cli.commands import TOOLS
+from alignkit.cli.config_option import naming_file
 from alignkit.cli.errors import explain
 from alignkit.cli.launch import RankFailed, keep_relaunchable
 from alignkit.cli.logs import log_unraisable
@@ -21,9 +22,11 @@ from alignkit.cli.loss import spell_out_losses
 from alignkit.cli.optimizer import spell_out_optimizers
 from alignkit.cli.parsers import Parser, tool_parser
 from alignkit.cli.settings import check_config_files
+from alignkit.cli.stage_class import check_stage
 from alignkit.cli.stages import STAGES, fit_arguments
 from alignkit.cli.training import AlignCLI
 from alignkit.models.checkpoint import policy_base
+from alignkit.models.find import find_checkpoint
 from alignkit.utils.interrupts import Stopped, stop_on_signals
 from alignkit.utils.ranks import is_first_rank, is_lost_connection
 
@@ -89,9 +92,13 @@ def _run_command(arguments: Sequence[str]) -> int:
         arguments = ["--completion", *arguments[1:]]
     elif arguments[0] in STAGES:
         name, *flags = arguments
-        arguments = fit_arguments(name, flags, gpu=torch.cuda.is_available(), base_of=policy_base)
+        check_config_files(flags)
+        gpu = torch.cuda.is_available()
+        arguments = fit_arguments(name, flags, gpu=gpu, base_of=policy_base, find=find_checkpoint)
+        check_stage(name, arguments)
     check_config_files(arguments)
-    AlignCLI(spell_out_optimizers(spell_out_losses(arguments)))
+    with naming_file(arguments):
+        AlignCLI(spell_out_optimizers(spell_out_losses(arguments)))
     return 0
 
 

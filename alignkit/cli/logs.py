@@ -14,6 +14,8 @@ _IGNORED_WARNINGS = (
     r"(?s).*skip_none parameter was deprecated",
     # The configuration was just saved there, or an earlier run's checkpoint lies there.
     r"Checkpoint directory .* exists and is not empty",
+    # Without a validation there is no best checkpoint, as the end of a run says.
+    r"(?s)`ModelCheckpoint\(monitor=.*could not find the monitored key",
     # Our data loader is resumable: its sampler starts where the checkpoint stopped.
     r".*your dataloader is not resumable",
     # Our data modules do not define that hook, so the module's replaces nothing.

@@ -36,6 +36,8 @@ _UNKNOWN = re.compile(r"(?:Option|does not accept option) '(?P<name>[^']+)'")
 _TYPE = re.compile(r"^Expected an? (?P<what>.*?)(?:\. Got value: (?P<value>.*))?$")
 _NO_CLASS = re.compile(r"^Expected a dot import path string: (?P<name>\S+)$")
 _PROBLEM = re.compile(r"Problem with given class_path '(?P<path>[^']+)':\s*")
+_REQUIRED = re.compile(r"the following arguments are required: (.*)")
+_GIVE = "give "
 _NO_OPTION = "no such option"
 _DUMP = re.compile(r"\s*\S*(?:Namespace|NestedArg)\(.*", re.DOTALL)
 
@@ -81,10 +83,15 @@ class OneLineErrors:
         found = _KEY.match(message)
         option = found["key"] if found else ""
         message = message[found.end() if found else 0 :]
+        lacking = _REQUIRED.match(message)
+        if lacking:
+            option, message = "", self._needed(lacking[1].split(", "), option)
         if cause is not None:
             complaint = cause.complaint
             nested = _NESTED.search(message)
             option = ".".join(filter(None, [option, nested["key"] if nested else cause.option]))
+            if complaint.startswith(_GIVE):  # an argument of the class that the option names
+                option, complaint = "", complaint.replace("--", f"--{option}.")
             if complaint == _NO_OPTION and option in set(self.known_options()):
                 complaint += f"; give --{option.partition('.')[0]} CLASS before it"
         else:
@@ -95,6 +102,19 @@ class OneLineErrors:
             complaint += self._suggestion(message, option)
         command = self.prog.replace(" [options]", "")
         raise OptionError(option, complaint, command) from None
+
+    def _needed(self, names: Sequence[str], part: str) -> str:
+        """Return what is missing as one gives it: a flag by its name, an argument in capitals."""
+        positional = {action.dest for action in self._actions if not action.option_strings}
+        commands = tuple(f"{parser.command}." for parser in _subparsers(self))
+        flags = [
+            name.upper()
+            if name in positional
+            else "--" + ".".join(filter(None, [part, name.removeprefix(_first(name, commands))]))
+            for name in sorted(names, key=lambda name: name not in positional)
+        ]
+        file = ", or a --config FILE that has both" if names[0].startswith(commands) else ""
+        return f"{_GIVE}{' and '.join(flags)}{file}"
 
     def _suggestion(self, message: str, option: str) -> str:
         """Return ``; did you mean …?`` about an unknown option, command or class."""
@@ -193,3 +213,7 @@ def _class_names(hint: Any) -> set[str]:
 def _subparsers(parser: Any) -> list[Any]:
     listed = getattr(parser, "_subcommands_action", None)
     return list(listed.choices.values()) if listed else []
+
+
+def _first(name: str, starts: Sequence[str]) -> str:
+    return next((start for start in starts if name.startswith(start)), "")

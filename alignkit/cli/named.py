@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-import yaml
+from alignkit.cli.config_file import flags_and_values, named_configs, read_config_file
+from alignkit.errors import AlignkitError
 
 
 def named_class(arguments: Sequence[str], part: str, base: type) -> type:
@@ -18,13 +19,12 @@ def named_class(arguments: Sequence[str], part: str, base: type) -> type:
         base: The class to return if none is named or the one named is none below it.
     """
     found = base
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
-        name, given, inline = flag.partition("=")
-        value = inline if given else value
-        if name == f"--{part}":
+    for flag, value in flags_and_values(arguments):
+        if flag == f"--{part}":
             found = _find(value, base)
-        elif name in ("--config", "-c"):
-            found = _find(_configured(value, part), base)
+        for path in named_configs(flag, value):
+            named = _configured(path, part)
+            found = _find(named, base) if named else found
     return found
 
 
@@ -40,17 +40,16 @@ def _find(name: str, base: type) -> type:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute) if module else None
-    except (ImportError, AttributeError, ValueError):  # the parser reports what is wrong
+    except Exception:  # a user's file may raise anything; the parser reports what is wrong
         found = None
     known = {kind.__name__: kind for kind in subclasses(base)}
     found = found or known.get(name)
     return found if isinstance(found, type) and issubclass(found, base) else base
 
 
-def _configured(path: str, part: str) -> str:
+def _configured(path: Path, part: str) -> str:
     """Return the class path of a part in a configuration file, empty if it cannot be read."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return str(content[part]["class_path"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return str(read_config_file(path)[part]["class_path"])
+    except (AlignkitError, KeyError, TypeError):
         return ""

@@ -25,7 +25,8 @@ _CLASS_PATH = re.compile(r"\b(?:[a-z_]\w*\.)+([A-Z]\w+)")
 _SUBCLASSES = re.compile(r", known subclasses: ([\w, ]+)")
 _MOST_LISTED = 30
 _TRAINER = "trainer"
-_PARTS: dict[str, type] = {"model": AlignmentModule, "data": AlignmentDataModule}
+PARTS: dict[str, type] = {"model": AlignmentModule, "data": AlignmentDataModule}
+"""What the class of each part of a configuration is below."""
 
 
 class _Ignored(Action):
@@ -92,35 +93,35 @@ class TrainingParser(OneLineErrors, LightningArgumentParser):
         """Yield the options of this parser and of the classes that the command line names."""
         yield from (action.dest for action in self._actions)
         for part, kind in self._named_classes():
-            yield from (action.dest for action in _options_of(part, kind)._actions)
+            yield from (action.dest for action in options_of(part, kind)._actions)
 
     def flags(self) -> dict[str, Sequence[str]]:
         """Return the flags of the command for every class, with the few values of each."""
         named = {
             f"--{part}": [kind.__name__ for kind in subclasses(base) if not isabstract(kind)]
-            for part, base in {**_PARTS, "model.loss": PreferenceLoss}.items()
+            for part, base in {**PARTS, "model.loss": PreferenceLoss}.items()
         }
         found = flags_of(self, named)
-        for part, base in _PARTS.items():
+        for part, base in PARTS.items():
             for kind in subclasses(base):
-                found |= flags_of(_options_of(part, kind), named)
+                found |= flags_of(options_of(part, kind), named)
         return found
 
     def _named_classes(self) -> Iterator[tuple[str, type]]:
         if self.command:
             given: Sequence[str] = getattr(self, "args", None) or []
-            for part, base in _PARTS.items():
+            for part, base in PARTS.items():
                 yield part, named_class(given, part, base)
 
     def _class_sections(self) -> Iterator[str]:
         for part, kind in self._named_classes():
-            parser = _options_of(part, kind)
+            parser = options_of(part, kind)
             groups = [g for g in parser._action_groups if _is_of(g, part)]
             for group in groups:
                 group._group_actions = [a for a in group._group_actions if a.dest != part]
             groups[0].title = part
             groups[0].description = f"--{part} {kind.__name__} has these options:"
-            if kind is _PARTS[part]:
+            if kind is PARTS[part]:
                 groups[
                     0
                 ].description = (
@@ -164,7 +165,7 @@ def add_common_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--quiet", action=_Ignored, help="Show results, warnings and errors alone.")
 
 
-def _options_of(part: str, kind: type) -> ArgumentParser:
+def options_of(part: str, kind: type) -> ArgumentParser:
     """Return a parser of the options of a class, as ``model.…`` or ``data.…``."""
     parser = ArgumentParser(usage=SUPPRESS, add_help=False, formatter_class=_ShortNames)
     skip: set[str | int] = {"tokenizer"} if part == "data" else set()  # linked to the model's

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
+from alignkit.cli.config_file import flags_and_values, named_configs, read_config_file
 from alignkit.cli.launch import check_strategy
+from alignkit.cli.near import did_you_mean
 from alignkit.cli.own_loss import check_losses
 from alignkit.errors import AlignkitError
 
-_CONFIG_FLAGS = ("--config", "-c")
 # The least values. Below these Lightning trains, but wrongly: a negative clip value reverses the
 # gradient, and with an accumulation of 0 no step is ever taken.
 _LEAST = {
@@ -23,14 +22,18 @@ _LEAST = {
     "log_every_n_steps": 0,
     "num_sanity_val_steps": -1,
     "check_val_every_n_epoch": 1,
+    "min_epochs": 0,
+    "min_steps": 0,
 }
+
+
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
     """Refuse a ``--config`` file that is not a YAML mapping, and a loss that its module lacks.
 
-    The line names the file, of YAML the line in it too. A value that is not a file is left to the
-    parser, which also takes YAML itself.
+    The line names the file, of YAML the line in it too.
 
     Args:
         arguments: The command line after ``alignkit``.
@@ -40,12 +43,27 @@ def check_config_files(arguments: Sequence[str]) -> None:
             module's.
     """
     configs = {}
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=False):
-        name, given, inline = flag.partition("=")
-        path = Path(inline if given else value)
-        if name in _CONFIG_FLAGS and path.is_file():
-            configs[str(path)] = _check_yaml(path)
+    for flag, value in flags_and_values(arguments):
+        for path in named_configs(flag, value):
+            configs[str(path)] = read_config_file(path)
+            _check_classes(configs[str(path)], str(path))
     check_losses(arguments, configs)
+
+
+def _check_classes(settings: Any, where: str) -> None:
+    """Refuse other keys beside a class; the parser's line would not name them."""
+    if isinstance(settings, list):
+        for each in settings:
+            _check_classes(each, where)
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            if "class_path" in settings and name not in _CLASS_KEYS:
+                near = did_you_mean(str(name), _CLASS_KEYS)
+                raise AlignkitError(
+                    f"{where}: {name}: no such key beside class_path of {settings['class_path']}"
+                    f"{near}"
+                )
+            _check_classes(value, where)
 
 
 def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
@@ -64,6 +82,12 @@ def check_trainer(command: str, settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if value is not None and not value >= least:
             raise AlignkitError(f"trainer.{name}={value}: must be {least} or more")
+    often = settings["val_check_interval"]
+    if isinstance(often, int | float) and not often > 0:
+        raise AlignkitError(
+            f"trainer.val_check_interval={often}: must be above 0; --trainer.limit_val_batches 0 "
+            "turns validation off"
+        )
     _check_duration(settings["max_time"])
     steps, ends = settings["max_steps"], ("max_epochs", "max_time", "fast_dev_run")
     if command == "fit" and steps == -1 and not any(_given(settings[name]) for name in ends):
@@ -84,25 +108,3 @@ def _check_duration(value: Any) -> None:
 
 def _given(value: Any) -> bool:
     return value is not None and value is not False
-
-
-def _check_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise AlignkitError(
-            f"{path}: is not UTF-8 text ({error.reason}); give a YAML file"
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise AlignkitError(
-            f"{where}: is not valid YAML ({getattr(error, 'problem', None) or error}); mend it"
-        ) from None
-    if content is None:
-        raise AlignkitError(f"{path}: is empty; give a YAML file of options")
-    if not isinstance(content, dict):
-        raise AlignkitError(
-            f"{path}: holds a {type(content).__name__}, not options; write `name: value` lines"
-        )
-    return content

@@ -6,10 +6,11 @@ import json
 import re
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from alignkit.cli.config_file import flags_and_values
 from alignkit.cli.near import did_you_mean
+from alignkit.cli.run_place import logger_at, out_flags, run_place
 from alignkit.errors import AlignkitError
 
 
@@ -75,7 +76,12 @@ def stage_help(name: str) -> str:
 
 
 def fit_arguments(
-    name: str, arguments: Sequence[str], *, gpu: bool, base_of: Callable[[str], str]
+    name: str,
+    arguments: Sequence[str],
+    *,
+    gpu: bool,
+    base_of: Callable[[str], str],
+    find: Callable[[str], str] = str,
 ) -> list[str]:
     """Return the arguments of ``fit`` that a stage's command stands for.
 
@@ -87,6 +93,7 @@ def fit_arguments(
         arguments: What follows it on the command line.
         gpu: Whether the run is on a GPU, where bfloat16 is the faster choice.
         base_of: Finds the base of a checkpoint or adapter, for ``--init-from`` without ``--base``.
+        find: Finds the checkpoint that ``--init-from`` stands for.
 
     Raises:
         AlignkitError: A flag is unknown or has no value, or base or data is missing.
@@ -95,6 +102,7 @@ def fit_arguments(
     _check_others(name, others)
     elsewhere = any(other.partition("=")[0] in ("--config", "-c") for other in others)
     if given.base is None and given.init_from is not None:
+        given.init_from = find(given.init_from)
         given.base = base_of(given.init_from)
     for flag, value, same in (
         ("--base MODEL", given.base, "--model.base"),
@@ -102,8 +110,12 @@ def fit_arguments(
     ):
         if value is None and not elsewhere and not any(o.startswith(same) for o in others):
             raise AlignkitError(f"{flag.partition(' ')[0]}: none was given; add {flag}")
-    defaults = [*_class_flags(name), *_default_flags(name, given, gpu)]
-    return ["fit", *defaults, *others, *_short_flags(given)]
+    if given.full:
+        _check_full(given, others)
+    out = run_place(f"runs/{name}" if given.out is None else given.out)
+    defaults = [*_class_flags(name), *_default_flags(name, given, out, gpu)]
+    placed = [] if given.out is None else out_flags(out, others)
+    return ["fit", *defaults, *others, *_short_flags(given), *placed]
 
 
 def stage_parser(name: str) -> ArgumentParser:
@@ -140,7 +152,7 @@ def stage_parser(name: str) -> ArgumentParser:
     how.add_argument("--full", action="store_true", help="train every weight, without an adapter")
     how.add_argument("--seed", metavar="N", help="seed of the run (default: 0)")
     where = parser.add_argument_group("where")
-    where.add_argument("--out", metavar="DIR", default=f"runs/{name}", help=f"default: runs/{name}")
+    where.add_argument("--out", metavar="DIR", help=f"folder of the runs (default: runs/{name})")
     where.add_argument(
         "--resume", nargs="?", const="last", metavar="CKPT", help="go on from the last checkpoint"
     )
@@ -160,8 +172,7 @@ def _class_flags(name: str) -> Iterator[str]:
     yield f"--data={STAGES[name].data}"
 
 
-def _default_flags(name: str, given: Namespace, gpu: bool) -> Iterator[str]:
-    out = Path(given.out)
+def _default_flags(name: str, given: Namespace, out: str, gpu: bool) -> Iterator[str]:
     rate = STAGES[name].lr * (_FULL_SHARE if given.full else 1)
     checkpoint = {
         "class_path": "alignkit.callbacks.Checkpoint",
@@ -172,15 +183,14 @@ def _default_flags(name: str, given: Namespace, gpu: bool) -> Iterator[str]:
             "enable_version_counter": False,
         },
     }
+    final = {"class_path": "alignkit.callbacks.FinalValidation"}
     settings = {
         "trainer.max_epochs": 1,
         "trainer.gradient_clip_val": _CLIP,
         "trainer.log_every_n_steps": 1,
         "trainer.precision": "bf16-mixed" if gpu else "32-true",
-        "trainer.logger": "lightning.pytorch.loggers.TensorBoardLogger",
-        "trainer.logger.save_dir": out.parent,
-        "trainer.logger.name": out.name,
-        "trainer.callbacks": json.dumps([checkpoint]),
+        "trainer.logger": logger_at(out),
+        "trainer.callbacks": json.dumps([checkpoint, *([final] if given.steps else [])]),
         "model.dtype": "bfloat16" if gpu and not given.full else "float32",
         "model.optimizer": "AdamW",
         "model.optimizer.lr": rate,
@@ -188,8 +198,6 @@ def _default_flags(name: str, given: Namespace, gpu: bool) -> Iterator[str]:
         "model.optimizer.weight_decay": 0.0,
         "model.warmup_steps": _WARMUP,
     }
-    if given.full:
-        settings["model.lora"] = "null"
     if given.steps is not None:
         settings["trainer.max_epochs"] = -1
     for option, value in settings.items():
@@ -218,6 +226,8 @@ def _short_flags(given: Namespace) -> Iterator[str]:
         value = getattr(given, short, None)
         if value is not None:
             yield f"--{option}={value}"
+    if given.full:
+        yield "--model.lora=null"
     if given.rank is not None:
         yield f"--model.lora.alpha={2 * _whole(given.rank)}"
 
@@ -226,6 +236,14 @@ def _whole(rank: str) -> int:
     if not rank.isdecimal():
         raise AlignkitError(f"--rank {rank}: give a whole number, 1 or more")
     return int(rank)
+
+
+def _check_full(given: Namespace, others: Sequence[str]) -> None:
+    """Refuse an adapter's settings beside ``--full``, which trains without one."""
+    asked = ["--rank"] if given.rank is not None else []
+    asked += [flag for flag, _ in flags_and_values(others) if flag.startswith("--model.lora")]
+    if asked:
+        raise AlignkitError(f"--full: trains without an adapter; leave out it or {asked[0]}")
 
 
 def _check_others(name: str, others: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,8 +24,10 @@ from alignkit.models.checkpoint import read_checkpoint
 from alignkit.models.find import find_checkpoint
 from alignkit.modules import AlignmentModule
 from alignkit.modules.precision import refuse_precision_name
-from alignkit.modules.runs import CHECKPOINT_NAMES, asked_checkpoint
+from alignkit.modules.runs import CHECKPOINT_NAMES, asked_checkpoint, discard_empty_folders
 from alignkit.utils.phases import is_quiet
+
+log = logging.getLogger(__name__)
 
 
 class AlignCLI(LightningCLI):
@@ -115,8 +119,10 @@ class AlignCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except Exception as error:
-            end_ranks(self.trainer, error)
+        except BaseException as error:
+            discard_empty_folders(self.trainer)
+            if isinstance(error, Exception):
+                end_ranks(self.trainer, error)
             raise
 
     def _parse_ckpt_path(self) -> None:
@@ -141,14 +147,27 @@ class AlignCLI(LightningCLI):
 
         Lightning silently starts a new run if there is no last checkpoint, and verifies no file.
         """
-        options = self.config_init[self.config.subcommand]
+        command = self.config.subcommand
+        options = self.config_init[command]
+        if command != "fit" and options.get("ckpt_path") is None and self.trainer.is_global_zero:
+            start = self.model.hparams.get("init_from")
+            measured = f"model.init_from {start}" if start else "the base, without any training"
+            log.warning(
+                "%s: measures %s; pass --ckpt_path RUN for what a run trained", command, measured
+            )
         options["ckpt_path"] = asked_checkpoint(self.trainer, options.get("ckpt_path"))
 
     def after_fit(self) -> None:
         """Tell what was written and what to do next."""
         folder = self.trainer.log_dir  # broadcast from rank 0, so every rank must read it
         if self.trainer.is_global_zero and not is_quiet():
-            for line in closing_lines(self.trainer, folder):
+            trained = self.trainer.global_step > self.model._steps_before
+            for line in closing_lines(self.trainer, folder, self._began, trained):
                 print(line)
 
-    before_fit = before_validate = before_test = _find_named_checkpoint
+    def before_fit(self) -> None:
+        """Find a named checkpoint, and note when the fit began."""
+        self._began = time.time()
+        self._find_named_checkpoint()
+
+    before_validate = before_test = _find_named_checkpoint

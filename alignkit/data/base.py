@@ -90,6 +90,8 @@ class AlignmentDataModule(LightningDataModule):
         super().__init__()
         if not 0 < val_fraction < 1:
             raise AlignkitError(f"data.val_fraction={val_fraction}: give a share between 0 and 1")
+        if num_workers < 0:
+            raise AlignkitError(f"data.num_workers={num_workers}: must be 0 or more")
         self.tokenizer = str(tokenizer)
         self.path = path
         parse_splits(splits)  # refuses what it cannot read, before any work

@@ -98,12 +98,13 @@ def _name_an_intact_one(found: str) -> Iterator[None]:
         raise AlignkitError(f"{error}; {other} is intact") from None
 
 
-def first_intact(candidates: Iterable[Path], place: str | Path) -> str | None:
+def first_intact(candidates: Iterable[Path], place: str | Path, *, told: bool = True) -> str | None:
     """Return the first candidate that is intact, and log those that were skipped.
 
     Args:
         candidates: Files in order of preference.
         place: The path that the user gave, for the log and the message.
+        told: Whether to log which one was taken.
 
     Returns:
         The file; ``None`` where there are no candidates.
@@ -118,7 +119,7 @@ def first_intact(candidates: Iterable[Path], place: str | Path) -> str | None:
     for candidate in candidates:
         damage = _damage(candidate)
         if damage is None:
-            _tell_launched_ranks(place, candidate, damaged)
+            _tell_launched_ranks(place, candidate, damaged, told)
             return str(candidate)
         damaged.append(damage)
     if damaged:
@@ -193,12 +194,14 @@ def _found_by_launcher(place: str | Path) -> str | None:
     return file
 
 
-def _tell_launched_ranks(place: str | Path, file: Path, damaged: list[AlignkitError]) -> None:
+def _tell_launched_ranks(
+    place: str | Path, file: Path, damaged: list[AlignkitError], told: bool
+) -> None:
     if not is_first_rank():
         return
     if damaged:
         log.warning("%s: taking %s, for %s", place, file, "; ".join(map(str, damaged)))
-    else:
+    elif told:
         log.info("%s: taking %s", place, file)
     found = json.loads(os.environ.get(_FOUND_VARIABLE, "{}"))
     os.environ[_FOUND_VARIABLE] = json.dumps({**found, str(Path(place).absolute()): str(file)})

@@ -50,3 +50,18 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return one above the largest id that a tokenizer may give."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def refuse_other_tokens(
+    theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Refuse a reference whose tokenizer gives other ids than the policy's, called ``name``.
+
+    Raises:
+        AlignkitError: It does.
+    """
+    if theirs.get_vocab() != ours.get_vocab():
+        raise AlignkitError(
+            f"its tokenizer has other tokens than the policy's ({name}); the reference must read "
+            "the same ids"
+        )

@@ -43,6 +43,7 @@ from alignkit.modules.sharding import refuse_probe
 from alignkit.modules.signals import Signals
 from alignkit.modules.text import format_of_checkpoint, format_of_run
 from alignkit.modules.trainer_support import TrainerSupport
+from alignkit.modules.usage import Usage
 from alignkit.utils.phases import phase
 
 log = logging.getLogger(__name__)
@@ -230,7 +231,7 @@ class AlignmentModule(TrainerSupport):
         """Return the callbacks that every run has, and reserve the run's folder."""
         super().configure_callbacks()
         claim_run_folder(self.trainer)
-        added: list[Callback] = [Signals(), Dashboard()]
+        added: list[Callback] = [Signals(), Dashboard(), Usage()]
         there = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [each for each in added if type(each) not in there]
 

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from alignkit.models import checkpoint as ckpt
+from alignkit.utils import random_state as rng
 
 _KEY = "position"
 
@@ -32,7 +32,7 @@ class WindowStart:
 
     Attributes:
         batches: Number of micro-batches of the epoch before the window.
-        random_state: This rank's random state; see `alignkit.models.checkpoint.random_state`.
+        random_state: This rank's random state; see `alignkit.utils.random_state.random_state`.
     """
 
     batches: int
@@ -68,7 +68,7 @@ class Position:
         # Lightning zeroes gradients by the same rule.
         first = self._open is None or number % trainer.accumulate_grad_batches == 0
         if first:
-            self._open = WindowStart(number, ckpt.random_state(device))
+            self._open = WindowStart(number, rng.random_state(device))
             self._validated = self._validated_before
         return first
 
@@ -89,7 +89,7 @@ class Position:
         loop = trainer.fit_loop
         saved = checkpoint["loops"]["fit_loop"]
         now = loop.epoch_loop.batch_progress.current.ready
-        start = self._open or WindowStart(now, ckpt.random_state(device))
+        start = self._open or WindowStart(now, rng.random_state(device))
         begun: int = loop.epoch_progress.current.started  # type: ignore[attr-defined]
         whole = self._open is None and loop.epoch_loop._num_ready_batches_reached()
         # A validation that an error interrupted begins again in the resumed run.
@@ -100,7 +100,7 @@ class Position:
         elif begun:
             _end_epoch(saved, trainer.global_step)
         _restart_validation(saved["epoch_loop.val_loop.batch_progress"], begin=cut)
-        checkpoint["rng"] = ckpt.of_all_ranks(start.random_state)
+        checkpoint["rng"] = rng.of_all_ranks(start.random_state)
         checkpoint[_KEY] = {"validated": self._validated if self._open else 0}
         data = checkpoint.get(type(trainer.datamodule).__qualname__)  # type: ignore[attr-defined]
         if isinstance(data, dict) and {"epoch", "batches"} <= data.keys():
@@ -124,7 +124,7 @@ class Position:
             self._validated_before += (now - self._ready_before) * bool(self._validated_before)
             self._ready_before = None
         if self._random_states is not None:
-            ckpt.restore_random_state(self._random_states, device, trainer.global_rank)
+            rng.restore_random_state(self._random_states, device, trainer.global_rank)
             self._random_states = None
 
 

@@ -17,6 +17,7 @@ from alignkit.models.checkpoint import load_policy
 from alignkit.models.fingerprint import base_fingerprint
 from alignkit.models.load import load_tokenizer
 from alignkit.models.residual import is_widened, widen_residual
+from alignkit.models.tokenizer import refuse_other_tokens
 from alignkit.modules.reference import ReferenceModel, frozen_copy
 
 COPY, BASE, NONE = "copy", "base", "none"
@@ -95,12 +96,7 @@ def loaded_from(
         )
     try:
         model, theirs = load_policy(path, dtype=dtype)
-        ours = load_tokenizer(tokenizer)
-        if theirs.get_vocab() != ours.get_vocab():
-            raise AlignkitError(
-                f"its tokenizer has other tokens than the policy's ({tokenizer}); the reference "
-                "must read the same ids"
-            )
+        refuse_other_tokens(theirs, load_tokenizer(tokenizer), tokenizer)
         if is_widened(policy):
             widen_residual(model)
         check_engine(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from alignkit.errors import AlignkitError
 from alignkit.models.archive import local_path, read_archive, verify_archive
 from alignkit.models.find import first_intact, newest_first
 from alignkit.utils.ranks import is_first_rank
+
+_VERSION = re.compile(r"version_(\d+)")
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,21 @@ def claim_run_folder(trainer: Trainer) -> None:
             return
         else:
             return
+
+
+def discard_empty_folders(trainer: Trainer) -> None:
+    """Remove the folders that a failed run has made for itself and written nothing to."""
+    if not is_first_rank():
+        return
+    keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    logger = trainer.logger
+    named = [logger.log_dir] if isinstance(logger, TensorBoardLogger | CSVLogger) else []
+    for name in [*named, *(keeper.dirpath for keeper in keepers if keeper.dirpath)]:
+        folder = local_path(name)
+        if folder is not None and _VERSION.fullmatch(folder.name):
+            with suppress(OSError):  # it is not empty, or not there
+                folder.rmdir()
+                folder.parent.rmdir()
 
 
 def run_folder(trainer: Trainer) -> str:
@@ -75,7 +93,7 @@ def runs_folder(trainer: Trainer) -> str:
 
 
 def _new_folder(root: Path) -> Path:
-    numbers = [re.fullmatch(r"version_(\d+)", path.name) for path in root.glob("version_*")]
+    numbers = [_VERSION.fullmatch(path.name) for path in root.glob("version_*")]
     for number in count(max((int(match[1]) + 1 for match in numbers if match), default=0)):
         folder = root / f"version_{number}"
         try:
@@ -125,7 +143,7 @@ def named_checkpoint(trainer: Trainer, name: str) -> str:
         folders = _checkpoint_folders(trainer)
         where = ", ".join(map(str, folders))
         candidates = (file for folder in folders for file in newest_first(folder))
-        found = first_intact(candidates, asked)
+        found = first_intact(candidates, asked, told=name != "best")
     if found is None:
         raise AlignkitError(
             f"{asked}: there is no checkpoint in {where}; give a file, or start without --ckpt_path"
@@ -162,6 +180,8 @@ def _best_checkpoint(newest: str) -> str:
         except AlignkitError as error:
             damage = error
         else:
+            if is_first_rank():
+                log.info("ckpt_path best: taking %s", candidate)
             return str(candidate)
     log.warning("ckpt_path best: %s; taking the newest instead, %s", damage, newest)
     return newest

@@ -58,6 +58,9 @@ class PairWatch(nn.Module):
     Args:
         compares: Whether the policy is compared with a reference.
         warns: Whether falling chosen answers are told of.
+
+    Attributes:
+        margins: Those of the validation's pairs on this rank, a tensor a batch.
     """
 
     def __init__(self, compares: bool, warns: bool = True) -> None:
@@ -66,6 +69,7 @@ class PairWatch(nn.Module):
         self.gauges = nn.ModuleDict({name: kind() for name, kind in used.items()})
         self.falling = FallingChosen(compares)
         self.falling.told = not warns
+        self.margins: list[Tensor] = []
 
     def named(self) -> dict[str, Gauge]:
         """Return the gauges by the names that they are logged under."""
@@ -74,6 +78,7 @@ class PairWatch(nn.Module):
     def reset(self) -> None:
         """Begin a validation."""
         self.falling.reset()
+        self.margins = []
         for gauge in self.named().values():
             gauge.reset()
 
@@ -81,7 +86,10 @@ class PairWatch(nn.Module):
     def add(self, pairs: RatedPairs, training: bool) -> None:
         """Add a batch, which takes part in the gauges outside of training."""
         self.falling.add(pairs, training)
-        for gauge in self.named().values() if not training else ():
+        if training:
+            return
+        self.margins.append(pairs.margin)
+        for gauge in self.named().values():
             gauge.update(pairs)
 
 

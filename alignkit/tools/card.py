@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,10 +38,11 @@ print(ask("How do I keep bread fresh?", max_new_tokens=64)[0]["generated_text"])
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({quoted})
 model = PeftModel.from_pretrained(base, ".")
 ```""",
-    "safetensors": "```sh\nalignkit generate --model " + ADAPTER_FILE + " --base {base}\n```",
+    "safetensors": f"```sh\nalignkit generate --model {ADAPTER_FILE} --base {{shell}} \\\n"
+    "  --prompts 'How do I keep bread fresh?'\n```",
     "reward": """```python
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -139,7 +142,7 @@ def model_card(training: Training, name: str, to: Kind, *, base: str, dtype: str
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
         _summary(training, base, to, dtype, version),
-        f"## Use\n\n{_USES[to].format(base=base)}",
+        f"## Use\n\n{_USES[to].format(quoted=json.dumps(base), shell=shlex.quote(base))}",
     ]
     data = training.config.get("data")
     if data:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alignkit.errors import AlignkitError
+from alignkit.models.find import find_checkpoint
 from alignkit.tools.compare_page import comparison_page
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
@@ -23,7 +24,7 @@ from alignkit.tools.generate.options import gather_options
 from alignkit.tools.generate.prompts import shown
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
 from alignkit.tools.moved import Piece, moved_tokens
-from alignkit.utils.atomic import check_output, write_atomically
+from alignkit.utils.atomic import check_outputs, write_atomically
 from alignkit.utils.progress import counting
 
 Pages = dict[str, list[tuple[Answer, list[Piece]]]]
@@ -110,9 +111,9 @@ def compare(
         AlignkitError: Bad prompts, options or paths, before anything is computed; or, when all
             models were tried, that some of them failed.
     """
-    markdown_file = check_output(markdown, "markdown")
-    json_file = check_output(json, "json")
-    page_file = check_output(html, "html")
+    markdown_file, json_file, page_file = check_outputs(
+        {"--markdown": markdown, "--json": json, "--html": html}
+    )
     named = name_models(models)
     options = gather_options(options)
     request = Request(**options)
@@ -121,17 +122,16 @@ def compare(
     console = Console()
     try:
         for name, path in named.items():
-            _add_answers(request, name, path, comparison, pages if page_file else None)
-            if markdown_file is not None:
-                write_atomically(markdown_file, comparison.to_markdown())
-            if json_file is not None:
-                found = {"models": named, "settings": request.to_dict(), **asdict(comparison)}
-                write_atomically(json_file, as_json(found))
-            if page_file is not None:
-                answers = {each: [answer for answer, _ in page] for each, page in pages.items()}
-                moved = {each: [tokens for _, tokens in page] for each, page in pages.items()}
-                text = comparison_page(comparison.prompts, answers, moved, comparison.failures)
-                write_atomically(page_file, text)
+            try:
+                _add_answers(request, name, path, comparison, pages if page_file else None)
+            finally:  # also what was answered before a signal
+                if markdown_file is not None:
+                    write_atomically(markdown_file, comparison.to_markdown())
+                if json_file is not None:
+                    found = {"models": named, "settings": request.to_dict(), **asdict(comparison)}
+                    write_atomically(json_file, as_json(found))
+                if page_file is not None:
+                    write_atomically(page_file, _page(comparison, pages))
     finally:
         if comparison.answers:
             console.print(comparison.to_table())
@@ -160,11 +160,13 @@ def _add_answers(
 ) -> None:
     """Load one model, add its answers or its failure to the comparison, and free its memory."""
     heard: list[Answer] = []
+    answers: list[str] = []
+    wanted = len(request.questions)
     try:
+        path = find_checkpoint(path)
         model, tokenizer = request.load(path)
         asked = request.format_for(path, tokenizer)
-        answers = []
-        with counting(f"{name}: prompt", len(request.questions)) as count:
+        with counting(f"{name}: prompt", wanted) as count:
             for answer in request.answers(model, tokenizer, asked, name, heard=heard.append):
                 answers.append(answer)
                 count.reach(len(answers))
@@ -178,16 +180,31 @@ def _add_answers(
         del model
     except AlignkitError as error:
         comparison.failures[name] = str(error)
+    except BaseException:  # a signal, say
+        if answers:
+            comparison.answers[name] = answers + [""] * (wanted - len(answers))
+            comparison.failures[name] = f"stopped after {len(answers)} of {wanted} prompts"
+        raise
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def name_models(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+def _page(comparison: Comparison, pages: Pages) -> str:
+    answers = {name: [answer for answer, _ in page] for name, page in pages.items()}
+    moved = {name: [tokens for _, tokens in page] for name, page in pages.items()}
+    return comparison_page(comparison.prompts, answers, moved, comparison.failures)
+
+
+def name_models(models: Sequence[str] | Mapping[str, str], what: str = "models") -> dict[str, str]:
     """Return the path of each model by its name, from ``NAME=PATH`` and plain paths.
 
     A plain path is named after its last part. A path may hold an equals sign itself, as in
     Lightning's ``epoch=0-step=10.ckpt``: a file that exists is taken as a path.
+
+    Args:
+        models: The models, or what else is named so.
+        what: What they are called in messages.
 
     Raises:
         AlignkitError: There is no model, or two have the same name.
@@ -205,7 +222,7 @@ def name_models(models: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     for name, path in pairs:
         if name in named:
             raise AlignkitError(
-                f"models: '{named[name]}' and '{path}' are both called '{name}'; "
+                f"{what}: '{named[name]}' and '{path}' are both called '{name}'; "
                 "name them as NAME=PATH"
             )
         named[name] = path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import shlex
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 import alignkit
+from alignkit.cli.near import did_you_mean
 from alignkit.errors import AlignkitError
-from alignkit.utils.atomic import write_atomically
+from alignkit.utils.atomic import output_path, write_atomically
 
 
 def configs(name: str | None = None, output: str | None = None) -> None:
@@ -29,24 +30,24 @@ def configs(name: str | None = None, output: str | None = None) -> None:
         str(p.relative_to(configs_folder()).with_suffix("")): p
         for p in configs_folder().rglob("*.yaml")
     }
-    console = Console()
     if name is None:
         table = Table("name", "what it trains", box=None)
         for each, path in sorted(known.items()):
             table.add_row(each, _summary(path))
-        console.print(table)
-        console.print("copy one with: alignkit configs NAME", highlight=False)
+        Console().print(table)
+        print("copy one with: alignkit configs NAME")
         return
     wanted = name.removesuffix(".yaml").removeprefix("configs/")
     if wanted not in known:
-        close = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise AlignkitError(f"configs {name}: there are {', '.join(sorted(known))}{hint}")
-    place = Path(output or f"{Path(wanted).name}.yaml")
+        near = did_you_mean(wanted, known)
+        raise AlignkitError(f"configs {name}: there are {', '.join(sorted(known))}{near}")
+    named = f"{Path(wanted).name}.yaml" if output is None else output
+    place = output_path(named, "--output")
     if place.exists():
-        raise AlignkitError(f"output {place}: exists; choose another --output")
+        raise AlignkitError(f"--output {place}: exists; choose another")
     write_atomically(place, known[wanted].read_text(encoding="utf-8"))
-    console.print(f"wrote {place}; run it with: alignkit fit --config {place}", highlight=False)
+    run = f"alignkit fit --config {shlex.quote(str(place))}"
+    print(f"wrote {place}; run it with: {run}")
 
 
 def configs_folder() -> Path:

@@ -1,15 +1,12 @@
-"""Draw the curves of runs from their TensorBoard event files.
-
-``python -m alignkit.tools.curves --runs sft=runs/sft --tags train/loss val/loss --out sft.png``
-"""
+"""Draw the curves of runs from their TensorBoard event files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from alignkit.errors import AlignkitError
 from alignkit.tools.plots import COLORS, new_figure, save
@@ -73,7 +70,21 @@ def plot_curves(runs: Mapping[str, str | Path], tags: Sequence[str], out: str | 
             listed), or the picture cannot be written.
     """
     target = check_output(str(out), "out")
-    scalars = {name: read_scalars(directory) for name, directory in runs.items()}
+    figure = draw_curves({name: read_scalars(place) for name, place in runs.items()}, tags)
+    if target is not None:
+        save(figure, target)
+
+
+def draw_curves(scalars: Mapping[str, Scalars], tags: Sequence[str]) -> Figure:
+    """Return the picture of `plot_curves`.
+
+    Args:
+        scalars: From a name in the legend to a run's scalars.
+        tags: As there.
+
+    Raises:
+        AlignkitError: No run has one of the tags.
+    """
     for tag in tags:
         if not any(tag in found for found in scalars.values()):
             known = ", ".join(sorted({tag for found in scalars.values() for tag in found}))
@@ -83,19 +94,20 @@ def plot_curves(runs: Mapping[str, str | Path], tags: Sequence[str], out: str | 
         panels.setdefault(tag.partition("/")[2] or tag, []).append(tag)
     figure, axes = new_figure(len(panels))
     for axis, (quantity, group) in zip(axes, panels.items(), strict=True):
-        for color, (name, found) in zip(COLORS * len(runs), scalars.items(), strict=False):
+        for color, (name, found) in zip(COLORS * len(scalars), scalars.items(), strict=False):
             for tag in group:
                 if tag in found:
-                    _draw(axis, found[tag], tag, name if len(runs) > 1 else "", color)
+                    _draw(axis, found[tag], tag, name if len(scalars) > 1 else "", color)
         axis.set(title=quantity, xlabel="step")
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
-    if target is not None:
-        save(figure, target)
+    return figure
 
 
 def _draw(axis: Axes, points: list[tuple[int, float]], tag: str, run: str, color: str) -> None:
     steps, values = zip(*points, strict=True)
-    label = " ".join(filter(None, [run, tag.partition("/")[0]]))
+    # matplotlib reads `$` as mathematics, and leaves names with `_` in front out of a legend.
+    label = " ".join(filter(None, [run.replace("$", r"\$"), tag.partition("/")[0]]))
+    label = f" {label}" if label.startswith("_") else label
     if not tag.startswith("train/"):
         axis.plot(steps, values, "--o", color=color, markersize=4, label=label)
     elif len(values) < _SMOOTH_FROM:
@@ -124,21 +136,3 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
         average = weight * average + (1 - weight) * value
         smoothed.append(average / (1 - weight**count))
     return smoothed
-
-
-def main(args: list[str] | None = None) -> None:
-    """Draw curves from the command line."""
-    parser = ArgumentParser(prog="python -m alignkit.tools.curves", description=__doc__)
-    parser.add_argument("--runs", nargs="+", type=str, required=True, metavar="NAME=DIR")
-    parser.add_argument("--tags", nargs="+", type=str, default=["train/loss", "val/loss"])
-    parser.add_argument("--out", type=str, required=True)
-    options = parser.parse_args(args)
-    runs = dict(run.partition("=")[::2] for run in options.runs)
-    try:
-        plot_curves(runs, options.tags, options.out)
-    except AlignkitError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

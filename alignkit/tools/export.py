@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alignkit.data.text.chat_templates import template_of
@@ -31,6 +30,7 @@ from alignkit.models.readback import refuse_other_answers
 from alignkit.models.reward import save_reward_model
 from alignkit.models.text_format import TextFormat, write_format
 from alignkit.tools.card import write_card
+from alignkit.utils.atomic import output_path
 
 _PROBED = 32
 """Tokens whose logits are compared when packed weights give way to plain ones."""
@@ -78,9 +78,10 @@ def export(
         AlignkitError: The checkpoint or its base cannot be read, the output holds files, the format
             cannot express the adapter, or its reader would not find all of it.
     """
-    place = Path(output)
+    place = output_path(output, "--output")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise AlignkitError(f"output {output}: exists and is not empty; choose another directory")
+        raise AlignkitError(f"--output {output}: exists and is not empty; choose another directory")
+    _check_use(to, dtype=dtype, plain=plain, onto=onto)
     model = find_checkpoint(model)
     if push is not None:
         check_push(push)
@@ -100,7 +101,14 @@ def export(
     if trained is not None and whole:
         _keep_text_format(policy, tokenizer, trained)
     told = ""
-    if whole and quantization(policy) is not None:
+    packed = quantization(policy) is not None
+    if onto == "original" and not packed:
+        raise AlignkitError(f"--onto original: {model} was not trained over a quantized base")
+    if not whole and not adapter_configs(policy):
+        raise AlignkitError(
+            f"{model}: has no adapter for --to {to}; export --to merged writes the whole model"
+        )
+    if whole and packed:
         told = _unpack(policy, place_of_base, onto)
     header = {}
     if not whole:
@@ -124,15 +132,31 @@ def export(
     precision = str(written if whole else torch.float32).removeprefix("torch.")
     write_card(model, place, to, base=named, dtype=precision)
     told = f", {precision}{told}" if whole else ""
-    Console().print(f"wrote {place} ({to}{told})", highlight=False)
+    print(f"wrote {place} ({to}{told})")
     return _pushed(place, push)
 
 
 def _pushed(place: Path, push: str | None) -> Path:
     """Return an export's folder, which is put into a repository if one is named."""
     if push is not None:
-        Console().print(f"pushed to {push_folder(place, push)}", highlight=False)
+        print(f"pushed to {push_folder(place, push)}")
     return place
+
+
+def _check_use(to: str, *, dtype: str, plain: bool, onto: str) -> None:
+    """Refuse options that a format has no use for.
+
+    Raises:
+        AlignkitError: One was given.
+    """
+    whole, adapter = ("merged", "gguf"), ("peft", "safetensors")
+    for flag, given, formats in (
+        (f"--dtype {dtype}", dtype != "base", whole),
+        (f"--onto {onto}", onto != "dequantized", whole),
+        ("--plain", plain, adapter),
+    ):
+        if given and to not in formats:
+            raise AlignkitError(f"{flag}: is for --to {' and '.join(formats)}, not {to}")
 
 
 def _export_reward(model: str, place: Path, base: str | None) -> None:
@@ -145,7 +169,7 @@ def _export_reward(model: str, place: Path, base: str | None) -> None:
     named = base or base_record(model)[0]
     precision = str(policy.dtype).removeprefix("torch.")
     write_card(model, place, "reward", base=named, dtype=precision)
-    Console().print(f"wrote {place} (reward, {precision})", highlight=False)
+    print(f"wrote {place} (reward, {precision})")
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import DraftExample
 from alignkit.data.read.rows import BadRow, Source
 from alignkit.data.read.sources import find_splits
+from alignkit.data.text.defects import DefectError
 from alignkit.data.text.policies import Tally
 from alignkit.data.text.ranked import SAMPLED
 from alignkit.data.text.recognise import check_columns
@@ -31,7 +31,11 @@ from alignkit.models.checkpoint import load_policy, policy_format, read_checkpoi
 from alignkit.models.find import find_checkpoint
 from alignkit.models.reward import holds_reward, is_classifier, load_classifier, rewards
 from alignkit.models.text_format import PromptChoice
+from alignkit.models.tokenizer import refuse_other_tokens
 from alignkit.utils.atomic import check_output, write_atomically
+
+_BETA = 0.1
+_LINES_SHOWN = 5
 
 Scorer = Callable[[Sequence[Example]], list[list[float]]]
 """Returns the score of each answer of each example."""
@@ -64,7 +68,7 @@ def judge(
     *,
     model: str,
     reference: str | None = None,
-    beta: float = 0.1,
+    beta: float | None = None,
     output: str | None = None,
     split: str | None = None,
     columns: dict[str, str] | None = None,
@@ -80,7 +84,7 @@ def judge(
         model: A reward model (a checkpoint, a run's folder, or what ``export --to reward`` wrote),
             or a policy, whose implicit reward is β (log π(y|x) − log π_ref(y|x)).
         reference: π_ref, as ``model``; by default the policy without its adapters.
-        beta: β, the scale of the implicit reward.
+        beta: β, the scale of the implicit reward, 0.1 by default.
         output: A JSON-lines file for the rows: ``prompt``, ``responses`` from the best to the
             worst, and their ``scores``, which the data modules read.
         split: Judge this split alone; default: all.
@@ -96,30 +100,38 @@ def judge(
     Raises:
         AlignkitError: Nothing can be read there, or the models do not fit.
     """
+    _check_numbers(beta, tokens_per_batch)
     written = check_output(output, "--output")
     offered = find_splits(path)
     if split is not None and split not in offered:
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
+    model = find_checkpoint(model)
     columns = columns or _sampled(sources)
     scorer, tokenizer = _scorer(model, reference, beta)
     encoder = _encoder(sources, tokenizer, model, prompt_format, max_length, columns)
     lines: list[str] = []
     margins: list[float] = []
-    for drafts in _batches(sources, encoder, tokens_per_batch):
-        for draft, scores in zip(drafts, scorer([encoder.example(d) for d in drafts]), strict=True):
-            lines.append(json.dumps(ranked_row(draft, scores), ensure_ascii=False))
-            margins.append(scores[0] - scores[-1])
+    dropped: list[int] = []
+    try:
+        for drafts in _batches(_drafts(sources, encoder, dropped), encoder, tokens_per_batch):
+            scored = scorer([encoder.example(draft) for draft in drafts])
+            for draft, scores in zip(drafts, scored, strict=True):
+                lines.append(json.dumps(ranked_row(draft, scores), ensure_ascii=False))
+                margins.append(scores[0] - scores[-1])
+    except DefectError as defect:  # this command has no policies
+        raise AlignkitError(defect.told) from None
+    finally:  # also what was scored before a signal
+        if written is not None and lines:
+            write_atomically(written, "".join(f"{line}\n" for line in lines))
     if not margins:
-        raise AlignkitError(f"{path}: has no row to judge")
+        raise AlignkitError(f"{path}: has no row to judge{_dropped(dropped)}")
     verdict = _verdict(torch.tensor(margins, dtype=torch.float64))
-    if written is not None:
-        write_atomically(written, "".join(f"{line}\n" for line in lines))
-    Console().print(
-        f"{path}: {verdict.rows:,} rows, first answer above the last in {verdict.accuracy:.1%} "
-        f"(± {verdict.error:.1%}), by {verdict.margin:.4g} on average",
-        highlight=False,
-        soft_wrap=True,
+    error = f" (± {verdict.error:.1%})" if verdict.rows > 1 else ""
+    rows = f"{verdict.rows:,} row{'s' if verdict.rows > 1 else ''}{_dropped(dropped)}"
+    print(
+        f"{path}: {rows}, first answer above the last in {verdict.accuracy:.1%}{error}, by "
+        f"{verdict.margin:.4g} on average"
     )
     return verdict
 
@@ -148,14 +160,14 @@ def ranked_row(draft: DraftExample, scores: Sequence[float]) -> dict[str, Any]:
 
 
 def _scorer(
-    model: str, reference: str | None, beta: float
+    model: str, reference: str | None, beta: float | None
 ) -> tuple[Scorer, PreTrainedTokenizerBase]:
     """Return what scores answers, and the tokenizer that it reads them by."""
-    model = find_checkpoint(model)
     is_checkpoint = model.endswith(".ckpt")
     if is_classifier(model) or (is_checkpoint and holds_reward(read_checkpoint(model))):
-        if reference is not None:
-            raise AlignkitError(f"--reference: {model} is a reward model, which needs none")
+        for flag, value in (("--reference", reference), ("--beta", beta)):
+            if value is not None:
+                raise AlignkitError(f"{flag}: {model} is a reward model, which needs none")
         if not is_checkpoint:
             return load_classifier(model)
         headed, tokenizer = load_policy(model, reward=True)
@@ -168,14 +180,21 @@ def _scorer(
         raise AlignkitError(
             f"--model {model}: is a whole model, whose implicit reward needs --reference"
         )
-    other = policy if reference is None else load_policy(reference, argument="reference")[0]
+    other = policy
+    if reference is not None:
+        other, theirs = load_policy(reference, argument="reference")
+        try:
+            refuse_other_tokens(theirs, tokenizer, model)
+        except AlignkitError as error:
+            raise AlignkitError(f"--reference {reference}: {error}") from None
+    scale = _BETA if beta is None else beta
 
     def implicit(examples: Sequence[Example]) -> list[list[float]]:
         batch = collate(examples)
         ours = response_sums(score(policy, batch), batch)
         with adapters_disabled(policy) if other is policy else nullcontext():
             theirs = response_sums(score(other, batch), batch)
-        return _split(beta * (ours - theirs), examples)
+        return _split(scale * (ours - theirs), examples)
 
     return implicit, tokenizer
 
@@ -190,7 +209,7 @@ def _encoder(
 ) -> DialogueEncoder:
     """Return the encoder of the rows, in the format that the model was trained with."""
     names = check_columns(columns)
-    trained = policy_format(model) if Path(find_checkpoint(model)).exists() else None
+    trained = policy_format(model) if Path(model).exists() else None
     if prompt_format == "auto" and trained is not None and trained.prompt_format != "text":
         prompt_format = trained.prompt_format
     if prompt_format == "auto":
@@ -204,6 +223,19 @@ def _encoder(
     )
 
 
+def _drafts(
+    sources: Sequence[Source], encoder: DialogueEncoder, dropped: list[int]
+) -> Iterator[DraftExample]:
+    """Yield the rows, and add the lines of those that a policy drops to ``dropped``."""
+    for source in sources:
+        tally = Tally(lines_kept=None)
+        kept = set()
+        for draft in encoder.drafts(source, tally):
+            kept.add(draft.line)
+            yield draft
+        dropped += sorted(set(tally.lines.get("rows", ())) - kept)
+
+
 def _sampled(sources: Sequence[Source]) -> dict[str, str] | None:
     """Return how the rows of ``alignkit sample`` are read, ``None`` for rows of others."""
     first = next((row for source in sources for _, row in source.rows()), {})
@@ -212,12 +244,12 @@ def _sampled(sources: Sequence[Source]) -> dict[str, str] | None:
 
 
 def _batches(
-    sources: Sequence[Source], encoder: DialogueEncoder, most: int
+    drafts: Iterator[DraftExample], encoder: DialogueEncoder, most: int
 ) -> Iterator[list[DraftExample]]:
     """Yield the rows in batches of so many tokens at most, or of one row."""
     batch: list[DraftExample] = []
     tokens = 0
-    for draft in (each for source in sources for each in encoder.drafts(source, Tally())):
+    for draft in drafts:
         size = encoder.example(draft).num_tokens
         if batch and tokens + size > most:
             yield batch
@@ -226,6 +258,21 @@ def _batches(
         tokens += size
     if batch:
         yield batch
+
+
+def _dropped(lines: Sequence[int]) -> str:
+    """Return what a sentence says about dropped rows, empty where there are none."""
+    if not lines:
+        return ""
+    listed = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", …" if lines[_LINES_SHOWN:] else "")
+    return f", dropped {len(lines):,} (line {listed}; alignkit audit says why)"
+
+
+def _check_numbers(beta: float | None, tokens_per_batch: int) -> None:
+    if beta is not None and not 0 < beta < float("inf"):
+        raise AlignkitError(f"--beta {beta}: must be above 0")
+    if tokens_per_batch < 1:
+        raise AlignkitError(f"--tokens_per_batch {tokens_per_batch}: must be 1 or more")
 
 
 def _split(scores_R: Tensor, examples: Sequence[Example]) -> list[list[float]]:

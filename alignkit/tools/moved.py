@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from alignkit.batch import Example, collate
 from alignkit.engine import score
 from alignkit.lora import adapter_configs, adapters_disabled
 from alignkit.models.text_format import TextFormat
+from alignkit.tools.generate.pieces import UNFINISHED
 from alignkit.tools.generate.prompts import Question, encode_prompts
 
 Piece = tuple[str, float | None]
@@ -35,8 +35,7 @@ def moved_tokens(
         question: The question.
         ids: The answer's tokens.
     """
-    texts = [str(tokenizer.decode(list(ids[:end]))) for end in range(len(ids) + 1)]
-    pieces = [after[len(before) :] for before, after in pairwise(texts)]
+    pieces = _pieces([str(tokenizer.decode(list(ids[:end]))) for end in range(1, len(ids) + 1)])
     if not ids or not adapter_configs(model):
         return [(piece, None) for piece in pieces]
     (prompt,) = encode_prompts([question], asked, tokenizer)
@@ -45,3 +44,17 @@ def moved_tokens(
     with adapters_disabled(model):
         without = score(model, batch)
     return list(zip(pieces, (with_it - without).tolist(), strict=True))
+
+
+def _pieces(texts: Sequence[str]) -> list[str]:
+    """Return what each token adds to a growing text.
+
+    The tokens of a character that several of them spell add nothing until the last one.
+    """
+    pieces, shown = [], ""
+    for index, text in enumerate(texts):
+        last = index == len(texts) - 1
+        grown = text if last or not text.endswith(UNFINISHED) else shown
+        pieces.append(grown[len(shown) :])
+        shown = grown
+    return pieces

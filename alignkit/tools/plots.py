@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,4 +34,17 @@ def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure to a file, in the format of its suffix or else as PNG."""
     kind = path.suffix.removeprefix(".") or "png"
-    write_atomically(path, lambda file: figure.savefig(file, format=kind, dpi=150))
+    write_atomically(path, lambda file: _draw(figure, file, kind))
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG picture."""
+    image = io.BytesIO()
+    _draw(figure, image, "png")
+    return image.getvalue()
+
+
+def _draw(figure: Figure, file: BinaryIO, kind: str) -> None:
+    with warnings.catch_warnings():  # names may be in any script
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(file, format=kind, dpi=150)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
-from rich.console import Console
 
 from alignkit.errors import AlignkitError
 from alignkit.tools.compare import name_models
-from alignkit.tools.curves import Scalars, plot_curves, read_scalars
+from alignkit.tools.curves import Scalars, draw_curves, read_scalars
 from alignkit.tools.page import write_page
-from alignkit.utils.atomic import write_atomically
+from alignkit.tools.plots import save
+from alignkit.utils.atomic import output_path, write_atomically
 
+_VERSION = re.compile(r"version_\d+")
 _FIRST = ("loss", "perplexity", "token_accuracy", "rewards/accuracies", "rewards/margins")
 
 
@@ -32,7 +34,9 @@ def report(runs: list[str], output: str = "report") -> Path:
     Raises:
         AlignkitError: A run has no event files, two have one name, or nothing can be written.
     """
-    named = {name: path for run in name_models(runs).items() for name, path in _versions(*run)}
+    folder = output_path(output, "--output")
+    given = name_models(runs, "runs")
+    named = {name: path for run in given.items() for name, path in _versions(*run)}
     scalars = {name: read_scalars(path) for name, path in named.items()}
     tags = [
         tag
@@ -42,18 +46,18 @@ def report(runs: list[str], output: str = "report") -> Path:
     ]
     if not tags:
         raise AlignkitError(f"runs {', '.join(named)}: none has logged a loss")
-    folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AlignkitError(f"output {output}: {error.strerror}; choose another") from error
+        raise AlignkitError(f"--output {output}: {error.strerror}; choose another") from error
     picture = folder / "losses.png"
-    plot_curves(named, tags, picture)
+    figure = draw_curves(scalars, tags)
+    save(figure, picture)
     data = base64.b64encode(picture.read_bytes()).decode()
     image = f'<img alt="Losses of the runs" src="data:image/png;base64,{data}">'
     page = write_page("Report of runs", _summary(scalars, tags) + image)
     write_atomically(folder / "index.html", page)
-    Console().print(f"wrote {picture} and {folder / 'index.html'}", highlight=False)
+    print(f"wrote {picture} and {folder / 'index.html'}")
     return folder
 
 
@@ -66,8 +70,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 def _versions(name: str, path: str) -> list[tuple[str, str]]:
     """Return every version of a run by a name of its own, or the folder itself."""
     found = sorted(
-        (folder for folder in Path(path).glob("version_*") if any(folder.glob("events.out.*"))),
-        key=lambda folder: int(folder.name.removeprefix("version_") or 0),
+        (
+            folder
+            for folder in Path(path).glob("version_*")
+            if _VERSION.fullmatch(folder.name) and any(folder.glob("events.out.*"))
+        ),
+        key=lambda folder: int(folder.name.removeprefix("version_")),
     )
     if len(found) < 2:
         return [(name, path)]

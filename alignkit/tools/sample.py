@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from alignkit.batch import Example, collate
@@ -26,6 +25,7 @@ from alignkit.data.text.ranked import SAMPLED
 from alignkit.engine import response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora.identity import trained_fingerprint
+from alignkit.models.find import find_checkpoint
 from alignkit.models.fingerprint import base_fingerprint
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
@@ -62,15 +62,16 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
     Raises:
         AlignkitError: Bad prompts, options or paths, before anything is computed.
     """
-    target = check_output(output, "output") or Path(output)
+    target = check_output(output, "--output") or Path(output)
+    place = find_checkpoint(model)
     options = gather_options(options)
     request = Request(**options)
     if answers < 2:
         raise AlignkitError(f"answers: must be 2 or more, got {answers}; generate draws one")
     if request.temperature == 0:
         raise AlignkitError("temperature: at 0 all answers to a prompt are the same; raise it")
-    policy, tokenizer = request.load(model)
-    asked = request.format_for(model, tokenizer)
+    policy, tokenizer = request.load(place)
+    asked = request.format_for(place, tokenizer)
     encoder = TextEncoder(tokenizer)
     identity = {
         "model": [base_fingerprint(policy), trained_fingerprint(policy)],
@@ -103,13 +104,9 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
                 part.add(_row(question, drawn, log_probs(policy, prompt, drawn)))
                 count.reach(len(part.rows))
         part.finish()
-    Console().print(
-        f"wrote {target}: {len(part.rows):,} prompts, {answers} answers to each\n"
-        f"next: alignkit judge {shlex.quote(str(target))} --model MODEL --output ranked.jsonl",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    several = "s" if len(part.rows) > 1 else ""
+    print(f"wrote {target}: {len(part.rows):,} prompt{several}, {answers} answers to each")
+    print(f"next: alignkit judge {shlex.quote(str(target))} --model MODEL --output ranked.jsonl")
     return target
 
 

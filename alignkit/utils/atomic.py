@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -33,7 +33,7 @@ def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], obj
     """
     path = Path(path)
     fill = content if callable(content) else _writer(content)
-    special = path.exists() and not path.is_file() and not path.is_dir()
+    special = _is_special(path)
     partial = path if special else path.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,35 +57,72 @@ def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], obj
                 partial.unlink(missing_ok=True)
 
 
+def output_path(path: str, argument: str) -> Path:
+    """Return where a user wants something written, with ``~`` expanded.
+
+    Args:
+        path: As it was given.
+        argument: The argument it came from, for the message.
+
+    Raises:
+        AlignkitError: It is empty.
+    """
+    if not path.strip():
+        raise AlignkitError(f"{argument}: is empty; give a path")
+    return Path(path).expanduser()
+
+
 def check_output(path: str | None, argument: str) -> Path | None:
     """Check that ``path`` can be written later, without touching a file that is there.
 
     Args:
-        path: The file a user asked for, or ``None``. Its directory is made if needed.
+        path: The file a user asked for, or ``None``. Its directory is made when it is written.
         argument: The argument it came from, for the message.
 
     Returns:
         The path, with ``~`` expanded; ``None`` for ``None``.
 
     Raises:
-        AlignkitError: It is a directory, or its directory cannot be made or written to.
+        AlignkitError: It is empty or a directory, or its directory cannot be made or written to.
     """
     if path is None:
         return None
-    target = Path(path).expanduser()
+    target = output_path(path, argument)
     if target.is_dir():
         raise AlignkitError(f"{argument} '{path}': is a directory; name a file in it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    # The directory is made when the file is written, so that a command that fails leaves none.
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir():
         raise AlignkitError(
-            f"{argument} '{path}': its directory cannot be made ({error.strerror}); name another"
-        ) from error
-    if not os.access(target.parent, os.W_OK | os.X_OK):
+            f"{argument} '{path}': its directory cannot be made ({above} is a file); name another"
+        )
+    if not os.access(above, os.W_OK | os.X_OK):
         raise AlignkitError(
             f"{argument} '{path}': its directory cannot be written to; name another"
         )
     return target
+
+
+def check_outputs(files: Mapping[str, str | None]) -> list[Path | None]:
+    """Check the files that a command is to write, each as `check_output` does.
+
+    Args:
+        files: The path a user asked for, or ``None``, by its argument.
+
+    Returns:
+        The paths, in order.
+
+    Raises:
+        AlignkitError: One cannot be written, or two are the same file.
+    """
+    asked: dict[Path, str] = {}
+    for argument, path in files.items():
+        if path is not None:
+            place = output_path(path, argument).resolve()
+            if place in asked and not _is_special(place):
+                raise AlignkitError(f"{argument} '{path}': is that of {asked[place]}, too")
+            asked[place] = argument
+    return [check_output(path, argument) for argument, path in files.items()]
 
 
 def make_writable_folder(folder: Path) -> None:
@@ -120,6 +157,11 @@ def share_files(folder: Path) -> None:
     for file in folder.iterdir():
         if file.is_file():
             file.chmod(mode)
+
+
+def _is_special(path: Path) -> bool:
+    """Tell whether a path is a device or a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _writer(content: bytes | str) -> Callable[[BinaryIO], object]:

@@ -59,7 +59,7 @@ def stop_at_once(signum: int, frame: FrameType | None = None) -> None:
     training = [child.pid for child in children if not child.daemon and child.pid is not None]
     for process in training:
         os.kill(process, signal.SIGTERM)
-    done = "told the training processes" if training else "stopped at once; nothing was saved"
+    done = "told the training processes" if training else "stopped at once"
     write_line(f"{signal.Signals(signum).name}: {done}")
     raise Stopped(signum)
 

@@ -143,9 +143,9 @@ def counting(what: str, total: int | None) -> Iterator[Count]:
 
 def _make_bars(stream: TextIO) -> Progress:
     return Progress(
-        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-        TextColumn("{task.fields[shown]}", table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[shown]}", markup=False, table_column=Column(no_wrap=True)),
         TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         console=Console(file=stream),
         # Without a thread of its own, which could hold a lock while a data worker is forked.

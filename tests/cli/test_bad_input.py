@@ -106,6 +106,17 @@ def test_a_loss_that_is_not_the_modules(fit: Callable) -> None:
     assert "--model.loss IPO: KTOModule has a loss of its own" in line
 
 
+def test_a_file_of_ones_own_that_is_no_python(
+    fit: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("broken_file.py").write_text("class Mine(")
+    for option in ("--model.loss", "--model"):
+        line = fit(option, "broken_file.Mine")
+        assert "was never closed (broken_file.py, line 1)" in line
+        assert "internal error" not in line
+
+
 def test_bad_parameter_of_a_loss(fit: Callable) -> None:
     """Values fail before anything is loaded; a loss has its own parameters and no other's."""
     line = fit("--model.loss.beta", -1, "--model.base", "no/such/model")
@@ -153,6 +164,12 @@ def test_full_fine_tuning_in_bf16_weights(fit: Callable) -> None:
 
 def test_sft_data_for_dpo(fit: Callable, workplace: Path) -> None:
     assert "two responses" in fit("--data", "alignkit.HHSFTDataModule")
+
+
+def test_kto_rows_for_dpo(fit: Callable) -> None:
+    write_lines(Path("kto.jsonl"), [{"prompt": "a", "completion": "b", "label": True}] * 4)  # type: ignore[dict-item]
+    said = fit("--data.path", "kto.jsonl")
+    assert "it is for KTOModule with UnpairedDataModule; mend the row or set data.policies" in said
 
 
 def test_more_tokens_than_positions(fit: Callable) -> None:

@@ -120,6 +120,10 @@ def test_best_is_the_newest_runs_best(sft: Callable) -> None:
     assert read_checkpoint(RUNS / "version_0/best.ckpt")["global_step"] == 1
     err = sft("--ckpt_path", "best", command="test")
     assert f"from the checkpoint at {RUNS}/version_0/best.ckpt" in err
+    assert f"taking {RUNS}/version_0/best.ckpt" in err.replace(f"{Path.cwd()}/", "")
+    assert "taking" not in err.replace("best: taking", "", 1)
+    assert "measures" not in err
+    assert "validate: measures the base, without any training" in sft(command="validate")
     (RUNS / "version_0").rename(RUNS / "version_7")
     err = sft("--ckpt_path", "best", command="test")
     assert f"from the checkpoint at {RUNS}/version_7/best.ckpt" in err

@@ -100,10 +100,19 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "config-broken": (("--config", "broken.yaml"), ("broken.yaml:2: is not valid YAML",)),
     "config-empty": (("--config", "empty.yaml"), ("empty.yaml: is empty",)),
     "config-binary": (("--config=binary.yaml",), ("binary.yaml: is not UTF-8 text",)),
+    "config-class-key": (
+        ("--config", "class.yaml"),
+        ("class.yaml: init_argz: no such key beside class_path of alignkit.SFTModule",),
+    ),
+    "validation-never": (
+        ("--trainer.val_check_interval", 0),
+        ("trainer.val_check_interval=0: must be above 0", "--trainer.limit_val_batches 0"),
+    ),
+    "workers": (("--data.num_workers", -1), ("data.num_workers=-1",)),
     "config-list": (("--config", "list.yaml"), ("list.yaml: holds a list",)),
     "config-key": (
         ("--config", "key.yaml"),
-        ("trainer.max_stepz", "did you mean trainer.max_steps?"),
+        ("key.yaml: trainer.max_stepz", "did you mean trainer.max_steps?; see alignkit fit"),
     ),
     "checkpoint-folder": (("--ckpt_path", "folder"), ("folder",)),
     "near": (
@@ -180,6 +189,7 @@ def files(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("binary.yaml").write_bytes(b"\x00\xff\xfe")
     Path("list.yaml").write_text("- a\n- b\n")
     Path("key.yaml").write_text("trainer:\n  max_stepz: 3\n")
+    Path("class.yaml").write_text("model: {class_path: alignkit.SFTModule, init_argz: {lr: 1}}\n")
     Path("mine.py").write_text(MINE)
     Path("folder").mkdir()
     monkeypatch.syspath_prepend(str(workplace))
@@ -227,7 +237,13 @@ def test_help_names_debug_and_configurations_do_not(command: str, alignkit: Call
     [
         ([], "subcommand"),
         (["fitt"], "fitt"),
-        (["generate"], "model"),
+        (["generate"], "give --model; see alignkit generate --help"),
+        (["judge"], "give PATH and --model; see"),
+        (["fit"], "give --data and --model, or a --config FILE that has both; see alignkit fit"),
+        (
+            ["fit", "--model", "SFTModule"],
+            "give --model.base; see alignkit fit",
+        ),
         (["generate", "--modle", "x"], "did you mean model?"),
     ],
 )

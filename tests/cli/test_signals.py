@@ -139,7 +139,7 @@ def test_before_training_there_is_one_line(sft: Callable, hook: str) -> None:
     status, err = sft(hook=hook)
     assert status == 143
     assert [line for line in err.splitlines() if "SIGTERM" in line] == [
-        "alignkit: SIGTERM: stopped at once; nothing was saved"
+        "alignkit: SIGTERM: stopped at once"
     ]
     assert "Traceback" not in err
     assert not list(Path("runs").rglob("*.ckpt"))

@@ -174,3 +174,18 @@ def test_all_bad_and_outputs_refused_early(
     assert main(["audit", str(tmp_path / "none.jsonl")]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and all(line.startswith("alignkit: error: ") for line in errors)
+
+
+def test_no_name_is_taken_for_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path = tmp_path / "[bold].jsonl"
+    path.write_text('{"prompt": "a", "completion": " b", "[/x]": 1}\n')
+    assert main(["audit", str(path), "--json", str(tmp_path / "out.json")]) == 0
+    told = capsys.readouterr().out
+    assert "Nothing is read from the columns [/x]." in told.splitlines()
+    assert "[bold]" in told
+    assert (tmp_path / "out.json").is_file()
+    assert main(["audit", str(path), "--json", "x", "--html", "./x"]) == 2
+    assert "--html './x': is that of --json, too" in capsys.readouterr().err

@@ -16,7 +16,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from alignkit.data import HHPreferenceDataModule, HHSFTDataModule, OpenWebTextDataModule
+from alignkit.data import (
+    HHPreferenceDataModule,
+    HHSFTDataModule,
+    OpenWebTextDataModule,
+    TextDataModule,
+)
 from alignkit.data.read import hub
 from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
@@ -215,8 +220,23 @@ def test_the_truncated_share_is_counted(tmp_path: Path, make: Callable[..., Any]
 def test_nothing_left_is_an_error(tmp_path: Path, make: Callable[..., Any]) -> None:
     row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: b"}
     path = write_jsonl(tmp_path / "a.jsonl", [row] * 3)
-    with pytest.raises(AlignkitError, match="no example is left in train"):
+    told = r"no example is left in train: its 3 rows were all dropped \(identical_pairs 3\)"
+    with pytest.raises(AlignkitError, match=told):
         make(HHPreferenceDataModule, path).setup()
+    pair = {"prompt": "a", "chosen": "b" * 90, "rejected": "c"}
+    path = write_jsonl(tmp_path / "b.jsonl", [pair])
+    with pytest.raises(AlignkitError, match=r"\(too_long 1\); raise data.max_length"):
+        make(HHPreferenceDataModule, path, max_length=8).setup()
+    with pytest.raises(AlignkitError, match="all held out or left out; give more rows, name"):
+        make(HHPreferenceDataModule, path).setup()
+    path = write_jsonl(tmp_path / "c.jsonl", [{"text": "short"}])
+    with pytest.raises(AlignkitError, match="no block is filled by its 1 row; lower"):
+        make(TextDataModule, path, block_size=512).setup()
+
+
+def test_a_negative_number_of_workers_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(AlignkitError, match="num_workers=-1: must be 0 or more"):
+        make(HHPreferenceDataModule, tmp_path, num_workers=-1)
 
 
 def test_an_unreachable_hub_is_one_line(

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from alignkit.engine import collate, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, save_adapter
-from alignkit.models.checkpoint import load_policy, read_checkpoint, restore_random_state
+from alignkit.models.checkpoint import load_policy, read_checkpoint
 from alignkit.modules import DPOModule, LoRAModule, SFTModule
+from alignkit.utils.random_state import restore_random_state
 from tests.modules.helpers import answers, loader, pairs, trainer
 
 FAST = {"lora": LoRAConfig(dropout=0.1)}

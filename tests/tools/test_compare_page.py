@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from alignkit.lora import LoRAConfig, inject_lora, save_adapter
-from alignkit.models import load_model
+from alignkit.models import load_model, load_tokenizer
 from alignkit.tools.compare import compare
 from alignkit.tools.compare_page import comparison_page
 from alignkit.tools.generate.answer import Answer
+from alignkit.tools.generate.asking import DEFAULT_FORMAT
+from alignkit.tools.moved import moved_tokens
 
 VOID = {"meta", "img", "br"}
 
@@ -91,3 +93,15 @@ def test_gauges_cuts_and_failures() -> None:
     assert cells == ["6.0", "0%", "25.0%", "100%", "2.0", "100%", "0.0%", "0%"]
     assert "no such &lt;file&gt;" in text
     assert 'title="-9.00"' in text
+
+
+def test_a_character_of_several_tokens_stays_whole(
+    model_dir: Callable[[str], Path], tokenizer_dir: Path
+) -> None:
+    base = str(model_dir("llama"))
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    ids = tokenizer("é, 水!").input_ids
+    assert len(ids) > 6
+    pieces = moved_tokens(load_model(base), tokenizer, DEFAULT_FORMAT, "Who?", ids)
+    assert len(pieces) == len(ids)
+    assert [text for text, _ in pieces if text] == ["é", ",", " ", "水", "!"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def test_one_is_copied_and_none_is_written_over(
     assert yaml.safe_load(copied.read_text())["model"]["class_path"] == "alignkit.SFTModule"
     assert "alignkit fit --config sft_hh_pythia.yaml" in capsys.readouterr().out
     assert main(["configs", "sft_hh_pythia"]) == 2
-    assert "exists; choose another --output" in capsys.readouterr().err
+    assert "--output sft_hh_pythia.yaml: exists; choose another" in capsys.readouterr().err
     assert main(["configs", "demo/dpo", "--output", "mine.yaml"]) == 0
     assert (empty / "mine.yaml").is_file()
 
@@ -43,3 +44,15 @@ def test_an_unknown_name_is_answered_with_the_nearest(
 ) -> None:
     assert main(["configs", "sft_hh_pythai"]) == 2
     assert "did you mean sft_hh_pythia?" in capsys.readouterr().err
+
+
+def test_the_next_command_runs_as_printed(
+    empty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(empty / "a [b]"))
+    assert main(["configs", "demo/dpo", "--output", "~/my run.yaml"]) == 0
+    place = empty / "a [b]" / "my run.yaml"
+    assert place.is_file()
+    (line,) = capsys.readouterr().out.splitlines()  # not folded, nothing taken for markup
+    assert shlex.split(line.partition("run it with: ")[2])[-1] == str(place)
+    assert main(["configs", "demo/dpo", "--output", ""]) == 2

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from alignkit.errors import AlignkitError
-from alignkit.tools.curves import main, plot_curves, read_scalars, smooth
+from alignkit.tools.curves import draw_curves, plot_curves, read_scalars, smooth
 from alignkit.tools.plots import new_figure, save
 
 
@@ -69,14 +69,20 @@ def test_a_picture_is_drawn(run: Path, tmp_path: Path) -> None:
     assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} <= colors, "a colour a run"
 
 
-def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "curves.png"
-    main(["--runs", f"dpo={run}", "--tags", "train/loss", "--out", str(out)])
-    assert out.exists()
-    with pytest.raises(SystemExit) as stop:
-        main(["--runs", f"dpo={run}", "--tags", "train/los", "--out", str(out)])
-    assert stop.value.code == 2
-    assert "no run has 'train/los'; there are train/loss, val/loss" in capsys.readouterr().err
+def test_an_unknown_tag_is_answered_with_those_there_are(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(AlignkitError, match="no run has 'train/los'; there are train/loss, val"):
+        plot_curves({"dpo": run}, ["train/los"], tmp_path / "curves.png")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["a$b", "$x^{", "水 🦙", "_hidden"])
+def test_any_name_is_in_the_legend(run: Path, tmp_path: Path, name: str) -> None:
+    """No name is mathematics, a warning about a glyph, or left out."""
+    scalars = {name: read_scalars(run), "dpo": read_scalars(run)}
+    figure = draw_curves(scalars, ["val/loss"])
+    shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [text.strip().replace("\\", "") for text in shown] == [f"{name} val", "dpo val"]
+    save(figure, tmp_path / "curves.png")
 
 
 def test_moving_average() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import load_policy
 from alignkit.models.gguf_file import GGUF_FILE, write_gguf
 from alignkit.models.readback import refuse_other_answers
-from alignkit.tools.card import base_license
+from alignkit.tools.card import CARD_FILE, base_license
 from tests.cli.conftest import hh  # noqa: F401
 
 GREEDY = """
@@ -78,6 +80,44 @@ def test_a_merged_model_is_in_the_bases_dtype_and_answers_alike(run: Path, tmp_p
     assert json.loads(done.stdout) == ours
     assert export(run, tmp_path / "full", "--to", "merged", "--dtype", "float32") == 0
     assert AutoConfig.from_pretrained(tmp_path / "full").dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--dtype", "float16"], "--dtype float16: is for --to merged and gguf, not peft"),
+        (["--onto", "original"], "--onto original: is for --to merged and gguf, not peft"),
+        (["--to", "merged", "--plain", "true"], "--plain: is for --to peft and safetensors"),
+        (["--to", "merged", "--onto", "original"], "was not trained over a quantized base"),
+        (["--output", ""], "--output: is empty"),
+    ],
+)
+def test_options_without_use_are_refused(
+    run: Path, tmp_path: Path, flags: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(run, tmp_path / "out", *flags) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_has_no_adapter_to_write(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(base, tmp_path / "out") == 2
+    assert "has no adapter for --to peft; export --to merged writes" in capsys.readouterr().err
+
+
+def test_a_place_is_taken_and_told_as_it_is(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / ("[b] " * 20).strip()))
+    assert export(run, Path("~/out")) == 0
+    place = Path("~/out").expanduser()
+    assert place.is_dir()
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {place} (peft)"
 
 
 @pytest.mark.parametrize("to", ["merged", "peft", "safetensors", "gguf"])
@@ -270,3 +310,19 @@ def test_a_push_that_cannot_work_is_one_line(
     assert "403 Forbidden: you may not" in line
     assert "hf upload me/mine" in line
     assert (tmp_path / "out" / "README.md").exists()
+
+
+def test_the_commands_of_a_card_run_as_they_stand(
+    run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "my base's"
+    shutil.copytree(base, moved)
+    out = tmp_path / "out"
+    assert export(run, out, "--to", "safetensors", "--base", str(moved)) == 0
+    text = (out / CARD_FILE).read_text(encoding="utf-8")
+    program, *command = shlex.split(
+        text.partition("```sh\n")[2].partition("```")[0].replace("\\\n", "")
+    )
+    monkeypatch.chdir(out)
+    assert program == "alignkit"
+    assert main([*command, "--max_new_tokens", "2"]) == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,7 +155,7 @@ def test_compare_puts_models_side_by_side(
 
 def test_a_model_that_cannot_be_loaded_costs_only_itself(base: str, tmp_path: Path) -> None:
     table = tmp_path / "table.md"
-    with pytest.raises(AlignkitError, match=r"1 of 3 failed: gone: base '\./gone'") as error:
+    with pytest.raises(AlignkitError, match=r"1 of 3 failed: gone: model '\./gone'") as error:
         compare(
             {"base": base, "gone": "./gone", "again": base},
             prompts="Why?",
@@ -261,6 +261,15 @@ def test_options_of_transformers_are_passed_on(base: str) -> None:
         ({"generation": {"output_scores": True}}, "output_scores: it changes no answer here"),
         ({"top_k": 5, "temperature": 0.0}, "top_k: has no effect at temperature 0"),
         ({"top_k": -1}, "top_k=-1: .*positive"),
+        ({"renormalize_logits": "maybe"}, "renormalize_logits=maybe: give true or false"),
+        ({"num_beams": 0, "temperature": 0.0}, "num_beams=0: give a whole number, 1 or more"),
+        ({"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size=1.5: give a whole number"),
+        ({"suppress_tokens": "x"}, "suppress_tokens=x: give a list of token ids"),
+        ({"bad_words_ids": [1]}, "bad_words_ids=.*: give a list of lists"),
+        ({"stop_strings": [3]}, "stop_strings=.*: give a text"),
+        ({"max_time": -1}, "max_time=-1: give a number above 0"),
+        ({"forced_eos_token_id": -4}, "forced_eos_token_id=-4: give a token id"),
+        ({"min_new_tokens": 200}, "min_new_tokens=200: is above max_new_tokens=128"),
         ({"num_beams": 4}, "num_beams=4: searches beams at temperature 0 alone"),
         ({"cache_implementation": "paper"}, "cache_implementation"),
         ({"stream": True, "num_beams": 2, "temperature": 0.0}, "stream: beams are known"),
@@ -271,6 +280,55 @@ def test_options_of_transformers_without_a_meaning_are_refused(
 ) -> None:
     with pytest.raises(AlignkitError, match=message):
         generate("no/model", prompts="Why?", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forced_bos_token_id": 99_999}, "forced_bos_token_id=99999: the model has the ids 0 to"),
+        ({"suppress_tokens": [1, 99_999]}, "suppress_tokens="),
+        ({"sequence_bias": 5}, "sequence_bias"),
+        ({"cache_implementation": "quantized", "cache_config": {"backend": "x"}}, "generation="),
+    ],
+)
+def test_what_generation_itself_refuses_is_one_line(
+    base: str, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(AlignkitError, match=message) as error:
+        generate(base, prompts="Why?", max_new_tokens=2, device="cpu", **options)  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+
+
+def test_a_stop_leaves_the_answers_so_far(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(*args: object, **options: object) -> Iterator[str]:
+        yield "one"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Request, "answers", stopping)
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.json"
+    with pytest.raises(KeyboardInterrupt):
+        generate(base, prompts=["Who?", "Why?"], jsonl=str(lines), device="cpu")
+    assert json.loads(lines.read_text()) == {"prompt": "Who?", "answer": "one"}
+    with pytest.raises(KeyboardInterrupt):
+        compare([f"a={base}"], prompts=["Who?", "Why?"], json=str(table), device="cpu")
+    found = json.loads(table.read_text())
+    assert found["answers"] == {"a": ["one", ""]}
+    assert found["failures"] == {"a": "stopped after 1 of 2 prompts"}
+
+
+def test_two_outputs_are_two_files(base: str, tmp_path: Path) -> None:
+    place = str(tmp_path / "x")
+    with pytest.raises(AlignkitError, match=r"--jsonl .*: is that of --json, too"):
+        generate(base, prompts="Why?", json=place, jsonl=place)
+
+
+@pytest.mark.parametrize("path", ["no/such/run", "{base}"])
+def test_a_base_without_a_checkpoint_is_refused(base: str, path: str) -> None:
+    other = f"{base}/../somewhere"
+    with pytest.raises(AlignkitError, match="is no checkpoint or adapter, which --base"):
+        generate(path.format(base=base), base=other, prompts="Why?", device="cpu")
 
 
 def test_streaming_shows_the_answer_in_pieces(

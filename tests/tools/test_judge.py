@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from alignkit.cli import main
 from alignkit.data import PreferenceDataModule
@@ -88,6 +90,8 @@ def test_by_a_reward_model_and_its_export(
         assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-4)
         assert ours["scores"] == sorted(ours["scores"], reverse=True)
         assert len(set(ours["responses"])) == 2
+    assert run("judge", pairs, "--model", checkpoint, "--beta", 0.1) == 2
+    assert "--beta: " in capsys.readouterr().err
     again = judge(str(tmp_path / "ours.jsonl"), model=str(checkpoint))
     assert again.accuracy == 1.0
     assert judge(str(pairs), model=str(checkpoint)).accuracy > 0.5
@@ -128,3 +132,70 @@ def test_what_cannot_be_judged_is_one_line(
     assert run("judge", tmp_path / "sft.jsonl", "--model", base, "--reference", base) == 2
     line = capsys.readouterr().err.strip()
     assert "sft.jsonl:1" in line and "\n" not in line
+    assert line.endswith("mend the row")  # there are no policies to set
+
+
+def test_a_reference_with_other_tokens_is_refused(
+    model_dir: Callable, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, odd = model_dir("gpt2"), tmp_path / "odd"
+    shutil.copytree(base, odd)
+    tokens = AutoTokenizer.from_pretrained(base)
+    tokens.add_tokens(["bread"])
+    tokens.save_pretrained(odd)
+    assert run("judge", pairs, "--model", base, "--reference", odd) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("alignkit: error: --reference") and "\n" not in line
+    assert "tokenizer has other tokens" in line or "embedding" in line
+
+
+def test_dropped_rows_are_told(
+    model_dir: Callable, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*ROWS[:2], {"prompt": "a", "chosen": " same", "rejected": " same"}, ROWS[2]]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = model_dir("gpt2")
+    assert run("judge", pairs, "--model", base, "--reference", base) == 0
+    out = capsys.readouterr().out
+    assert "3 rows, dropped 1 (line 3; alignkit audit says why), first answer" in out
+    pairs.write_text(json.dumps(rows[2]) + "\n")
+    assert run("judge", pairs, "--model", base, "--reference", base) == 2
+    assert "has no row to judge, dropped 1 (line 1;" in capsys.readouterr().err
+    pairs.write_text(json.dumps(ROWS[0]) + "\n")
+    assert run("judge", pairs, "--model", base, "--reference", base) == 0
+    out = capsys.readouterr().out
+    assert "1 row, first" in out and "nan" not in out and "±" not in out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--beta", -1), ("--beta", 0), ("--tokens_per_batch", 0)],
+)
+def test_numbers_out_of_range_are_refused(
+    model_dir: Callable,
+    pairs: Path,
+    flag: str,
+    value: object,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = model_dir("gpt2")
+    assert run("judge", pairs, "--model", base, "--reference", base, flag, value) == 2
+    assert f"{flag} {value}: must be" in capsys.readouterr().err.replace(f"{value}.0", f"{value}")
+
+
+def test_a_stop_leaves_the_rows_so_far(
+    model_dir: Callable, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopping(examples: list) -> list[list[float]]:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return [[1.0, 0.0] for _ in examples]
+
+    seen: list[int] = []
+    _, tokenizer = load_policy(str(model_dir("gpt2")))
+    monkeypatch.setattr("alignkit.tools.judge._scorer", lambda *_: (stopping, tokenizer))
+    output = tmp_path / "judged.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        judge(str(pairs), model="some", output=str(output), tokens_per_batch=50)
+    assert 0 < len(rows_of(output)) < len(ROWS)

@@ -17,9 +17,9 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.tools.profile import command as profile_module
 from alignkit.tools.profile.command import profile
-from alignkit.tools.profile.memory import peak_bytes, reset_peak
 from alignkit.tools.profile.result import Profile
 from alignkit.tools.profile.step import Measurement, Setup, measure
+from alignkit.utils.memory import peak_bytes, reset_peak
 
 MIB = 2**20
 
@@ -207,10 +207,15 @@ def test_a_training_config_is_profiled_and_flags_beat_it(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"c\.yaml': No such file"),
-        ("model: [", r"c\.yaml:1': is no YAML"),
-        ("- 1", r"c\.yaml': the file holds no keys"),
-        ("model: gpt2", r"c\.yaml': model holds no keys"),
+        (None, r"c\.yaml: No such file"),
+        ("model: [", r"c\.yaml:1: is not valid YAML"),
+        ("- 1", r"c\.yaml: holds a list"),
+        ("model: gpt2", r"c\.yaml: model holds no keys"),
+        ("modle: {}", r"c\.yaml: modle: no such option; did you mean model"),
+        ("trainer: {precisoin: 32-true}", r"c\.yaml: trainer.precisoin: .* mean precision"),
+        ("model: {init_args: {bas: x}}", r"c\.yaml: model.bas: .* mean base"),
+        ("model: {init_arg: {base: x}}", r"c\.yaml: model.init_arg: .* mean init_args"),
+        ("data: {init_args: {block_sise: 8}}", r"c\.yaml: data.block_sise: no such option"),
         ("model: {init_args: {base: x, lora: null}}", r"model\.lora is None; set the adapter"),
         ("model: {init_args: {base: x, lora: {rank: 1}}}", "LoRAConfig: unknown keys rank"),
         ("trainer: {precision: bf16-true}\nmodel: {init_args: {base: x}}", "bf16-true is not"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,30 @@ def test_missing_file_none_and_empty(tmp_path: Path) -> None:
         gather_prompts([], None)
     with pytest.raises(AlignkitError, match="prompt 2 is empty"):
         gather_prompts(["a", " "], None)
+
+
+def test_an_array_is_read_by_its_items(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text('[\n "a",\n {"prompt": "b"}\n]', encoding="utf-8")
+    assert gather_prompts(None, str(path)) == ["a", "b"]
+    path.write_text('["a", 3]', encoding="utf-8")
+    with pytest.raises(AlignkitError, match=r"p\.json:2: no prompt"):
+        gather_prompts(None, str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.csv", "prompt\na", "pass a .jsonl, .json or .txt file, not .csv"),
+        ("p.yaml", "- a", "not .yaml"),
+        ("p.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', "holds JSON; name it"),
+        ("p.txt", '[\n  "a"\n]\n', "holds JSON; name it"),
+        ("p", '[{"prompt": "a"}]', "holds JSON; name it"),
+    ],
+)
+def test_no_line_of_another_format_is_a_prompt(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(AlignkitError, match=re.escape(message)):
+        gather_prompts(None, str(tmp_path / name))

@@ -58,3 +58,25 @@ def test_mistakes(tmp_path: Path, runs: list[str]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(AlignkitError, match=r"output .*file"):
         report(runs, str(tmp_path / "file"))
+
+
+def test_other_folders_beside_versions_are_left_alone(runs: list[str], tmp_path: Path) -> None:
+    log(tmp_path / "sft" / "version_old", {"train/loss": [9.0]})
+    text = (report(runs[:1], str(tmp_path / "out")) / "index.html").read_text(encoding="utf-8")
+    assert "version_old" not in text
+    assert "sft/version_1" in text
+
+
+def test_it_names_runs_and_places_as_given(
+    runs: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / ("long [v2] " * 9)))
+    folder = report(runs, "~/out")
+    assert (folder / "losses.png").is_file()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"wrote {folder / 'losses.png'} and {folder / 'index.html'}"
+    with pytest.raises(AlignkitError, match=r"^runs: .* are both called"):
+        report([runs[0], runs[0]])

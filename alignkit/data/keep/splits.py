@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from alignkit.data.encode.code import UnknownContentError, code_identity, is_own, package_digest
 from alignkit.data.keep.cache import cached_store
+from alignkit.data.keep.counts import count_defects, log_counts, why_empty
 from alignkit.data.keep.position import SETTINGS, SOURCES
 from alignkit.data.keep.store import ExampleSet, Store, StoreWriter
 from alignkit.data.read.hashes import digest_of
@@ -135,9 +136,10 @@ def open_splits(
     }
     for split, examples in sets.items():
         if len(examples) == 0:
-            raise AlignkitError(f"data.path {path}: no example is left in {split}")
+            why = why_empty([part.store.meta for part in parts[split]])
+            raise AlignkitError(f"data.path {path}: no example is left in {split}: {why}")
     train = parts.get("train", [])
-    stats = _count([part.store.meta for part in train])
+    stats = count_defects([part.store.meta for part in train])
     if "train" in sets:
         stats["train_examples"] = len(sets["train"])
         stats["train_tokens"] = int(sets["train"].lengths.sum())
@@ -229,7 +231,7 @@ class _Opener:
         store = cached_store(home, identity, build, scored=self._encoder.masked)
         store.source = source.name
         if self._announce and log.isEnabledFor(logging.INFO):
-            _log_counts(source.name, store.meta)
+            log_counts(source.name, store.meta)
         return _Part(source, store, np.arange(len(store), dtype=np.int64))
 
     def _address(self, source: Source) -> tuple[Path, dict[str, Any]]:
@@ -251,37 +253,3 @@ class _Opener:
             return Path(_unshared[-1].name), {}
         code = [package_digest(), self._code, reader]
         return self._cache, {"code": code, "data": source.digest, **self.settings}
-
-
-def _count(metas: Sequence[dict[str, Any]]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for meta in metas:
-        for name, count in meta["counts"].items():
-            totals[name] = totals.get(name, 0) + count
-    examples = totals.get("examples", 0)
-    totals["truncated_frac"] = totals.get("truncated", 0) / examples if examples else 0.0
-    return totals
-
-
-def _log_counts(name: str, meta: dict[str, Any]) -> None:
-    counts, lines = dict(meta["counts"]), meta["lines"]
-    rows, examples = counts.pop("rows", 0), counts.pop("examples", 0)
-    details = "; ".join(
-        f"{defect} {count} (line {', '.join(map(str, sorted(lines[defect])))}"
-        f"{', …' if count > len(lines[defect]) else ''})"
-        for defect, count in sorted(counts.items())
-    )
-    if columns := ", ".join(meta.get("columns", ())):
-        details = f"{details or 'no defects'}; columns not read: {columns}"
-    shapes = meta.get("shapes") or {}
-    several = len(shapes) > 1
-    told = " and ".join(f"{n} as {each}" if several else each for each, n in shapes.items())
-    read = f"{'' if several else ' as'} {told}" if told else ""
-    log.info(
-        "%s: %d rows%s, %d examples; %s",
-        name,
-        rows,
-        f", read{read}" if told else "",
-        examples,
-        details or "no defects",
-    )

@@ -31,6 +31,23 @@ class Dropped(Exception):
     """Report that a row is dropped by a policy and has been counted."""
 
 
+class DefectError(AlignkitError):
+    """Report a row whose defect's policy is ``error``.
+
+    Args:
+        told: What is wrong, and where.
+        advice: Which policy would let the row pass, for commands that have policies.
+
+    Example:
+        >>> str(DefectError("a.jsonl:3: an answer is empty; mend the row", " or keep it"))
+        'a.jsonl:3: an answer is empty; mend the row or keep it'
+    """
+
+    def __init__(self, told: str, advice: str = "") -> None:
+        super().__init__(f"{told}{advice}")
+        self.told = told
+
+
 class Judge:
     """Apply the policies to the rows of one source.
 
@@ -57,10 +74,8 @@ class Judge:
         policy = policy or getattr(self.policies, name)
         if policy == "error":
             others = "|".join(each for each in choices(name) if each not in ("error", "auto"))
-            raise AlignkitError(
-                f"{self.source}:{line}: {detail or MEANING[name]}; "
-                f"mend the row or set data.policies.{name} to {others}"
-            )
+            told = f"{self.source}:{line}: {detail or MEANING[name]}; mend the row"
+            raise DefectError(told, f" or set data.policies.{name} to {others}")
         if policy == "drop":
             self.drop(line)
         return policy

@@ -195,7 +195,12 @@ def _elsewhere(row: Columns, shapes: tuple[Shape, ...], kind: str) -> str:
     """Tell which other data module would read the row; empty for none."""
     there = frozenset(name for name in row if row[name] is not None)
     fitting = _matching(there, shapes)
-    return f"; as {fitting[0].name} it is for {kind} data module" if fitting else ""
+    if not fitting:
+        return ""
+    named = fitting[0].name
+    if named.startswith("KTO"):
+        return f"; as {named} it is for KTOModule with UnpairedDataModule"
+    return f"; as {named} it is for {kind} data module"
 
 
 def _told(row: Columns) -> str:

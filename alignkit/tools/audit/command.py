@@ -14,7 +14,8 @@ from alignkit.data.text.policies import MEANING
 from alignkit.models.text_format import PromptChoice
 from alignkit.tools.audit.page import page, sentences
 from alignkit.tools.audit.scan import Kind, scan
-from alignkit.utils.atomic import check_output, write_atomically
+from alignkit.tools.generate.request import printable
+from alignkit.utils.atomic import check_outputs, write_atomically
 
 _ROWS_SHOWN = 8
 _WIDE = 120
@@ -60,8 +61,7 @@ def audit(
     Raises:
         AlignkitError: Nothing can be read there, or an output cannot be written.
     """
-    json_file = check_output(json, "--json")
-    html_file = check_output(html, "--html")
+    json_file, html_file = check_outputs({"--json": json, "--html": html})
     found = scan(
         path,
         kind=kind,
@@ -74,11 +74,11 @@ def audit(
         examples=examples,
     )
     report = found.to_dict()
-    _print(report)
     if json_file is not None:
         write_atomically(json_file, jsonlib.dumps(report, indent=1) + "\n")
     if html_file is not None:
         write_atomically(html_file, page(report, found))
+    _print(report)
     return report
 
 
@@ -99,7 +99,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     rows = report["rows"]
-    table = Table(title=f"{report['path']}: {rows:,} rows ({report['kind']})")
+    table = Table(title=printable(f"{report['path']}: {rows:,} rows ({report['kind']})"))
     table.add_column("defect", no_wrap=True)
     table.add_column("rows", justify="right")
     table.add_column("share", justify="right")
@@ -119,10 +119,10 @@ def _print(report: dict[str, Any]) -> None:
     for name in ("bad_rows", "unread_fields"):
         for example in report["examples"].get(name, ()):
             line = f"{name}, row {example['row']}: {example['text']}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            console.print(printable(line), soft_wrap=True)
     told = ", ".join(f"{count:,} as {shape}" for shape, count in report["read_as"].items())
     if told:
-        console.print(f"read: {told}", highlight=False, markup=False)
+        console.print(printable(f"read: {told}"), soft_wrap=True)
     lengths = Table(title=f"lengths in {report['unit']} (max_length {report['max_length']})")
     lengths.add_column("of")
     for name in next(iter(report["lengths"].values()), {}):
@@ -132,4 +132,4 @@ def _print(report: dict[str, Any]) -> None:
     if report["lengths"]:
         console.print(lengths)
     for line in sentences(report):
-        console.print(line, highlight=False)
+        console.print(printable(line), soft_wrap=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from html import escape
 from typing import Any
 
@@ -13,7 +12,7 @@ from matplotlib.axes import Axes
 from alignkit.data.text.policies import MEANING
 from alignkit.tools.audit.findings import Findings
 from alignkit.tools.page import write_page
-from alignkit.tools.plots import COLORS, new_figure
+from alignkit.tools.plots import COLORS, new_figure, png
 
 _ROWS_LISTED = 40
 
@@ -117,9 +116,7 @@ def _plots(report: dict[str, Any], found: Findings) -> str:
     _plot_parts(axes[1], parts, report["unit"])
     if pairs:
         _plot_bias(axes[2], lengths["chosen"] - lengths["rejected"], report["unit"])
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    data = base64.b64encode(image.getvalue()).decode()
+    data = base64.b64encode(png(figure)).decode()
     return f'<img alt="Histograms of lengths" src="data:image/png;base64,{data}">'
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from alignkit.tools.generate.options import add_options, gather_options
 from alignkit.tools.generate.prompts import chat_prompt
 from alignkit.tools.generate.request import Request, printable
 from alignkit.tools.generate.sampling import complete
+from alignkit.utils.atomic import check_output
 
 _HELP = """\
 /model NAME   ask another model from here on; without a name, list them
@@ -115,6 +117,7 @@ class Chat:
 
     def _keep(self, turn: dict[str, Any]) -> None:
         if self.history is not None:
+            self.history.parent.mkdir(parents=True, exist_ok=True)
             with self.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(turn, ensure_ascii=False) + "\n")
 
@@ -182,12 +185,7 @@ def _lines(talk: Chat, watched: bool) -> Iterator[str]:
 
 
 def _check_history(history: str | None) -> Path | None:
-    if history is None:
-        return None
-    path = Path(history).expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("a").close()
-    except OSError as error:
-        raise AlignkitError(f"history {history}: {error.strerror}; choose another file") from error
+    path = check_output(history, "--history")
+    if path is not None and path.exists() and not os.access(path, os.W_OK):
+        raise AlignkitError(f"--history '{history}': cannot be written to; choose another file")
     return path

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alignkit.errors import AlignkitError
 from alignkit.lora import active_adapter, adapter_configs, set_adapter
 from alignkit.models.checkpoint import add_policy, policy_base
+from alignkit.models.find import find_checkpoint
 from alignkit.models.text_format import TextFormat
 from alignkit.tools.generate.request import Request
 
@@ -60,6 +61,7 @@ def load_seats(named: Mapping[str, str], request: Request) -> dict[str, Seat]:
     seats: dict[str, Seat] = {}
     shared: dict[str, Seat] = {}  # the first seat on each base
     for name, path in named.items():
+        path = find_checkpoint(path)
         base = request.base or policy_base(path)
         first = shared.get(base)
         if first is not None and adapter_configs(first.model):

@@ -77,7 +77,7 @@ def demo(base: str | None = None, max_steps: int | None = None) -> None:
     write_prose(RUNS / "prose")
     write_preferences(RUNS / "preferences")
     dtype = faster_dtype()
-    console.print(f"model {base} in {dtype}, data in {RUNS}")
+    print(f"model {base} in {dtype}, data in {RUNS}")
 
     options = ["--model.base", base, "--model.dtype", dtype]
     options += ["--trainer.precision", "bf16-mixed" if dtype == "bfloat16" else "32-true"]

@@ -10,10 +10,11 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from alignkit.errors import AlignkitError
+from alignkit.models.find import find_checkpoint
 from alignkit.tools.generate.options import add_options, gather_options
 from alignkit.tools.generate.prompts import shown
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
-from alignkit.utils.atomic import check_output, write_atomically
+from alignkit.utils.atomic import check_outputs, write_atomically
 from alignkit.utils.progress import counting
 
 
@@ -41,38 +42,41 @@ def generate(
     Raises:
         AlignkitError: Bad prompts, options or paths, before anything is computed.
     """
-    output, lines = check_output(json, "json"), check_output(jsonl, "jsonl")
+    output, lines = check_outputs({"--json": json, "--jsonl": jsonl})
     options = gather_options(options)
     request = Request(**options)
     check_stream(stream, request)
     console = Console()
-    policy, tokenizer = request.load(model)
-    asked = request.format_for(model, tokenizer)
+    place = find_checkpoint(model)
+    policy, tokenizer = request.load(place)
+    asked = request.format_for(place, tokenizer)
     answers: list[str] = []
     told = _print_piece if stream else None
     given = request.answers(policy, tokenizer, asked, model, told)
-    with nullcontext() if stream else counting("prompt", len(request.questions)) as count:
-        for question in request.questions:
-            if stream:
-                console.rule(printable(shown(question)), align="left", style="dim")
-            answers.append(next(given))
-            if count is None:
-                console.print()
-            else:
-                console.rule(printable(shown(question)), align="left", style="dim")
-                console.print(printable(answers[-1]))
-                count.reach(len(answers))
-    rows = [
-        {"prompt": question, "answer": answer}
-        for question, answer in zip(request.questions, answers, strict=True)
-    ]
-    if lines is not None:
-        text = "".join(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(lines, text)
-    if output is not None:
-        settings = {**request.to_dict(), **describe_format(asked)}
-        found = {"model": model, "settings": settings, "answers": rows}
-        write_atomically(output, as_json(found))
+    try:
+        with nullcontext() if stream else counting("prompt", len(request.questions)) as count:
+            for question in request.questions:
+                if stream:
+                    console.rule(printable(shown(question)), align="left", style="dim")
+                answers.append(next(given))
+                if count is None:
+                    console.print()
+                else:
+                    console.rule(printable(shown(question)), align="left", style="dim")
+                    console.print(printable(answers[-1]))
+                    count.reach(len(answers))
+    finally:  # also what was answered before a signal
+        rows = [
+            {"prompt": question, "answer": answer}
+            for question, answer in zip(request.questions, answers, strict=False)
+        ]
+        if lines is not None and rows:
+            text = "".join(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_atomically(lines, text)
+        if output is not None and rows:
+            settings = {**request.to_dict(), **describe_format(asked)}
+            found = {"model": model, "settings": settings, "answers": rows}
+            write_atomically(output, as_json(found))
     return answers
 
 

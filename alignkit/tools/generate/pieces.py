@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-_UNFINISHED = "\ufffd"  # what the first bytes of a character decode to
+UNFINISHED = "\ufffd"
+"""What the first bytes of a character decode to."""
 
 
 class Pieces(BaseStreamer):
@@ -40,7 +41,7 @@ class Pieces(BaseStreamer):
             (n for n in range(1, len(self._stop)) if text.endswith(self._stop[:n])), default=0
         )
         sure = text[: len(text) - held].rstrip() if held else text
-        if not sure.endswith(_UNFINISHED):
+        if not sure.endswith(UNFINISHED):
             self._show(sure)
 
     def end(self) -> None:

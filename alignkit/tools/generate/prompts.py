@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,8 @@ from alignkit.errors import AlignkitError
 from alignkit.models.text_format import TextFormat, TextKind
 
 TURN = f"\n\n{HUMAN}"
+
+_SUFFIXES = (".jsonl", ".json", ".txt", "")
 
 Question = str | list[dict[str, str]]
 """What the human says or a whole dialogue, as text or as messages with ``role`` and ``content``."""
@@ -137,8 +140,8 @@ def gather_prompts(
 
     Args:
         prompts: One prompt or several.
-        prompts_file: A ``.jsonl`` file of ``{"prompt": ...}`` rows, or a text file with one
-            prompt a line. Blank lines are skipped.
+        prompts_file: A ``.jsonl`` file of ``{"prompt": ...}`` rows, a ``.json`` file with an array
+            of them or of texts, or a text file with one prompt a line. Blank lines are skipped.
         data: A data set, as the data modules take it; see `data_prompts`.
 
     Raises:
@@ -203,8 +206,12 @@ def _question_of(row: Row, where: str) -> Question:
 
 def _read(name: str) -> Iterator[str]:
     path = Path(name).expanduser()
+    if path.suffix not in _SUFFIXES:
+        raise AlignkitError(
+            f"prompts_file '{name}': pass a .jsonl, .json or .txt file, not {path.suffix}"
+        )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise AlignkitError(
             f"prompts_file '{name}': {error.strerror}; pass a .jsonl or text file"
@@ -213,16 +220,39 @@ def _read(name: str) -> Iterator[str]:
         raise AlignkitError(
             f"prompts_file '{name}': byte {error.start} is not UTF-8; save the file as UTF-8"
         ) from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield _prompt_of_row(line, f"{name}:{number}") if path.suffix == ".jsonl" else line
+    if path.suffix == ".json":
+        rows = _parsed(text, name)
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
+            yield _prompt_of_row(
+                {"prompt": row} if isinstance(row, str) else row, f"{name}:{number}"
+            )
+        return
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if path.suffix != ".jsonl" and (_holds_json(text) or (lines and _holds_json(lines[0][1]))):
+        raise AlignkitError(f"prompts_file '{name}': holds JSON; name it .jsonl or .json")
+    for number, line in lines:
+        where = f"{name}:{number}"
+        yield _prompt_of_row(_parsed(line, where), where) if path.suffix == ".jsonl" else line
 
 
-def _prompt_of_row(line: str, where: str) -> str:
+def _parsed(text: str, where: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise AlignkitError(f'{where}: not JSON; write {{"prompt": "..."}}') from error
+
+
+def _holds_json(text: str) -> bool:
+    """Tell whether a text is a JSON object, or an array of objects or texts."""
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    items = value if isinstance(value, list) else []
+    return isinstance(value, dict) or any(isinstance(item, dict | str) for item in items)
+
+
+def _prompt_of_row(row: Any, where: str) -> str:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise AlignkitError(f'{where}: no prompt; write {{"prompt": "..."}}')

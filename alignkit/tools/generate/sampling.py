@@ -9,7 +9,7 @@ Shape letters: B prompts of one batch, L padded tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -33,7 +33,14 @@ from alignkit.errors import AlignkitError
 from alignkit.models.load import embedding_size
 from alignkit.models.text_format import TextKind
 from alignkit.tools.generate.answer import Answer
-from alignkit.tools.generate.options import check_options, passed, warpers
+from alignkit.tools.generate.fitting import check_ids, check_lengths
+from alignkit.tools.generate.options import (
+    check_options,
+    passed,
+    readable,
+    refuse_unknown_tokens,
+    warpers,
+)
 from alignkit.tools.generate.pieces import Pieces
 from alignkit.tools.generate.stopping import StopText
 
@@ -81,7 +88,7 @@ class Sampling:
         ):
             if not valid:
                 raise AlignkitError(f"{name}: must be {rule}, got {getattr(self, name)}")
-        check_options(self.generation, self.temperature)
+        check_options(self.generation, self.temperature, self.max_new_tokens)
 
 
 def complete(
@@ -122,8 +129,9 @@ def complete(
         raise AlignkitError(f"batch_size: must be 1 or more, got {batch_size}")
     encoder = TextEncoder(tokenizer)
     rows = encoder.prompts(prompts, kind)
-    _check_ids(model, rows)
-    _check_lengths(model, [len(row) for row in rows], sampling.max_new_tokens)
+    check_ids(model, rows)
+    refuse_unknown_tokens(sampling.generation, embedding_size(model))
+    check_lengths(model, [len(row) for row in rows], sampling.max_new_tokens)
     if told is not None:
         batch_size = 1
     for start in range(0, len(rows), batch_size):
@@ -132,28 +140,6 @@ def complete(
             if heard is not None:
                 heard(answer)
             yield answer.text
-
-
-def _check_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> None:
-    size = embedding_size(model)
-    largest = max((max(row, default=0) for row in rows), default=0)
-    if largest >= size:
-        raise AlignkitError(
-            f"prompts: the tokenizer gives the id {largest:,} and the model has {size:,} "
-            "embeddings; pass the tokenizer that belongs to the model"
-        )
-
-
-def _check_lengths(model: PreTrainedModel, lengths: Sequence[int], new: int) -> None:
-    context = getattr(model.config, "max_position_embeddings", None)
-    for index, length in enumerate(lengths):
-        if length == 0:
-            raise AlignkitError(f"prompts: prompt {index + 1} is empty; give it some text")
-        if context is not None and length + new > context:
-            raise AlignkitError(
-                f"prompts: prompt {index + 1} has {length} tokens, and with max_new_tokens {new} "
-                f"passes the model's context of {context}; shorten it or max_new_tokens"
-            )
 
 
 @torch.no_grad()
@@ -185,7 +171,9 @@ def _complete_batch(
 
     stopping = [] if sampling.stop is None else [StopText(tokenizer, sampling.stop, width)]
     generator: Any = model  # `generate` is mixed in where type checkers cannot see it
-    with _as_generator(model):
+    given = dict(sampling.generation)
+    refused = readable("generation", given) if given else nullcontext()
+    with _as_generator(model), refused:
         output_BL = generator.generate(
             ids_BL,
             attention_mask=mask_BL,

@@ -99,13 +99,13 @@ def run(arguments: Sequence[str]) -> int:
     """
     config = parse(arguments)
     memory = None if config.memory is None else parse_memory(config.memory)
-    output = check_output(config.json, "json")
+    output = check_output(config.json, "--json")
     result = plan(read_settings(config), memory)
+    if output is not None:
+        write_atomically(output, as_json(result.to_dict()))
     console = Console()
     before, after = result.caption()[:2], result.caption()[2:]
     console.print(*before, result.to_table(), *after, sep="\n", markup=False, soft_wrap=True)
-    if output is not None:
-        write_atomically(output, as_json(result.to_dict()))
     return 0
 
 

@@ -23,7 +23,7 @@ from alignkit.tools.plots import save
 from alignkit.tools.profile.config import read_training_config
 from alignkit.tools.profile.result import NAMES, PARTS, Profile, draw
 from alignkit.tools.profile.step import Measurement, Setup
-from alignkit.utils.atomic import check_output, write_atomically
+from alignkit.utils.atomic import check_outputs, write_atomically
 
 Precision = Literal["32-true", "bf16-mixed"]
 _DEFAULTS = {
@@ -79,10 +79,9 @@ def profile(
     Raises:
         AlignkitError: A bad option or path, before anything is computed; or a setup that failed.
     """
-    files = {
-        name: check_output(path, name)
-        for name, path in (("markdown", markdown), ("json", json), ("plot", plot))
-    }
+    table_file, json_file, plot_file = check_outputs(
+        {"--markdown": markdown, "--json": json, "--plot": plot}
+    )
     given = {
         "base": base,
         "lora": lora,
@@ -120,14 +119,13 @@ def profile(
         setups={name: _median(runs) for name, runs in found.items()},
         ratios=_ratios(found),
     )
+    if table_file is not None:
+        write_atomically(table_file, result.to_markdown())
+    if json_file is not None:
+        write_atomically(json_file, as_json(result.to_dict()))
+    if plot_file is not None:
+        save(draw(result), plot_file)
     console.print(result.to_table(), result.caption(), sep="\n", markup=False)
-    if files["markdown"] is not None:
-        write_atomically(files["markdown"], result.to_markdown())
-    if files["json"] is not None:
-        write_atomically(files["json"], as_json(result.to_dict()))
-    if files["plot"] is not None:
-        figure = draw(result)
-        save(figure, files["plot"])
     return result
 
 
