@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RewardModule,
         SFTModule,
     )
+    from alignkit.tools.sample_answers import SampleAnswers
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "RewardModule",
     "SFTDataModule",
     "SFTModule",
+    "SampleAnswers",
     "TextDataModule",
     "UnpairedDataModule",
 ]
@@ -53,6 +55,7 @@ _HOMES = {
     "OpenWebTextDataModule": "alignkit.data",
     "PreferenceDataModule": "alignkit.data",
     "SFTDataModule": "alignkit.data",
+    "SampleAnswers": "alignkit.tools.sample_answers",
     "TextDataModule": "alignkit.data",
     "UnpairedDataModule": "alignkit.data",
 }

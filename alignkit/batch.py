@@ -67,6 +67,11 @@ class Span(NamedTuple):
         return self.start + self.prompt + sum(self.responses)
 
 
+def longest(spans: Sequence[Span]) -> int:
+    """Return the length of the longest sequence of some spans: a prompt with one response."""
+    return max(span.prompt + max(span.responses) for span in spans)
+
+
 @dataclass(frozen=True)
 class PackedBatch:
     """Hold examples as one flat row of segments, without padding.
@@ -128,7 +133,7 @@ class PackedBatch:
     @cached_property
     def longest(self) -> int:
         """Return the length of the longest sequence in tokens: a prompt with one response."""
-        return max(span.prompt + max(span.responses) for span in self.spans)
+        return longest(self.spans)
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Self:
         """Return the batch with its tensors on ``device``; the spans stay plain ints.

@@ -233,7 +233,7 @@ def measured(prepare: Callable[[], Any]) -> dict[str, Any]:
     """Measure a preparation's seconds, peak memory and batches."""
     import torch
 
-    from alignkit.tools.profile.memory import peak_bytes, reset_peak
+    from alignkit.utils.memory import peak_bytes, reset_peak
 
     cpu = torch.device("cpu")
     reset_peak(cpu)

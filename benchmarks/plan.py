@@ -125,7 +125,7 @@ def work() -> None:
     from alignkit.tools.plan.command import parse, resident_bytes
     from alignkit.tools.plan.settings import read_settings
     from alignkit.tools.plan.step import row_of
-    from alignkit.tools.profile.memory import peak_bytes, reset_peak
+    from alignkit.utils.memory import peak_bytes, reset_peak
 
     given = json.load(sys.stdin)
     case, device = Case(**given["case"]), torch.device("cpu")

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of the step's row")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from alignkit.tools.profile.memory import peak_bytes, reset_peak
+    from alignkit.utils.memory import peak_bytes, reset_peak
 
     device = torch.device("cpu")
     units = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -31,7 +31,7 @@ from sidebyside.script import measure
 from sidebyside.setup import Shared, prepare, write_examples
 
 from alignkit.engine import Example
-from alignkit.tools.profile.memory import peak_bytes
+from alignkit.utils.memory import peak_bytes
 
 _PYTHIA = "pythia-1.4b-shape"
 _SAME_PAIRS = 64  # points with fewer pairs a step go through these, in several steps

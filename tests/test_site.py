@@ -26,6 +26,8 @@ from alignkit.cli.command import TOOLS, Parser
 from alignkit.cli.stages import STAGES
 from alignkit.lora import LoRAConfig
 from alignkit.objectives import preference
+from alignkit.objectives.reward import BradleyTerry
+from alignkit.objectives.unpaired import KTO
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -159,7 +161,8 @@ def options() -> set[str]:
         kind = getattr(alignkit, name)
         for parent in kind.__mro__ if name.endswith("DataModule") else ():
             found |= {f"data.{name}" for name in inspect.signature(parent).parameters}
-    found |= {f"model.loss.{field.name}" for field in dataclasses.fields(preference.DPO)}
+    for loss in (preference.DPO, KTO, BradleyTerry):
+        found |= {f"model.loss.{field.name}" for field in dataclasses.fields(loss)}
     return found | {"model.optimizer.lr", "model.optimizer.weight_decay"}
 
 
@@ -185,30 +188,29 @@ def test_every_argument_of_trl_is_named_and_no_other() -> None:
     told = {
         heading: {name for left, _ in table(page, heading) for name in re.findall(r"`(\w+)`", left)}
         for heading in (
-            "## Arguments of DPOConfig",
-            "## Arguments of SFTConfig",
+            *(f"## Arguments of {kind}Config" for kind in ("DPO", "SFT", "KTO", "Reward")),
             "## Arguments that",
         )
     }
-    dpo = {field.name for field in dataclasses.fields(trl.DPOConfig)} - shared
-    assert dpo <= told["## Arguments of DPOConfig"]
+    for kind in ("DPO", "SFT", "KTO", "Reward"):
+        fields = {field.name for field in dataclasses.fields(getattr(trl, f"{kind}Config"))}
+        own = told[f"## Arguments of {kind}Config"]
+        assert kind == "DPO" or own <= fields  # DPO's losses are listed there too
+        assert fields - shared <= own | told["## Arguments of DPOConfig"]
     losses = re.findall(
         r"'(\w+)'", trl.DPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
     )
     named = {left.strip("`"): right.strip("`") for left, right in table(page)}
     for name in losses:
         assert hasattr(preference, named[name]), name
-    sft = {field.name for field in dataclasses.fields(trl.SFTConfig)}
-    assert told["## Arguments of SFTConfig"] <= sft
     assert told["## Arguments that"] <= shared
 
 
-def test_every_argument_of_peft_exists() -> None:
+def test_every_argument_of_peft_is_named_and_no_other() -> None:
     peft = pytest.importorskip("peft")
-    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    for left, _ in table(DOCS / "from_trl.md", "## PEFT's LoraConfig"):
-        if left.startswith("`"):
-            assert left.strip("`") in fields
+    rows = table(DOCS / "from_trl.md", "## PEFT's LoraConfig")
+    told = {name for left, _ in rows for name in re.findall(r"`(\w+)`", left)}
+    assert told == {field.name for field in dataclasses.fields(peft.LoraConfig)}
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def _default_flags(name: str) -> Iterator[str]:
         module, _, attribute = name.rpartition(".")
         try:
             kind = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError):  # the parser reports what is wrong
+        except Exception:  # a user's file may raise anything; the parser reports what is wrong
             return
     for field in fields(kind) if is_dataclass(kind) else ():
         if field.init and field.default is not MISSING:

@@ -40,7 +40,7 @@ def _find(name: str, base: type) -> type:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute) if module else None
-    except (ImportError, AttributeError, ValueError):  # the parser reports what is wrong
+    except Exception:  # a user's file may raise anything; the parser reports what is wrong
         found = None
     known = {kind.__name__: kind for kind in subclasses(base)}
     found = found or known.get(name)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from importlib import import_module
 from typing import Any
 
-import alignkit
 from alignkit.cli.config_file import flags_and_values
+from alignkit.cli.named import named_class
 from alignkit.errors import AlignkitError
+from alignkit.modules import AlignmentModule
 from alignkit.objectives.preference import PreferenceLoss
 
 
@@ -29,25 +29,22 @@ def check_losses(arguments: Sequence[str], configs: Mapping[str, Mapping[str, An
     Raises:
         AlignkitError: The loss belongs to another module.
     """
-    models = {path: _part(content, "model") for path, content in configs.items()}
-    named = [*(model.get("class_path") for model in models.values()), *_given(arguments, "--model")]
-    module = next((str(name) for name in reversed(named) if name), "")
+    module = named_class(arguments, "model", AlignmentModule)
     own = _loss_of(module)
     if own is None:
         return
-    for path, model in models.items():
-        settings = model.get("init_args")
-        loss = settings.get("loss") if isinstance(settings, Mapping) else None
-        stray = _stray(loss, own, _loss_of(str(model.get("class_path") or module)))
+    for path, content in configs.items():
+        written_for = named_class(["--config", path], "model", AlignmentModule)
+        stray = _stray(_loss_in(content), own, _loss_of(written_for))
         if stray:
             raise AlignkitError(
-                f"{path}: model.loss is {stray}, which {_short(module)} does not take; remove "
+                f"{path}: model.loss is {stray}, which {module.__name__} does not take; remove "
                 f"`loss` from the file, and give {_instead(own)}"
             )
     for name in _given(arguments, "--model.loss"):
         if not issubclass(own, PreferenceLoss) and name.isidentifier() and name != own.__name__:
             raise AlignkitError(
-                f"--model.loss {name}: {_short(module)} has a loss of its own; remove the option, "
+                f"--model.loss {name}: {module.__name__} has a loss of its own; remove the option, "
                 f"and give {_instead(own)}"
             )
 
@@ -73,25 +70,22 @@ def _instead(own: type) -> str:
     return " or ".join(f"--model.loss.{each.name}" for each in fields(own) if each.init)  # type: ignore[arg-type]
 
 
-def _loss_of(module: str) -> type | None:
-    """Return the class of a module's default loss, ``None`` if it has none or is not known."""
-    package, _, name = module.rpartition(".")
-    try:
-        kind = getattr(import_module(package), name) if package else getattr(alignkit, name)
-        default = inspect.signature(kind).parameters["loss"].default
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError):
-        return None  # the parser reports what is wrong
-    return type(default) if is_dataclass(default) else None
+def _loss_of(module: type) -> type | None:
+    """Return the class of a module's default loss, ``None`` if it names none."""
+    named = inspect.signature(module).parameters.get("loss")
+    return type(named.default) if named is not None and is_dataclass(named.default) else None
+
+
+def _loss_in(content: Any) -> Any:
+    """Return a configuration's loss as it is written, ``None`` if there is none."""
+    for name in ("model", "init_args", "loss"):
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content
 
 
 def _given(arguments: Sequence[str], flag: str) -> list[str]:
     """Return the values that a flag was given."""
     return [value for name, value in flags_and_values(arguments) if name == flag]
-
-
-def _part(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = content.get(name)
-    return {"class_path": part} if isinstance(part, str) else part if isinstance(part, dict) else {}
 
 
 def _short(name: str) -> str:

@@ -6,12 +6,12 @@ from alignkit.engine.head import TokenScores
 from alignkit.engine.onednn import bound_caches
 from alignkit.engine.score import (
     check_engine,
-    final_states,
     response_lengths,
     response_means,
     response_sums,
     score,
     score_with_stats,
+    states_at,
 )
 from alignkit.engine.verify import Packing, needs_no_probe
 
@@ -27,11 +27,11 @@ __all__ = [
     "check_engine",
     "collate",
     "compile_blocks",
-    "final_states",
     "needs_no_probe",
     "response_lengths",
     "response_means",
     "response_sums",
     "score",
     "score_with_stats",
+    "states_at",
 ]

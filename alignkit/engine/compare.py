@@ -23,6 +23,7 @@ from alignkit.engine.fp32 import in_fp32
 from alignkit.engine.interface import backbone, use_own_attention
 from alignkit.engine.lengths import text_config
 from alignkit.errors import AlignkitError
+from alignkit.utils.autocast import HALF
 
 Score = Callable[[PreTrainedModel, PackedBatch], Tensor]
 
@@ -84,7 +85,7 @@ def find_fault(
     """
     device = model.device
     batch = collate(examples).to(device)
-    half_precision = model.dtype in (torch.bfloat16, torch.float16)
+    half_precision = backbone(model).dtype in HALF
     with torch.no_grad(), _in_eval_mode(model), _with_wide_logits(model, examples[1]):
         with in_fp32(model, device):
             truth, spread = _own_scores(model, examples, device)
@@ -111,7 +112,7 @@ def find_fault(
             return rounded
         plain, _ = _own_scores(model, examples, device)
         fault = _rounding_fault(rounded - truth, plain - truth, batch.response_index)
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = str(backbone(model).dtype).removeprefix("torch.")
         return fault and f"in {dtype} {fault} of the model's own scores"
 
 

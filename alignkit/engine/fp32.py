@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from alignkit.utils.autocast import no_autocast
-
-_HALF_DTYPES = (torch.bfloat16, torch.float16)
+from alignkit.utils.autocast import HALF, no_autocast
 
 
 @contextmanager
@@ -77,7 +75,7 @@ class _Fp32Copies:
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for tensors in tables:
                 for name, tensor in tensors.items():
-                    if tensor is None or tensor.dtype not in _HALF_DTYPES:
+                    if tensor is None or tensor.dtype not in HALF:
                         continue
                     if id(tensor) not in copies:
                         copy = tensor.detach().float()

@@ -121,14 +121,14 @@ def _eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tens
     return output
 
 
-def backbone(model: PreTrainedModel) -> nn.Module:
+def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model without its head, which turns tokens into hidden states.
 
     Raises:
         AlignkitError: The model has no such part.
     """
     if model.base_model is not model:
-        return model.base_model
+        return model.base_model  # type: ignore[return-value]
     # A few classes name a part that they do not have. It is then the one model inside them.
     inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     if len(inside) == 1:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from alignkit.batch import Span
+from alignkit.batch import Span, longest
 from alignkit.engine.attention import make_plan
 from alignkit.engine.explicit import ExplicitAttention
 from alignkit.engine.segments import AttentionPlan, Reach, Window
@@ -76,7 +76,7 @@ class PackedRow:
         plan: AttentionPlan,
     ) -> None:
         self.spans, self.device, self.dtype, self.plan = spans, device, dtype, plan
-        self.longest = max(span.prompt + max(span.responses) for span in spans)
+        self.longest = longest(spans)
         self._causal_mask: Tensor | None = None
 
     @on_real_tensors

@@ -23,6 +23,7 @@ from alignkit.engine.tail import head_scores
 from alignkit.engine.verify import Packing, Scorers, fits_a_row, set_packing, verify_scores
 from alignkit.errors import AlignkitError
 from alignkit.utils.autocast import compute_dtype
+from alignkit.utils.exact import exact
 
 
 def score(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -64,26 +65,19 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
     return head_scores(model, hidden_ND, batch.target_ids, stats)
 
 
-def final_states(model: PreTrainedModel, batch: PackedBatch, skipped: int) -> Tensor:
-    """Compute the hidden state at the end of each response, [R, D].
+def states_at(model: PreTrainedModel, batch: PackedBatch, place_R: Tensor) -> Tensor:
+    """Compute the hidden state at one place of each response, [R, D].
 
     Args:
         model: As in `score`.
         batch: As in `score`.
-        skipped: A token id (padding) that does not count as a response's last token.
+        place_R: [R] int64, indices in the row.
     """
     _check_positions(model, batch)
-    ids_T = batch.input_ids
-    lengths = [length for span in batch.spans for length in (span.prompt, *span.responses)]
-    is_response = [k > 0 for span in batch.spans for k in range(len(span.responses) + 1)]
-    last_S = torch.tensor(lengths).cumsum(0) - 1
-    last_R = last_S[torch.tensor(is_response)].to(ids_T.device)
-    place_T = torch.arange(len(ids_T), device=ids_T.device)
-    end_R = torch.cummax(torch.where(ids_T == skipped, 0, place_T), 0).values[last_R]
     if fits_a_row(model, _SCORERS, batch):
-        return last_hidden_state(model, batch)[end_R]
-    ends = replace(batch, score_from=end_R, response_index=torch.arange(len(end_R)).to(end_R))
-    return hidden_alone(model, ends)
+        return last_hidden_state(model, batch)[place_R]
+    index_R = torch.arange(len(place_R), device=place_R.device)
+    return hidden_alone(model, replace(batch, score_from=place_R, response_index=index_R))
 
 
 def last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -96,7 +90,7 @@ def last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     use_packed_attention(model)
     batch = padded_for(model, batch)
     device = batch.input_ids.device
-    dtype = compute_dtype(device.type, model.dtype)
+    dtype = compute_dtype(device.type, backbone(model).dtype)
     row = PackedRow(batch.spans, device, dtype, make_plan(batch.spans, device, dtype))
     with row_in_flight(row):
         output = backbone(model)(
@@ -126,9 +120,9 @@ def response_sums(logps_N: Tensor, batch: PackedBatch) -> Tensor:
     They are added up in fp64, since a GPU adds in any order: the sums of equal log-probs are equal,
     and so policy and reference are at the start of a run.
     """
-    exact = logps_N.dtype if logps_N.device.type == "mps" else torch.float64  # which mps lacks
-    zeros_R = logps_N.new_zeros(batch.num_responses, dtype=exact)
-    return zeros_R.index_add(0, batch.response_index, logps_N.to(exact)).to(logps_N.dtype)
+    exact_N = exact(logps_N)
+    zeros_R = exact_N.new_zeros(batch.num_responses)
+    return zeros_R.index_add(0, batch.response_index, exact_N).to(logps_N.dtype)
 
 
 def response_lengths(batch: PackedBatch) -> Tensor:

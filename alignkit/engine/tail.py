@@ -98,7 +98,7 @@ def _own_logits(model: PreTrainedModel, hidden_nD: Tensor) -> Tensor | None:
 def _hidden_state_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the backbone, and the decoder inside it that some heads call directly."""
     decoder = model.get_decoder()  # type: ignore[no-untyped-call]
-    makers = [backbone(model)]
+    makers: list[nn.Module] = [backbone(model)]
     if isinstance(decoder, PreTrainedModel) and decoder is not model:
         makers.append(decoder)
     return makers
@@ -172,7 +172,7 @@ def _find_curve(model: PreTrainedModel, width: int) -> Curve | None:
         logits_nV = _own_logits(model, scaled_nD)
         if logits_nV is None:
             raise ValueError("the model does not call its backbone")
-        return _product(head, scaled_nD).double(), logits_nV.double()
+        return _product(head, scaled_nD).cpu().double(), logits_nV.cpu().double()
 
     unit = 1 / max(_product(head, hidden_nD).std().item(), 1e-30)
     try:

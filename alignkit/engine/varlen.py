@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from alignkit.batch import Span
 from alignkit.engine.segments import AttentionPlan, DenseAttention, Window, query_segments
+from alignkit.utils.autocast import HALF
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def varlen_refusal(device: torch.device, dtype: torch.dtype, windowed: bool = Fa
 def _varlen_self_test(device: torch.device, dtype: torch.dtype, windowed: bool) -> str | None:
     if device.type != "cuda":
         return f"varlen_attn needs CUDA, not {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in HALF:
         return f"varlen_attn needs bf16 or fp16, not {dtype}"
     return compare_with_dense(device, dtype, Window(7) if windowed else None)
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.lora.config import LoRAConfig
+from alignkit.utils.autocast import HALF
 
 FROZEN = ("start_A", "start_B")
 """Parameters of an adapter that never train: what PiSSA and OLoRA subtract."""
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class Adapter(nn.Module):
@@ -39,7 +38,7 @@ class Adapter(nn.Module):
 
         def keep_fp32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            halved = tensor.dtype == torch.float32 and moved.dtype in _HALF
+            halved = tensor.dtype == torch.float32 and moved.dtype in HALF
             return tensor.to(moved.device) if halved else moved
 
         super()._apply(keep_fp32, recurse)  # type: ignore[no-untyped-call]

@@ -139,7 +139,7 @@ def trained_fingerprint(model: nn.Module) -> str:
         idle: tuple[str, ...] = ()
         if isinstance(layer, LowRankLayer):
             if _is_zero(adapter):
-                idle = ("lora_A", "lora_B")
+                idle = ("lora_A", "lora_B", *_drawn_magnitude(layer, adapter))
             else:
                 meaning = {"scale": adapter.config.scale, "dora": adapter.config.use_dora}
                 digest.update(f"{path} {json.dumps(meaning)}".encode())
@@ -152,7 +152,20 @@ def trained_fingerprint(model: nn.Module) -> str:
 def _is_zero(adapter: Adapter) -> bool:
     if adapter.get("start_A") is not None:
         return False
-    return not (adapter.get_parameter("lora_A").any() and adapter.get_parameter("lora_B").any())
+    a_IR, b_RO = adapter.get_parameter("lora_A"), adapter.get_parameter("lora_B")
+    if not (a_IR.any() and b_RO.any()):
+        return True
+    # Two factors that are drawn so that their product is zero, up to rounding.
+    drawn = adapter.config.init == "orthogonal"
+    return drawn and bool((a_IR @ b_RO).norm() <= 1e-6 * a_IR.norm() * b_RO.norm())
+
+
+def _drawn_magnitude(layer: LowRankLayer, adapter: Adapter) -> tuple[str, ...]:
+    """Return the name of a DoRA magnitude that is the base's but for drawn factors' rounding."""
+    magnitude = adapter.get("magnitude")
+    if magnitude is None or adapter.config.init != "orthogonal":
+        return ()
+    return ("magnitude",) if torch.allclose(magnitude, layer.norms(adapter), rtol=1e-6) else ()
 
 
 def _add(digest: xxhash.xxh3_128, name: str, value: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from alignkit.utils.autocast import compute_dtype, no_autocast
+from alignkit.utils.autocast import HALF, compute_dtype, no_autocast
 
 
 def adapted_linear(
@@ -111,6 +111,6 @@ def _rows(a_IR: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _wide_mm(left: Tensor, right: Tensor) -> Tensor:
     """Multiply half-precision matrices without rounding the sum, where the device can."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+    if left.is_cuda and left.dtype in HALF:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.mm(left, right)

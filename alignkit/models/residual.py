@@ -20,11 +20,10 @@ from transformers import PreTrainedModel
 from alignkit.engine.tail import use_exact_logits
 from alignkit.errors import AlignkitError
 from alignkit.models.lean import LeanLayerNorm, LeanRMSNorm
-from alignkit.utils.autocast import no_autocast
+from alignkit.utils.autocast import HALF, no_autocast
 
 Residual: TypeAlias = Literal["weights", "float32"]
 
-_HALF = (torch.bfloat16, torch.float16)
 _WIDENED = "_alignkit_residual_widened"
 _DTYPE_OF = "_alignkit_dtype_of"  # attribute of a rotary embedding: a module with weights
 
@@ -41,6 +40,7 @@ def widen_residual(model: PreTrainedModel) -> None:
         AlignkitError: A norm of the model is not lightened, and would pass fp32 on to products.
     """
     embedding = model.get_input_embeddings()
+    embedding = getattr(embedding, "base", embedding)  # below an adapter, whose rows are fp32
     for name, module in model.named_modules():
         if isinstance(module, LeanRMSNorm):
             module.rounds = True
@@ -65,7 +65,7 @@ def is_widened(model: nn.Module) -> bool:
 
 
 def _to_fp32(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-    return output.float() if output.dtype in _HALF else output
+    return output.float() if output.dtype in HALF else output
 
 
 def _rounded_rotation(module: nn.Module, given: Any, output: Any) -> Any:
@@ -74,7 +74,7 @@ def _rounded_rotation(module: nn.Module, given: Any, output: Any) -> Any:
     Rotary embeddings take the dtype of the stream.
     """
     dtype = module.__dict__[_DTYPE_OF].weight.dtype
-    if dtype not in _HALF or torch.is_autocast_enabled(output[0].device.type):
+    if dtype not in HALF or torch.is_autocast_enabled(output[0].device.type):
         return output
     return tuple(part.to(dtype) for part in output)
 

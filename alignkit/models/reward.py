@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from alignkit.engine import Example, PackedBatch, collate, final_states
+from alignkit.engine import Example, PackedBatch, collate, states_at
 from alignkit.engine.interface import backbone
 from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
@@ -38,9 +39,20 @@ _TOLERANCE = 1e-3
 
 
 def attach_head(model: PreTrainedModel) -> None:
-    """Give a causal language model a trainable scalar head, which starts at zero."""
+    """Give a causal language model a trainable scalar head in fp32, which starts at zero.
+
+    Nothing of the head over the vocabulary trains any more, as no reward depends on it, but what it
+    shares with the embeddings does. A model that has a scalar head is unchanged.
+    """
+    if HEAD in model._parameters:
+        return
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    used = {id(p) for p in backbone(model).parameters()}
+    for parameter in head.parameters() if head is not None else ():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in used)
     width = model.config.get_text_config().hidden_size
-    model.register_parameter(HEAD, nn.Parameter(torch.zeros(width, device=model.device)))
+    zeros = torch.zeros(width, device=model.device, dtype=torch.float32)
+    model.register_parameter(HEAD, nn.Parameter(zeros))
 
 
 def rewards(model: PreTrainedModel, batch: PackedBatch, padding: int) -> Tensor:
@@ -48,14 +60,32 @@ def rewards(model: PreTrainedModel, batch: PackedBatch, padding: int) -> Tensor:
 
     It is the head's product with the hidden state of the response's last token that is not padding.
     transformers takes the same token, and many tokenizers pad with EOS: the end itself is then not
-    scored.
+    scored. A response of padding alone ends where its prompt does.
 
     Args:
         model: A model that went through `attach_head`.
         batch: On the model's device.
         padding: Id of the padding token.
     """
-    return final_states(model, batch, padding).float() @ model.get_parameter(HEAD).float()
+    states_RD = states_at(model, batch, _ends(batch, padding))
+    return states_RD.float() @ model.get_parameter(HEAD).float()
+
+
+def _ends(batch: PackedBatch, padding: int) -> Tensor:
+    """Return the index of each sequence's last token that is not padding, [R] int64."""
+    ids_T = batch.input_ids
+    edges = []
+    for span in batch.spans:
+        first = span.start + span.prompt
+        bounds = pairwise(accumulate(span.responses, initial=first))
+        edges += [(span.start, first, *each) for each in bounds]
+    start_R, prompt_R, first_R, end_R = torch.tensor(edges, device=ids_T.device).T
+    place_T = torch.arange(len(ids_T), device=ids_T.device)
+    kept_T = torch.where(ids_T == padding, -1, place_T).cummax(0).values
+    kept_T = torch.cat((kept_T.new_full((1,), -1), kept_T))  # at an index, the last one before it
+    own_R, asked_R = kept_T[end_R], kept_T[prompt_R]
+    asked_R = torch.where(asked_R >= start_R, asked_R, first_R)  # a sequence of padding alone
+    return torch.where(own_R >= first_R, own_R, asked_R)
 
 
 def holds_reward(checkpoint: Mapping[str, Any]) -> bool:
@@ -149,7 +179,7 @@ def _write(model: PreTrainedModel, directory: str, padding: int) -> None:
     config.num_labels = 1
     config.get_text_config().pad_token_id = padding
     try:
-        classifier = _Classifier.from_config(config, dtype=model.dtype)
+        classifier = _Classifier.from_config(config, dtype=backbone(model).dtype)
     except ValueError as error:
         raise AlignkitError(
             f"export: transformers has no sequence classifier for {type(model).__name__}"

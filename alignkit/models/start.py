@@ -23,6 +23,7 @@ from alignkit.lora.resize import fit_embeddings, own_rows, resize_embeddings
 from alignkit.models import checkpoint as ckpt
 from alignkit.models.fingerprint import BaseIdentity
 from alignkit.models.hub import adapter_on_hub
+from alignkit.models.reward import attach_head, holds_reward
 from alignkit.models.stamp import STAMP, check_adapter_base, check_base
 from alignkit.models.text_format import TextFormat, format_in, read_format
 
@@ -95,9 +96,14 @@ class Start(ABC):
 class CheckpointStart(Start):
     """Provide the weights of a ``.ckpt`` file of any stage."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, rewards: bool) -> None:
         super().__init__(place)
         self.checkpoint: Mapping[str, Any] = ckpt.read_checkpoint(place)
+        if holds_reward(self.checkpoint) and not rewards:
+            raise AlignkitError(
+                f"{self.where}: is a reward model's checkpoint, with which RewardModule alone goes "
+                "on; pass one of another stage"
+            )
 
     def resize(self, model: PreTrainedModel) -> None:
         """Give it the rows that the checkpoint's hyper-parameters name."""
@@ -122,7 +128,9 @@ class CheckpointStart(Start):
         return format_in(self.checkpoint, self.where)
 
     def fill(self, model: PreTrainedModel) -> None:
-        """Load the policy's tensors."""
+        """Load the policy's tensors, and a reward model's head."""
+        if holds_reward(self.checkpoint):
+            attach_head(model)
         ckpt.load_trainable(model, ckpt.model_state(self.checkpoint), self.where)
 
 
@@ -169,15 +177,16 @@ class AdapterStart(Start):
         load_adapter(model, self.path, untie=True)
 
 
-def find_start(place: str) -> Start:
+def find_start(place: str, rewards: bool = False) -> Start:
     """Return the start that a path or a Hub id stands for.
 
     Args:
         place: A ``.ckpt`` file, an adapter's directory or ``.safetensors`` file, or the Hub id of
             an adapter.
+        rewards: Whether a reward model is to start, which may go on with another.
 
     Raises:
-        AlignkitError: There is nothing there, or it is damaged.
+        AlignkitError: There is nothing there, it is damaged, or another kind of model.
     """
     path = Path(place)
     if ckpt.is_adapter(place):
@@ -189,4 +198,4 @@ def find_start(place: str) -> Start:
         )
     if not path.exists() and path.suffix != ".ckpt" and _HUB_ID.fullmatch(place):
         return AdapterStart(place, adapter_on_hub(place, "init_from"))
-    return CheckpointStart(place)
+    return CheckpointStart(place, rewards)

@@ -43,6 +43,7 @@ from alignkit.modules.sharding import refuse_probe
 from alignkit.modules.signals import Signals
 from alignkit.modules.text import format_of_checkpoint, format_of_run
 from alignkit.modules.trainer_support import TrainerSupport
+from alignkit.modules.usage import Usage
 from alignkit.utils.phases import phase
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,8 @@ class AlignmentModule(TrainerSupport):
     model: PreTrainedModel
     text_format: TextFormat | None = None
     """How text became tokens in training, if the data module or a checkpoint says so."""
+    rewards = False
+    """Whether the stage trains a reward model."""
     _settings: dict[str, Any] | None = None
     _resumed: dict[str, Any] | None = None
     _steps_before = 0
@@ -133,7 +136,7 @@ class AlignmentModule(TrainerSupport):
         on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         super().__init__(on_nonfinite)
-        check_rates(warmup_steps, lora_plus_ratio)
+        check_rates(warmup_steps, lora_plus_ratio, lora)
         self._save_plain_hyperparameters()
         self.base = base
         self.optimizer = optimizer
@@ -146,7 +149,7 @@ class AlignmentModule(TrainerSupport):
         start = None
         if init_from is not None:
             init_from = self.hparams["init_from"] = find_checkpoint(init_from)
-            start = find_start(init_from)
+            start = find_start(init_from, self.rewards)
             self.text_format = start.text_format()
         # A checkpoint's hyper-parameters hold the config as plain values.
         choice = LoRAConfig.from_dict(lora) if isinstance(lora, Mapping) else lora
@@ -228,7 +231,7 @@ class AlignmentModule(TrainerSupport):
         """Return the callbacks that every run has, and reserve the run's folder."""
         super().configure_callbacks()
         claim_run_folder(self.trainer)
-        added: list[Callback] = [Signals(), Dashboard()]
+        added: list[Callback] = [Signals(), Dashboard(), Usage()]
         there = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [each for each in added if type(each) not in there]
 

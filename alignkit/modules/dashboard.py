@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
+
+from alignkit.engine import PackedBatch, response_lengths
 
 _STATS = ("examples", "truncated_frac")  # of the training split
 _FIRST = ("loss", "perplexity", "rewards/accuracies")  # of the paired charts
@@ -23,12 +27,15 @@ class Dashboard(Callback):
     - HPARAMS holds model, optimizer, data and trainer settings beside the validation's last values,
       instead of a made-up ``hp_metric``.
     - CUSTOM SCALARS draws training and validation of one quantity as one chart.
+    - HISTOGRAMS holds the margins of each validation's pairs and the lengths of its answers, of
+      rank 0's part.
 
     Every `AlignmentModule` adds this callback to its trainer.
     """
 
     def __init__(self) -> None:
         self._told = False
+        self._lengths: list[Tensor] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep Lightning from logging what would come before the losses."""
@@ -46,10 +53,27 @@ class Dashboard(Callback):
             else:
                 logger.log_hyperparams(_extra(trainer, pl_module))
 
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Keep the lengths of the answers, which are the same in every validation."""
+        if not self._told and isinstance(batch, PackedBatch):
+            self._lengths.append(response_lengths(batch))
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out the pages when the first validation has told which quantities there are."""
-        if not trainer.sanity_checking:
-            self._lay_out(trainer, pl_module)
+        """Draw histograms; lay out the pages when the first validation has told its quantities."""
+        lengths, self._lengths = self._lengths, []
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        histograms = {"val/answer_tokens": lengths}
+        if (watch := getattr(pl_module, "watch", None)) is not None:
+            histograms["val/margins"] = watch.margins
+        for logger in _tensorboards(trainer) if trainer.is_global_zero else ():
+            for name, parts in histograms.items():
+                if parts:
+                    values = torch.cat(parts).float().cpu()
+                    logger.experiment.add_histogram(name, values, trainer.global_step)
+        self._lay_out(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lay out the pages of a run without validation."""

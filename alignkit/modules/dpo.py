@@ -104,8 +104,7 @@ class DPOModule(WholeStepModule[PairScores], WatchedModule):
     @torch.no_grad()
     def watched_metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
         """Return `metrics`, and add the pairs to the gauges."""
-        rewards = self.loss.rewards(policy, reference)
-        self.watch.add(RatedPairs(policy, reference, *rewards), self.training)
+        self.watch.add(self._rated(policy, reference), self.training)
         return self.metrics(policy, reference)
 
     def reference_scores(self, batch: PackedBatch) -> PairScores:
@@ -141,12 +140,8 @@ class DPOModule(WholeStepModule[PairScores], WatchedModule):
             policy: As in `preference_loss`.
             reference: As in `preference_loss`.
         """
-        chosen_B, rejected_B = self.loss.rewards(policy, reference)
-        return {
-            "rewards/chosen": chosen_B.sum(),
-            "rewards/rejected": rejected_B.sum(),
-            "rewards/accuracies": (chosen_B > rejected_B).sum(),
-            "rewards/margins": (chosen_B - rejected_B).sum(),
-            "logps/chosen": policy.chosen.sum(),
-            "logps/rejected": policy.rejected.sum(),
-        }
+        logps = {"logps/chosen": policy.chosen.sum(), "logps/rejected": policy.rejected.sum()}
+        return self._rated(policy, reference).sums() | logps
+
+    def _rated(self, policy: PairScores, reference: PairScores) -> RatedPairs:
+        return RatedPairs(policy, reference, *self.loss.rewards(policy, reference))

@@ -1,7 +1,7 @@
 """Measure how a policy ranks held-out pairs: gauges that are logged under ``val/`` and ``test/``.
 
-Every gauge is a function of sums over pairs, which are float64 and added over batches and ranks.
-It is therefore exact under DDP, whatever the sizes of batches.
+Every gauge is a function of sums over pairs, which are float64 and added over batches and ranks
+(fp32 on Apple's MPS, which has none). It is exact under DDP, whatever the sizes of batches.
 
 Shape letters: B pairs. Symbols: m the margin of a pair, its chosen reward minus its rejected one;
 r the log-ratio of an answer, log π(y|x) − log π_ref(y|x).
@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from alignkit.modules.metrics import Float64Metric
+from alignkit.modules.metrics import ExactMetric
 from alignkit.objectives.pairs import PairScores
+from alignkit.utils.exact import exact
 
 LIKE = 0.8
 """Answers are of like length where the shorter has this share of the longer one's tokens."""
@@ -51,12 +52,21 @@ class RatedPairs:
     @property
     def margin(self) -> Tensor:
         """Return the margins, [B] float64."""
-        return self.chosen_reward.double() - self.rejected_reward.double()
+        return exact(self.chosen_reward) - exact(self.rejected_reward)
 
     @property
     def credit(self) -> Tensor:
         """Return 1 for a pair that is ranked right, ½ for a tie and 0 for a wrong one, [B]."""
         return (self.margin.sign() + 1) / 2
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums over pairs of what TRL logs, by its names; a tie is half right."""
+        return {
+            "rewards/chosen": self.chosen_reward.sum(),
+            "rewards/rejected": self.rejected_reward.sum(),
+            "rewards/accuracies": self.credit.sum(),
+            "rewards/margins": self.margin.sum(),
+        }
 
     @property
     def alike(self) -> Tensor:
@@ -69,10 +79,10 @@ class RatedPairs:
         """Return r of the chosen answers, then of the rejected ones, [2B] float64."""
         ours = torch.cat((self.policy.chosen, self.policy.rejected))
         theirs = torch.cat((self.reference.chosen, self.reference.rejected))
-        return ours.double() - theirs.double()
+        return exact(ours) - exact(theirs)
 
 
-class Gauge(Float64Metric):
+class Gauge(ExactMetric):
     """Define a number that is computed from sums over pairs.
 
     Attributes:
@@ -107,21 +117,8 @@ class Gauge(Float64Metric):
         """Return the number of the sums over all batches and ranks."""
 
 
-class Accuracy(Gauge):
-    """Compute the share of pairs with m > 0; a tie counts a half."""
-
-    def batch_sums(self, pairs: RatedPairs) -> Tensor:
-        """Return the credit and the number of pairs."""
-        return _sums(pairs.credit, torch.ones_like(pairs.credit))
-
-    def value(self, *sums: Tensor) -> Tensor:
-        """Return their quotient."""
-        credit, count = sums
-        return credit / count
-
-
 class AccuracyError(Gauge):
-    """Compute the standard error of `Accuracy`, √(s²/n) of the credits; NaN for one pair."""
+    """Compute the standard error of ``rewards/accuracies``, √(s²/n); NaN for one pair."""
 
     size = 3
 
@@ -137,11 +134,11 @@ class AccuracyError(Gauge):
 
 
 class LikeLengthAccuracy(Gauge):
-    """Compute `Accuracy` among pairs of like length, in which length tells nothing."""
+    """Compute the accuracy among pairs of like length, in which length tells nothing."""
 
     def batch_sums(self, pairs: RatedPairs) -> Tensor:
         """Return the credit and the number of those pairs."""
-        alike = pairs.alike.double()
+        alike = exact(pairs.alike)
         return _sums(pairs.credit * alike, alike)
 
     def value(self, *sums: Tensor) -> Tensor:
@@ -177,7 +174,7 @@ class Displacement(Gauge):
 
     def batch_sums(self, pairs: RatedPairs) -> Tensor:
         """Return the number of those pairs and of all."""
-        fell = (pairs.policy.chosen < pairs.reference.chosen).double()
+        fell = exact(pairs.policy.chosen < pairs.reference.chosen)
         return _sums(fell, torch.ones_like(fell))
 
     def value(self, *sums: Tensor) -> Tensor:
@@ -193,8 +190,8 @@ class LengthCorrelation(Gauge):
 
     def batch_sums(self, pairs: RatedPairs) -> Tensor:
         """Return the sums of 1, x, y, x², y² and xy."""
-        x = torch.cat((pairs.chosen_reward, pairs.rejected_reward)).double()
-        y = torch.cat((pairs.policy.chosen_tokens, pairs.policy.rejected_tokens)).double()
+        x = exact(torch.cat((pairs.chosen_reward, pairs.rejected_reward)))
+        y = exact(torch.cat((pairs.policy.chosen_tokens, pairs.policy.rejected_tokens)))
         return _sums(torch.ones_like(x), x, y, x * x, y * y, x * y)
 
     def value(self, *sums: Tensor) -> Tensor:
@@ -219,8 +216,8 @@ class CalibrationError(Gauge):
         """Return the number, the probability and the credit of the pairs of each bin."""
         predicted = torch.sigmoid(pairs.margin.abs())
         bins = ((predicted - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
-        zeros = torch.zeros(BINS, dtype=torch.float64, device=bins.device)
         columns = (torch.ones_like(predicted), predicted, pairs.credit)
+        zeros = predicted.new_zeros(BINS)
         return torch.cat([zeros.index_add(0, bins, column) for column in columns])
 
     def value(self, *sums: Tensor) -> Tensor:
@@ -231,7 +228,6 @@ class CalibrationError(Gauge):
 
 
 GAUGES: dict[str, type[Gauge]] = {
-    "accuracy": Accuracy,
     "accuracy_se": AccuracyError,
     "accuracy_like_length": LikeLengthAccuracy,
     "kl": Divergence,
@@ -243,4 +239,4 @@ GAUGES: dict[str, type[Gauge]] = {
 
 
 def _sums(*columns_B: Tensor) -> Tensor:
-    return torch.stack([column.double().sum() for column in columns_B])
+    return torch.stack([exact(column).sum() for column in columns_B])

@@ -10,20 +10,26 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from alignkit.modules.window import LossOutput
+from alignkit.utils.exact import exact_dtype
 
 
-class Float64Metric(Metric):
-    """Hold states that stay in float64 whatever a module is cast to."""
+class ExactMetric(Metric):
+    """Hold states that stay in the dtype of sums (`exact_dtype`) whatever a module is cast to."""
 
     full_state_update = False
 
     def _apply(self, fn: Callable[..., Any], exclude_state: Sequence[str] = "") -> Self:
         """Apply a module's move to another device, and ignore its casts."""
-        super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(tensor.float()).device  # a device may have no float64
+            return tensor.to(device, exact_dtype(device))
+
+        super()._apply(move, exclude_state)
         return self
 
 
-class WeightedMean(Float64Metric):
+class WeightedMean(ExactMetric):
     """Compute ``Σ totals / Σ weights`` over batches and ranks, in float64.
 
     torchmetrics' ``MeanMetric`` takes each batch's quotient instead of its sum, and checks for NaN
@@ -106,7 +112,8 @@ class EpochSums:
 
     def load(self, state: Mapping[str, Tensor], device: torch.device, rank: int) -> None:
         """Continue from a `state`: rank 0 takes the sums, the others start from 0."""
-        self._sums = {name: value.to(device) * (rank == 0) for name, value in state.items()}
+        mine = {name: value * (rank == 0) for name, value in state.items()}
+        self._sums = {n: value.to(device, exact_dtype(device)) for n, value in mine.items()}
 
 
 class EpochMetrics(nn.Module):

@@ -15,12 +15,18 @@ from transformers import get_scheduler
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import lora_parameter_groups
+from alignkit.utils.autocast import HALF
 
 CONSTANT = "constant_with_warmup"
 
 
-def check_rates(warmup_steps: float, lora_plus_ratio: float) -> None:
+def check_rates(warmup_steps: float, lora_plus_ratio: float, lora: object) -> None:
     """Refuse numbers that would train at other rates than anyone meant, before a model is loaded.
+
+    Args:
+        warmup_steps: As in `make_schedule`.
+        lora_plus_ratio: As in `make_optimizer`.
+        lora: The adapters to train; ``None`` for the whole model.
 
     Raises:
         AlignkitError: One is negative or no number; the line names it.
@@ -29,6 +35,16 @@ def check_rates(warmup_steps: float, lora_plus_ratio: float) -> None:
         raise AlignkitError(f"model.warmup_steps={warmup_steps}: must be 0 or more")
     if not 0 < lora_plus_ratio < math.inf:
         raise AlignkitError(f"model.lora_plus_ratio={lora_plus_ratio}: must be positive")
+    if lora is None:
+        _refuse_plus_without_adapters(lora_plus_ratio)
+
+
+def _refuse_plus_without_adapters(ratio: float) -> None:
+    if ratio != 1:
+        raise AlignkitError(
+            f"model.lora_plus_ratio={ratio}: there is no B of an adapter that could learn faster; "
+            "leave it out, or adapt linear layers (model.lora)"
+        )
 
 
 def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: float) -> Optimizer:
@@ -40,8 +56,14 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
         lora_plus_ratio: Learning rate of every B over that of A; with 1 there is one group.
 
     Raises:
-        AlignkitError: The optimizer refuses its options, whoever's it is.
+        AlignkitError: The optimizer refuses its options, or a parameter is in half precision.
     """
+    halves = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype in HALF]
+    if halves:
+        raise AlignkitError(
+            f"model: {halves[0]} trains in half precision, which would round small steps away; "
+            "keep it in fp32, and set trainer.precision to bf16-mixed"
+        )
     try:
         optimizer = make(_uniform([p for p in model.parameters() if p.requires_grad]))
     except ValueError as error:
@@ -51,6 +73,8 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
         groups = lora_parameter_groups(
             model, chosen["lr"], lora_plus_ratio, chosen.get("weight_decay", 0.0)
         )
+        if not any(group["lr"] != chosen["lr"] for group in groups):
+            _refuse_plus_without_adapters(lora_plus_ratio)
         optimizer = make([g for group in groups for g in _split(group)])
     return optimizer
 

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from alignkit.engine import PackedBatch
 from alignkit.errors import AlignkitError
+from alignkit.utils.autocast import HALF
 
-_HALF = (torch.bfloat16, torch.float16)
 # Compared by exact class, because a subclass may do anything to a module.
 _KNOWN = (Precision, MixedPrecision, HalfPrecision, DoublePrecision, FSDPPrecision)
 
@@ -107,27 +107,34 @@ def unscale_gradients(trainer: Trainer, optimizer: Optimizer) -> None:
         scaler.unscale_(optimizer)
 
 
-def apply_but_keep_buffers(
+def apply_but_keep_fp32(
     module: nn.Module, apply: Callable[[Callable[[Tensor], Tensor]], Any], fn: Callable[..., Any]
 ) -> None:
-    """Run ``nn.Module._apply``, and keep fp32 buffers fp32 when it casts to half precision.
+    """Run ``nn.Module._apply``, and keep fp32 what a cast to half precision would spoil.
 
-    A rotary embedding's frequencies are buffers. In bf16 their rounding shifts position 300 by one.
-    transformers keeps them fp32 when it loads a model in half precision.
+    Buffers are a rotary embedding's frequencies, whose rounding in bf16 shifts position 300 by one;
+    transformers keeps them fp32 when it loads a model in half precision. Small steps of trained
+    parameters would be rounded away.
 
     Args:
         module: The module.
         apply: Its ``_apply``, without the argument ``fn``.
         fn: What to apply to each tensor.
     """
-    before = [
-        (owner, name, buffer)
+    before: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, name, value.detach())
         for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None and buffer.dtype in (torch.float32, torch.float64)
+        for held in (owner._buffers, owner._parameters)
+        for name, value in held.items()
+        if value is not None and value.dtype in (torch.float32, torch.float64)
+        if held is owner._buffers or value.requires_grad
     ]
     apply(fn)
-    for owner, name, buffer in before:
-        after = owner._buffers[name]
-        if after is not None and after.dtype in _HALF:
-            owner._buffers[name] = buffer.to(after.device)
+    for held, name, value in before:
+        after = held[name]
+        if after is None or after.dtype not in HALF:
+            continue
+        if isinstance(after, nn.Parameter):
+            after.data = value.to(after.device)
+        else:
+            held[name] = value.to(after.device)

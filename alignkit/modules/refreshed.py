@@ -59,6 +59,11 @@ class RefreshedModule(ReferencedModule):
         """
         if checks < 1:
             raise AlignkitError(f"model.reference_checks={checks}: give at least 1")
+        if checks != 1 and cache is None:
+            raise AlignkitError(
+                f"model.reference_checks={checks}: checks cached rows; give model.reference_cache "
+                "as well"
+            )
         chosen = resolve_choice(choice, loss, reads, self.lora is None)
         self._refresh_every(every, mix, chosen, cache)
         self.reference = None

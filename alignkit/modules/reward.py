@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from alignkit.batch import PackedBatch
 from alignkit.engine import response_lengths
 from alignkit.errors import AlignkitError
@@ -34,6 +32,8 @@ class RewardModule(WatchedModule):
         **kwargs: As in `AlignmentModule`.
     """
 
+    rewards = True
+
     def __init__(
         self,
         *args: Any,
@@ -43,7 +43,6 @@ class RewardModule(WatchedModule):
         super().__init__(*args, **kwargs)
         # A checkpoint's hyper-parameters hold the loss as plain values.
         self.loss = BradleyTerry(**loss) if isinstance(loss, Mapping) else loss
-        self.reference = None
         self.watch = PairWatch(compares=False, warns=False)
         attach_head(self.model)
         tokenizer = load_tokenizer(self.hparams["tokenizer"] or self.base)
@@ -60,13 +59,7 @@ class RewardModule(WatchedModule):
         rewards_R = rewards(self.model, batch, self.padding)
         ranked = RankedScores.from_ranked(rewards_R, response_lengths(batch), counts)
         loss_B = self.loss(ranked)
-        with torch.no_grad():
-            chosen_B, rejected_B = ranked.chosen.detach(), ranked.rejected.detach()
-            self.watch.add(RatedPairs(ranked, ranked, chosen_B, rejected_B), self.training)
-            metrics = {
-                "rewards/chosen": chosen_B.sum(),
-                "rewards/rejected": rejected_B.sum(),
-                "rewards/accuracies": (chosen_B > rejected_B).sum(),
-                "rewards/margins": (chosen_B - rejected_B).sum(),
-            }
-        return LossOutput(loss_B.sum(), len(counts), metrics)
+        ranked = ranked.detached()
+        rated = RatedPairs(ranked, ranked, ranked.chosen, ranked.rejected)
+        self.watch.add(rated, self.training)
+        return LossOutput(loss_B.sum(), len(counts), rated.sums())

@@ -21,7 +21,7 @@ from alignkit.modules.companions import (
     set_up_callbacks,
 )
 from alignkit.modules.precision import (
-    apply_but_keep_buffers,
+    apply_but_keep_fp32,
     cast_before_restore,
     keep_batches_uncast,
 )
@@ -113,5 +113,5 @@ class TrainerSupport(ExactSteps):
         )
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TrainerSupport:
-        apply_but_keep_buffers(self, partial(super()._apply, recurse=recurse), fn)
+        apply_but_keep_fp32(self, partial(super()._apply, recurse=recurse), fn)
         return self

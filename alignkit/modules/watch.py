@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.gauges import GAUGES, Gauge, RatedPairs
+from alignkit.utils.exact import exact
 
 _SURE = 2.0
 """How many standard errors a mean must lie from 0."""
@@ -57,6 +58,9 @@ class PairWatch(nn.Module):
     Args:
         compares: Whether the policy is compared with a reference.
         warns: Whether falling chosen answers are told of.
+
+    Attributes:
+        margins: Those of the validation's pairs on this rank, a tensor a batch.
     """
 
     def __init__(self, compares: bool, warns: bool = True) -> None:
@@ -65,6 +69,7 @@ class PairWatch(nn.Module):
         self.gauges = nn.ModuleDict({name: kind() for name, kind in used.items()})
         self.falling = FallingChosen(compares)
         self.falling.told = not warns
+        self.margins: list[Tensor] = []
 
     def named(self) -> dict[str, Gauge]:
         """Return the gauges by the names that they are logged under."""
@@ -73,6 +78,7 @@ class PairWatch(nn.Module):
     def reset(self) -> None:
         """Begin a validation."""
         self.falling.reset()
+        self.margins = []
         for gauge in self.named().values():
             gauge.reset()
 
@@ -80,7 +86,10 @@ class PairWatch(nn.Module):
     def add(self, pairs: RatedPairs, training: bool) -> None:
         """Add a batch, which takes part in the gauges outside of training."""
         self.falling.add(pairs, training)
-        for gauge in self.named().values() if not training else ():
+        if training:
+            return
+        self.margins.append(pairs.margin)
+        for gauge in self.named().values():
             gauge.update(pairs)
 
 
@@ -109,9 +118,9 @@ class FallingChosen:
         """Add a batch, without waiting for the device."""
         if self.told or (training and not self.compares):
             return
-        chosen = pairs.policy.chosen.double()
+        chosen = exact(pairs.policy.chosen)
         if self.compares:
-            chosen = chosen - pairs.reference.chosen.double()
+            chosen = chosen - exact(pairs.reference.chosen)
         columns = (chosen, pairs.margin, torch.ones_like(chosen))
         own = torch.stack([part.sum() for part in (*columns, *(c.square() for c in columns[:2]))])
         self._sums = own if self._sums is None else self._sums + own

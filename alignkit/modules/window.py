@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alignkit.engine import PackedBatch
 from alignkit.modules.sharding import local_gradients
+from alignkit.utils.exact import exact, exact_dtype
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ class Window:
         loss = output.loss_sum.detach().float()
         own = {"loss": loss, "weight": output.weight, "tokens": batch.num_tokens}
         for name, value in {**own, **output.metrics}.items():
-            if isinstance(value, Tensor):
-                value = value.detach().to(torch.float64)
-            else:
-                value = loss.new_full((), value, dtype=torch.float64)
+            if not isinstance(value, Tensor):
+                value = torch.full_like(loss, value, dtype=exact_dtype(loss.device))
+            value = exact(value.detach())
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self.micro_batches.append(MicroBatch(batch, number))
 

@@ -9,6 +9,7 @@ probability that a label is flipped, σ the logistic function, |y| the number of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,9 +90,9 @@ class EXO(PreferenceLoss):
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
         x_B, epsilon = self.margin(policy, reference), self.label_smoothing
-        labels = torch.tensor([1 - epsilon, epsilon], device=x_B.device).log()
-        log_q = torch.stack([logsigmoid(x_B), logsigmoid(-x_B)])
-        return (log_q.exp() * (log_q - labels[:, None])).sum(0)
+        log_q, log_other = logsigmoid(x_B), logsigmoid(-x_B)
+        kept_B = log_q.exp() * (log_q - math.log1p(-epsilon))
+        return kept_B + log_other.exp() * (log_other - math.log(epsilon))
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ class NormalizedDPO(PreferenceLoss):
     trl_name: ClassVar[str | None] = "sigmoid_norm"
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
-        margin_B = self.margin(policy.per_token(), reference.per_token())
-        return smoothed(margin_B, self.label_smoothing)
+        return smoothed(self.margin(policy, reference), self.label_smoothing)
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
+        """Return β r(y)/|y| of both sides, [B] fp32 each."""
+        return super().rewards(policy.per_token(), reference.per_token())
 
 
 @dataclass(frozen=True)

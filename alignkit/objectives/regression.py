@@ -50,11 +50,13 @@ class IPO(PreferenceLoss):
     trl_name: ClassVar[str | None] = "ipo"
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
-        ours, theirs = policy, reference
+        return ((self.margin(policy, reference) - 0.5) / self.beta).square()
+
+    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
+        """Return β r(y)/|y| of both sides, or β r(y) for log-ratios of sums, [B] fp32 each."""
         if self.per_token:
-            ours, theirs = policy.per_token(), reference.per_token()
-        margin_B = (ours.chosen - theirs.chosen) - (ours.rejected - theirs.rejected)
-        return (margin_B - 1 / (2 * self.beta)).square()
+            policy, reference = policy.per_token(), reference.per_token()
+        return super().rewards(policy, reference)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""Query autocast's dtype, and turn autocast off."""
+"""Define half precision, query autocast's dtype, and turn autocast off."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
+HALF = (torch.bfloat16, torch.float16)
+"""The dtypes of half precision."""
 
 
 def compute_dtype(device_type: str, otherwise: torch.dtype) -> torch.dtype:

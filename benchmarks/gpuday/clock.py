@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from alignkit.tools.profile.memory import peak_bytes, reset_peak
+from alignkit.utils.memory import peak_bytes, reset_peak
 
 Work = Callable[[], object]
 

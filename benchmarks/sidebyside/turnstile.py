@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from alignkit.tools.profile.memory import peak_bytes, reset_peak
+from alignkit.utils.memory import peak_bytes, reset_peak
 
 
 class Turnstile:

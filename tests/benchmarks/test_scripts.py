@@ -75,6 +75,16 @@ def test_scaling_draws_both_curves(run_script: Run, tmp_path: Path) -> None:
     assert plot.stat().st_size > 1000
 
 
+def test_ranked_answers_with_shared_prompts_and_apart(run_script: Run) -> None:
+    code, found = run_script(
+        "ranked.py", "--model", "tiny-llama-shape", "--prompts", "3", "--answers", "4",
+        "--tokens-per-batch", "1024", "--rounds", "1",
+    )  # fmt: skip
+    assert code == 0
+    assert found["tokens"]["shared"] < found["tokens"]["apart"]
+    assert found["speed"] > 0 and found["loss_difference"] < 0.01
+
+
 def test_the_reference_live_and_from_the_cache(run_script: Run) -> None:
     code, found = run_script(
         "reference.py", "--model", "tiny-llama-shape", "--pairs", "8", "--tokens-per-batch", "1024",

@@ -106,6 +106,17 @@ def test_a_loss_that_is_not_the_modules(fit: Callable) -> None:
     assert "--model.loss IPO: KTOModule has a loss of its own" in line
 
 
+def test_a_file_of_ones_own_that_is_no_python(
+    fit: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path.cwd())
+    Path("broken_file.py").write_text("class Mine(")
+    for option in ("--model.loss", "--model"):
+        line = fit(option, "broken_file.Mine")
+        assert "was never closed (broken_file.py, line 1)" in line
+        assert "internal error" not in line
+
+
 def test_bad_parameter_of_a_loss(fit: Callable) -> None:
     """Values fail before anything is loaded; a loss has its own parameters and no other's."""
     line = fit("--model.loss.beta", -1, "--model.base", "no/such/model")

@@ -37,6 +37,12 @@ def test_tensorboard(dpo: Path) -> None:
     scalars = accumulator.Tags()["scalars"]
     assert "train/loss" in scalars
     assert {tag.partition("/")[0] for tag in scalars} == {"train", "val"}
+    assert "train/peak_memory_gib" in scalars
+    drawn = {tag: accumulator.Histograms(tag)[-1] for tag in accumulator.Tags()["histograms"]}
+    assert drawn.keys() == {"val/margins", "val/answer_tokens"}
+    held = {tag: event.histogram_value.num for tag, event in drawn.items()}
+    assert held["val/answer_tokens"] == 2 * held["val/margins"] > 0
+    assert drawn["val/answer_tokens"].histogram_value.min >= 1
 
     start = plugin_data_pb2.HParamsPluginData.FromString(
         plugin(accumulator, "_hparams_/session_start_info", "hparams")

@@ -126,6 +126,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
     "rate": (("--model.optimizer.lr", "fast"), ("model.optimizer.lr: expected float",)),
     "warm-up": (("--model.warmup_steps", -3), ("model.warmup_steps=-3",)),
     "rate-ratio": (("--model.lora_plus_ratio", 0), ("model.lora_plus_ratio=0",)),
+    "rate-whole": (
+        ("--model.lora", "null", "--model.lora_plus_ratio", 16),
+        ("model.lora_plus_ratio=16", "leave it out"),
+    ),
     "rate-negative": (("--model.optimizer.lr", -1), ("learning rate", "--model.optimizer")),
     "optimizer": (("--model.optimizer", "AdmW"), ("did you mean AdamW?",)),
     "optimizer-of-others": (

@@ -125,6 +125,9 @@ def test_help_is_short(stage: str, alignkit: Callable) -> None:
     ):
         assert f" {flag}" in out
     assert ("--beta" in out) is (stage == "dpo")
+    told = " ".join(out.split())
+    assert "with --full 5e-06" in told if stage == "dpo" else "with --full 2e-05" in told
+    assert ("default: the loss's own" in told) is (stage == "dpo")
 
 
 def test_two_stages_in_turn(

@@ -113,7 +113,7 @@ def test_dpo_reference_stays_out_of_ddp(model_dir: Callable, tmp_path: Path) -> 
     assert not any("reference" in name for name in end["state"])
     for name, value in single.state_dict().items():
         torch.testing.assert_close(end["state"][name], value, atol=2e-6, rtol=1e-4)
-    gauges = ("val/accuracy", "val/accuracy_se", "val/kl", "val/displacement")
+    gauges = ("val/rewards/accuracies", "val/accuracy_se", "val/kl", "val/displacement")
     gauges += ("val/reward_length_correlation", "val/calibration_error")
     for name in ("val/loss", "val/rewards/margins", "train/loss", "val/logps/chosen", *gauges):
         torch.testing.assert_close(

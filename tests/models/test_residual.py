@@ -18,6 +18,8 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora
 from alignkit.models.lean import lean_modules
 from alignkit.models.residual import widen_residual
+from alignkit.modules import SFTModule
+from tests.modules.helpers import answers, loader, trainer
 
 DEEP = {
     "gpt2": GPT2Config(vocab_size=384, n_positions=128, n_embd=32, n_layer=8, n_head=4),
@@ -156,3 +158,18 @@ def test_policy_and_reference_are_widened_alike(model_dir: Callable[[str], Path]
     plain = DPOModule(str(model_dir("llama")), dtype="bfloat16").model
     assert not torch.equal(sums(plain), ours)
     assert module.reference._name(torch.bfloat16).endswith("bfloat16-residual")
+
+
+def test_a_reference_with_trained_embeddings_is_widened_alike(
+    model_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its embedding's trained rows are fp32, and rotations keep the dtype of the base."""
+    base, lora = str(model_dir("llama")), LoRAConfig(modules_to_save=["embed_tokens"])
+    options = {"dtype": "bfloat16", "residual": "float32"}
+    sft = SFTModule(base, lora=lora, **options)
+    trainer(tmp_path, max_steps=1).fit(sft, loader(answers(4), 2))
+    sft.trainer.save_checkpoint(tmp_path / "sft.ckpt")
+    place = str(tmp_path / "sft.ckpt")
+    module = DPOModule(base, init_from=place, reference=place, **options)
+    ours, theirs = (sums(model) for model in (module.model, module.reference.model))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)

@@ -50,7 +50,7 @@ def by_numpy(rows: list[tuple]) -> dict[str, float]:
     count = len(rows)
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
-            "accuracy": credit.mean(),
+            "rewards/accuracies": credit.mean(),
             "accuracy_se": credit.std(ddof=1) / np.sqrt(count) if count > 1 else np.nan,
             "accuracy_like_length": credit[alike].mean() if alike.any() else np.nan,
             "kl": (ratios**2 / 2).mean(),
@@ -77,14 +77,14 @@ def test_by_hand() -> None:
     values = {name: kind() for name, kind in GAUGES.items()}
     for gauge in values.values():
         gauge.update(pairs_)
-    assert values["accuracy"].compute().item() == pytest.approx(0.7)
+    assert pairs_.sums()["rewards/accuracies"] == 3.5
     assert values["accuracy_like_length"].compute().item() == 1
     assert values["displacement"].compute().item() == pytest.approx(0.4)
     squares = 4 + 1 + 1 + 9 + 0 + 0 + 1 + 400 + 4 + 0.25
     assert values["kl"].compute().item() == pytest.approx(squares / 20)
 
 
-LOGP = st.floats(-90, 0, width=32)
+LOGP = st.integers(-360, 0).map(lambda n: n / 4)  # whose differences fp32 holds
 ROW = st.tuples(LOGP, LOGP, LOGP, LOGP, st.integers(1, 60), st.integers(1, 60))
 
 
@@ -137,7 +137,9 @@ def test_a_validation_logs_them_beside_what_trl_logs(model_dir: Callable, tmp_pa
     assert not any(name.startswith("train/kl") for name in logged)
     assert not any("gauges" in name for name in module.state_dict())
     tested = run.test(module, loader(held_out, 3), verbose=False)[0]
-    assert tested["test/accuracy"] == logged["val/accuracy"].item()
+    name = "rewards/accuracies"
+    assert tested[f"test/{name}"] == logged[f"val/{name}"].item()
+    assert "val/accuracy" not in logged  # one number under one name
 
 
 def test_a_loss_without_a_reference_has_the_gauges_that_need_none(
@@ -147,7 +149,7 @@ def test_a_loss_without_a_reference_has_the_gauges_that_need_none(
     run.validate(
         DPOModule(str(model_dir("gpt2")), loss=SimPO()), loader(pairs(6), 3), verbose=False
     )
-    assert {"val/accuracy", "val/calibration_error"} <= run.callback_metrics.keys()
+    assert {"val/accuracy_se", "val/calibration_error"} <= run.callback_metrics.keys()
     assert not {"val/kl", "val/displacement"} & run.callback_metrics.keys()
 
 

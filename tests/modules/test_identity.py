@@ -330,6 +330,21 @@ def test_the_references_name_holds_the_scale(tiny_model: Any) -> None:
     assert len(names) == 4
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_references_name_holds_no_draw(use_dora: bool, tiny_model: Any) -> None:
+    """Orthogonal factors are not zero, and their product is: each session draws others."""
+    names = set()
+    for seed in range(2):
+        model = tiny_model("llama")
+        torch.manual_seed(seed)
+        inject_lora(model, LoRAConfig(r=4, init="orthogonal", use_dora=use_dora))
+        names.add(trained_fingerprint(model))
+    assert len(names) == 1
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if n.endswith("lora_B")).add_(1e-4)
+    assert trained_fingerprint(model) not in names
+
+
 def test_a_cache_is_not_shared_by_references_of_another_scale_or_config(
     ckpt: Path, model_dir: ModelDir, tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ def test_what_does_not_go_together_is_one_line(model_dir: Callable, tmp_path: Pa
     wrong: list[tuple[dict, str]] = [
         ({"reference_every": 0}, "model.reference_every=0: give at least 1 step, or null"),
         ({"reference_every": 2, "reference_mix": 0.0}, "model.reference_mix=0.0: give a share"),
+        ({"reference_checks": 3}, "model.reference_checks=3: checks cached rows; give"),
         ({"reference_mix": 0.5}, "give model.reference_every as well"),
         ({"reference_every": 2, "reference": "base"}, "and model.reference is base"),
         ({"reference_every": 2, "loss": SimPO()}, "and model.reference is none"),

@@ -83,7 +83,7 @@ def trained(base: Path, directory: Path, **options: object) -> RewardModule:
     run = trainer(directory, max_epochs=4, enable_checkpointing=True)
     run.fit(module, loader(examples, 4), loader(examples, 4))
     assert run.callback_metrics["val/loss"] < log(2) - 0.05
-    assert run.callback_metrics["val/accuracy"] > 0.5
+    assert run.callback_metrics["val/rewards/accuracies"] > 0.5
     assert "val/kl" not in run.callback_metrics
     return module
 
@@ -119,7 +119,7 @@ def test_a_reward_model_answers_nothing(model_dir: Callable, tmp_path: Path) -> 
         load_policy(str(checkpoint))
     with pytest.raises(AlignkitError, match="is no checkpoint of a reward model"):
         load_policy(str(model_dir("gpt2")), reward=True)
-    with pytest.raises(AlignkitError, match="reward_head"):
+    with pytest.raises(AlignkitError, match="is a reward model's checkpoint"):
         DPOModule(str(model_dir("gpt2")), init_from=str(checkpoint))
 
 
@@ -148,3 +148,64 @@ def test_a_model_scored_alone_has_the_same_rewards(
         monkeypatch.setattr(engine, "fits_a_row", lambda *_: False)
         alone = rewards(module.model, batch, module.padding)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_response_of_padding_ends_at_its_own_prompt(model_dir: Callable) -> None:
+    """Not at a sibling's end, nor at the example's before: rows are scored as if alone."""
+    module = RewardModule(str(model_dir("gpt2")))
+    torch.nn.init.normal_(module.model.reward_head)
+    cases = [
+        Example([5, 6], [[7, 0], [0]]),
+        Example([], [[8, 9], [0, 0]]),
+        Example([3], [[0], [0]]),
+    ]
+    alone = [
+        Example(e.prompt, [answer, [1, 2]]) for e in cases for answer in e.responses
+    ]  # fmt: skip
+    with torch.no_grad():
+        packed = rewards(module.model, collate(cases), padding=0)
+        each = [rewards(module.model, collate([e]), padding=0)[0] for e in alone]
+    torch.testing.assert_close(packed, torch.stack(each), rtol=1e-4, atol=1e-5)
+    asked = rewards(module.model, collate([Example([5], [[6], [6]])]), padding=0)
+    assert packed[1] == pytest.approx(asked[0].item(), rel=1e-4)
+
+
+def test_the_head_stays_fp32(model_dir: Callable, tmp_path: Path) -> None:
+    """A learning rate of 1e-4 would round away from weights of 1 in bf16."""
+    module = RewardModule(
+        str(model_dir("llama")), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4),
+        schedule="constant_with_warmup",
+    )  # fmt: skip
+    torch.nn.init.ones_(module.model.reward_head)
+    trainer(tmp_path, max_steps=2, precision="bf16-true").fit(module, loader(pairs(4), 2))
+    assert module.model.lm_head.weight.dtype == torch.bfloat16
+    assert module.model.reward_head.dtype == torch.float32
+    assert (module.model.reward_head != 1).all()
+    module.model.get_parameter("reward_head").data = torch.ones(64).bfloat16()
+    with pytest.raises(AlignkitError, match="reward_head trains in half precision"):
+        trainer(tmp_path, max_steps=1).fit(module, loader(pairs(4), 2))
+
+
+@pytest.mark.parametrize(
+    "lora", [None, LoRAConfig(targets=["q_proj", "lm_head"])], ids=["full", "lora"]
+)
+def test_all_that_trains_is_used(lora: object, model_dir: Callable) -> None:
+    """Nothing over the vocabulary: DDP waits forever for a gradient that never comes."""
+    module = RewardModule(str(model_dir("llama")), lora=lora)
+    module.compute_loss(collate(pairs(2))).loss_sum.backward()
+    trained = {name: p for name, p in module.model.named_parameters() if p.requires_grad}
+    assert {name for name, p in trained.items() if p.grad is None} == set()
+    assert not any("lm_head" in name for name in trained)
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(), None], ids=["lora", "full"])
+def test_a_reward_model_starts_from_another(
+    lora: object, model_dir: Callable, tmp_path: Path
+) -> None:
+    first = trained(model_dir("llama"), tmp_path / "run", lora=lora)
+    (checkpoint,) = (tmp_path / "run").rglob("*.ckpt")
+    second = RewardModule(str(model_dir("llama")), init_from=str(checkpoint), lora=lora)
+    assert first.state_dict().keys() == second.state_dict().keys()
+    assert all(torch.equal(v, second.state_dict()[n]) for n, v in first.state_dict().items())
+    with pytest.raises(AlignkitError, match=r"init_from .*: is a reward model's checkpoint"):
+        DPOModule(str(model_dir("llama")), init_from=str(checkpoint), lora=lora)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from alignkit.errors import AlignkitError
 from alignkit.modules import SFTModule
 from tests.modules.helpers import answers, loader, plain_cross_entropy_steps, sgd, trainer
 
@@ -86,3 +87,11 @@ def test_lora_plus_moves_b_faster(model_dir: Callable[[str], Path], tmp_path: Pa
         moves.append({n: p for n, p in module.model.named_parameters() if "lora_B" in n})
     for name, moved in moves[0].items():
         torch.testing.assert_close(moves[1][name], 8 * moved)
+    alone = SFTModule(
+        str(model_dir("gpt2")),
+        lora={"targets": ["wte"], "untie": True},
+        optimizer=sgd,
+        lora_plus_ratio=8.0,
+    )
+    with pytest.raises(AlignkitError, match=r"lora_plus_ratio=8\.0: there is no B of an adapter"):
+        trainer(tmp_path, max_steps=1).fit(alone, loader(answers(4), 4))

@@ -201,6 +201,26 @@ def test_rewards_are_scaled_log_ratios() -> None:
     assert rejected.item() == pytest.approx(-LN3, abs=1e-6)
 
 
+@pytest.mark.parametrize("loss", [NormalizedDPO(BETA), IPO(BETA)], ids=kind)
+def test_rewards_are_of_what_is_trained(loss: PreferenceLoss) -> None:
+    """Log-ratios of 8 over 8 tokens and of 6 over 2: the second is better a token."""
+    tokens = torch.tensor([8]), torch.tensor([2])
+    policy = PairScores(torch.tensor([8.0]), torch.tensor([6.0]), *tokens)
+    nothing = PairScores(torch.zeros(1), torch.zeros(1), *tokens)
+    chosen, rejected = loss.rewards(policy, nothing)
+    assert (chosen.item(), rejected.item()) == (BETA * 1, BETA * 3)
+
+
+def test_exo_is_of_the_margins_dtype() -> None:
+    """In bf16, where log 0.999 is 0, labels stay what they are."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss = EXO(BETA, label_smoothing=0.001)(POLICY, REFERENCE)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.item() == pytest.approx(0.9 * log(0.9 / 0.999) + 0.1 * log(0.1 / 0.001), abs=1e-6)
+
+
 @pytest.mark.parametrize("loss", BY_HAND, ids=kind)
 @pytest.mark.parametrize("margin", [-2000.0, 2000.0])
 def test_finite_far_from_the_reference(loss: PreferenceLoss, margin: float) -> None:

@@ -17,9 +17,9 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.tools.profile import command as profile_module
 from alignkit.tools.profile.command import profile
-from alignkit.tools.profile.memory import peak_bytes, reset_peak
 from alignkit.tools.profile.result import Profile
 from alignkit.tools.profile.step import Measurement, Setup, measure
+from alignkit.utils.memory import peak_bytes, reset_peak
 
 MIB = 2**20
 

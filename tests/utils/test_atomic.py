@@ -107,7 +107,7 @@ def test_nothing_in_the_package_writes_files_in_another_way() -> None:
         "cli/config.py",  # on a remote file system, through fsspec
         "data/keep/cache.py",
         "data/keep/store.py",
-        "tools/profile/memory.py",
+        "utils/memory.py",
         "models/archive.py",
     }
     for source in SOURCE.rglob("*.py"):

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,18 +68,33 @@ class Planner:
         """Count the steps of every epoch, as many as epoch 0 has."""
         return len(self.of_epoch(0)[1]) - 1
 
+    @cached_property
+    def _last(self) -> int:
+        cuts = self.of_epoch(0)[1]
+        return self.micro_batches(cuts[-1] - cuts[-2])
+
     def micro_batches(self, examples: int) -> int:
         """Count a step's micro-batches, fewer than usual where the epoch has too few examples."""
         return max(1, min(self.accumulate, examples // self.world_size))
 
     def of_epoch(self, epoch: int) -> Cuts:
-        """Draw an order and the bounds of its steps, with as many steps as epoch 0 has."""
+        """Draw an order and the bounds of its steps, with as many micro-batches as epoch 0 has.
+
+        Where no draw has as many, the steps of epoch 0 come in a new order.
+        """
         for attempt in range(_ATTEMPTS if epoch else 1):
             order = self._draw(epoch, attempt)
             cuts = self.cut(order)
             if epoch == 0 or self._even_out(order, cuts):
                 return order, cuts
-        return self.of_epoch(0)
+        order, cuts = self.of_epoch(0)
+        steps = [order[first:last] for first, last in pairwise(cuts)]
+        # The last step stays the last, as it may be short.
+        moved = np.random.default_rng([self.seed, epoch]).permutation(len(steps) - 1)
+        if (np.diff(moved) == 1).all():  # nothing has moved
+            moved = np.roll(moved, 1)
+        steps = [*(steps[number] for number in moved.tolist()), steps[-1]]
+        return np.concatenate(steps), [*accumulate(map(len, steps), initial=0)]
 
     def _draw(self, epoch: int, attempt: int) -> NDArray[np.int64]:
         parts = []
@@ -112,20 +128,25 @@ class Planner:
         return self._mend_tail(order, cuts) if self.equal else cuts
 
     def _mend_tail(self, order: NDArray[np.int64], cuts: list[int]) -> list[int]:
-        """Give every micro-batch of the last step an example, or leave the last examples out."""
+        """Give every micro-batch of the last step an example, or the step fewer micro-batches.
+
+        What is no multiple of the ranks is left out then.
+        """
         bins = self.world_size * self.accumulate
         if cuts[-1] - cuts[-2] >= bins:
             return cuts
-        if len(cuts) == 2:
-            return [0, cuts[-1] - cuts[-1] % self.world_size]
         middle = cuts[-1] - bins
-        enough = middle - cuts[-3] >= bins
+        enough = len(cuts) > 2 and middle - cuts[-3] >= bins
         if enough and self._fits(order[cuts[-3] : middle]):
             return [*cuts[:-2], middle, cuts[-1]]
-        return cuts[:-1]
+        end = cuts[-1] - (cuts[-1] - cuts[-2]) % self.world_size
+        return [*cuts[:-1], end] if end > cuts[-2] else cuts[:-1]
 
     def _even_out(self, order: NDArray[np.int64], cuts: list[int]) -> bool:
-        """Split the fullest steps until there are as many as in epoch 0; False if that fails."""
+        """Split the fullest steps until there are as many as in epoch 0; False if that fails.
+
+        The last step must have as many micro-batches, too.
+        """
         bins = self.world_size * self.accumulate
         if len(cuts) - 1 > self.steps:
             return False
@@ -137,7 +158,7 @@ class Planner:
             if counts[step] < 2 * bins or not all(self._fits(half) for half in halves):
                 return False
             cuts.insert(step + 1, middle)
-        return True
+        return self.micro_batches(cuts[-1] - cuts[-2]) == self._last
 
     def _fits(self, members: NDArray[np.int64]) -> bool:
         bins = self.world_size * self.accumulate

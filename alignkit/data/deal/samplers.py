@@ -37,10 +37,11 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     What holds:
         * No micro-batch exceeds ``tokens_per_batch``, unless it is one long example.
-        * Training: all ranks get the same number of micro-batches, none empty, a multiple of
-          ``accumulate`` (so an optimizer step never straddles two steps of the plan), and the
-          same number each epoch (Lightning asks once). An epoch may leave out up to
-          ``world · accumulate - 1`` examples, others each time; one rank leaves out none.
+        * Training: all ranks get the same number of micro-batches, none empty, ``accumulate`` a
+          step (so an optimizer step never straddles two steps of the plan), and the same number
+          each epoch (Lightning asks once). The last step of few examples has fewer micro-batches.
+          An epoch may leave out up to ``world - 1`` examples, others each time; one rank leaves
+          out none.
         * Evaluation (``equal=False``): every example once over all ranks; ranks may differ by
           one micro-batch.
         * The plan depends on the arguments, ``seed`` and ``epoch`` alone.

@@ -26,10 +26,10 @@ from alignkit.modules.reference import frozen_copy
 from alignkit.modules.reference_choice import BASE, COPY, NONE, without_adapters
 from alignkit.tools.plan.packed import SIZED
 from alignkit.tools.plan.settings import Settings
+from alignkit.utils.autocast import HALF
 
 # Upstream's signatures are partly untyped.
 _CausalLM: Any = AutoModelForCausalLM
-_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _copies_in_fp32(model: nn.Module) -> int:
 
 
 def _half_numbers(tensors: list[nn.Parameter]) -> int:
-    return sum(t.numel() for t in tensors if t.dtype in _HALF)
+    return sum(t.numel() for t in tensors if t.dtype in HALF)
 
 
 def _bytes(*models: nn.Module | None) -> int:

@@ -24,7 +24,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, base_parameter_count, inject_lora, trainable_parameter_count
 from alignkit.models.load import load_model
 from alignkit.objectives.language import cross_entropy_sum
-from alignkit.tools.profile.memory import peak_bytes, reset_peak
+from alignkit.utils.memory import peak_bytes, reset_peak
 
 _WARMUP_STEPS = 2  # the first allocates optimizer state, the second grows the allocator's pools
 
