@@ -1,4 +1,4 @@
-"""Name the configuration file that an option which a parser refuses was read from."""
+"""Find the configuration file that a refused option was read from."""
 
 from __future__ import annotations
 
