@@ -51,7 +51,7 @@ def run(arguments: Sequence[str], *, debug: bool = False, alone: bool = True) ->
         sys.path.append(os.getcwd())  # finds a user's own classes in the working folder
         if not debug:
             sys.unraisablehook = log_unraisable
-    set_parsing_settings(add_print_completion_argument=True)
+    set_parsing_settings(add_print_completion_argument=False)
     register_type(torch.device)  # some of Lightning's callbacks have one in their defaults
     with stop_on_signals():
         try:

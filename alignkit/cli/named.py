@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -28,16 +28,10 @@ def named_class(arguments: Sequence[str], part: str, base: type) -> type:
     return found
 
 
-def subclasses(kind: type) -> Iterator[type]:
-    """Yield the imported classes below a class, each once, whatever ways lead to it."""
-    yield from dict.fromkeys(_below(kind))
-
-
-def _below(kind: type) -> Iterator[type]:
+def subclasses(kind: type) -> list[type]:
+    """Return the imported classes below a class, each once."""
     below: list[type] = type.__subclasses__(kind)
-    for each in below:
-        yield each
-        yield from _below(each)
+    return list(dict.fromkeys(each for one in below for each in (one, *subclasses(one))))
 
 
 def _find(name: str, base: type) -> type:

@@ -54,8 +54,10 @@ def discard_empty_folders(trainer: Trainer) -> None:
         return
     keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     logger = trainer.logger
-    named = [logger.log_dir] if isinstance(logger, TensorBoardLogger | CSVLogger) else []
-    for name in [*named, *(keeper.dirpath for keeper in keepers if keeper.dirpath)]:
+    named = [keeper.dirpath for keeper in keepers if keeper.dirpath]
+    if isinstance(logger, TensorBoardLogger | CSVLogger) and logger._version is not None:
+        named.append(logger.log_dir)  # without a number it would look for one, and warn
+    for name in named:
         folder = local_path(name)
         if folder is not None and _VERSION.fullmatch(folder.name):
             with suppress(OSError):  # it is not empty, or not there

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from alignkit.cli.config_file import read_config_file
 from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import read_checkpoint
 from alignkit.models.export import ADAPTER_FILE, Format
@@ -99,7 +100,7 @@ def read_training(model: str) -> Training:
     return Training(
         module=checkpoint[STAMP]["module"],
         steps=checkpoint.get("global_step"),
-        config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        config=read_config_file(config) if config.is_file() else {},
         metrics={tag: points[-1][1] for tag, points in scalars.items() if tag.startswith("val/")},
     )
 

@@ -228,6 +228,7 @@ def test_debug_shows_the_trace_before_the_line(
 def test_help_names_debug_and_configurations_do_not(command: str, alignkit: Callable) -> None:
     status, out, _ = alignkit(command, "--help")
     assert status == 0 and "--debug" in out
+    assert "print_completion" not in out  # `alignkit completion` prints it
     status, out, _ = alignkit("fit", "--print_config", "--debug")
     assert "debug" not in out
 

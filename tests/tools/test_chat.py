@@ -124,3 +124,12 @@ def test_a_checkpoint_by_the_command(
     status, _, err = alignkit("chat", *names, "--top_kk", 9)
     assert status == 2
     assert "did you mean top_k?" in err
+
+
+def test_a_chat_that_cannot_begin_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept" / "chat.jsonl"
+    with pytest.raises(AlignkitError, match="no/such"):
+        say(monkeypatch, ["Who?"], ["no/such/run"], history=str(kept))
+    assert not kept.parent.exists()

@@ -60,8 +60,8 @@ def load_seats(named: Mapping[str, str], request: Request) -> dict[str, Seat]:
     """
     seats: dict[str, Seat] = {}
     shared: dict[str, Seat] = {}  # the first seat on each base
-    for name, path in named.items():
-        path = find_checkpoint(path)
+    places = {name: find_checkpoint(path) for name, path in named.items()}
+    for name, path in places.items():
         base = request.base or policy_base(path)
         first = shared.get(base)
         if first is not None and adapter_configs(first.model):
@@ -78,7 +78,7 @@ def load_seats(named: Mapping[str, str], request: Request) -> dict[str, Seat]:
         shared.setdefault(base, seats[name])
     first = next(iter(seats.values()))
     if BASE not in seats and adapter_configs(first.model):
-        place = request.base or policy_base(next(iter(named.values())))
+        place = request.base or policy_base(next(iter(places.values())))
         asked = request.format_for(place, first.tokenizer)
         seats[BASE] = Seat(first.model, first.tokenizer, asked, None)
     return seats
