@@ -62,6 +62,10 @@ class Position:
         Returns:
             Whether it is the first of a window.
         """
+        for epochs in vars(trainer.fit_loop.epoch_progress).values():
+            if epochs.started == epochs.processed:
+                # Lightning does not count the epoch that follows a resume from another one's end.
+                epochs.ready, epochs.started = epochs.ready + 1, epochs.started + 1
         if number < self._validated_before:
             # Callbacks have seen the validation that follows; early stopping would count it twice.
             trainer.fit_loop.epoch_loop._skip_next_val = True
