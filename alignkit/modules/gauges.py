@@ -65,7 +65,7 @@ class RatedPairs:
             "rewards/chosen": self.chosen_reward.sum(),
             "rewards/rejected": self.rejected_reward.sum(),
             "rewards/accuracies": self.credit.sum(),
-            "rewards/margins": self.margin.sum(),
+            "rewards/margins": (self.chosen_reward - self.rejected_reward).sum(),
         }
 
     @property
