@@ -74,7 +74,8 @@ class Recorder(L.pytorch.loggers.logger.DummyLogger):  # type: ignore[name-defin
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         for name, value in metrics.items():
-            if name.startswith(("train/", "val/")) and "tokens_per" not in name:
+            measured = "tokens_per" in name or "peak_memory" in name  # another in every run
+            if name.startswith(("train/", "val/")) and not measured:
                 self.rows[name, int(step or 0)] = float(value)
 
 
