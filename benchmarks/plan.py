@@ -4,7 +4,7 @@
 
 Shapes are small enough for a CPU and dominated by activations. The measured peak is the most memory
 that the process had during setup and three optimizer steps, above what it had with everything
-imported and no model; the planned one leaves the process itself out likewise.
+imported and no model; the same is taken off the planned peak.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def compare(case: Case, directory: Path) -> dict[str, Any]:
     """Return a case with its planned and measured peak above the process itself, in bytes."""
     base = save_shape(case.shape, directory)
     plan, found = planned(case, base), measured(case, base)
-    ours, theirs = plan["bytes"]["peak"] - plan["bytes"]["program"], found["peak"] - found["before"]
+    ours, theirs = (peak - found["before"] for peak in (plan["bytes"]["peak"], found["peak"]))
     return {**asdict(case), "planned": ours, "measured": theirs, "ratio": ours / theirs}
 
 

@@ -23,7 +23,7 @@ from alignkit.cli.training import AlignCLI
 from alignkit.errors import AlignkitError
 from alignkit.tools.generate.request import as_json
 from alignkit.tools.plan.model import simulate_models
-from alignkit.tools.plan.result import SLACK, Line, Plan, phase_lines
+from alignkit.tools.plan.result import SLACK, SLACK_RECOMPUTED, Line, Plan, phase_lines
 from alignkit.tools.plan.settings import Settings, read_settings
 from alignkit.tools.plan.step import measure_steps, row_of
 from alignkit.utils.atomic import check_output, write_atomically
@@ -142,7 +142,7 @@ def plan(settings: Settings, memory: int | None = None) -> Plan:
         phases={name: Line(line.fixed + buckets, line.each) for name, line in lines.items()},
         tokens=settings.tokens,
         longest=base.num_tokens,
-        slack=SLACK[device.type],
+        slack=(SLACK_RECOMPUTED if settings.checkpointing else SLACK)[device.type],
     )
 
 
