@@ -85,7 +85,7 @@ def test_an_instruction_with_input_and_a_bad_answer() -> None:
 @pytest.mark.parametrize(
     ("read", "row", "message"),
     [
-        (preference_sides, {"messages": [ASK, YES], "label": True}, "as KTO messages it is for an"),
+        (preference_sides, {"messages": [ASK, YES], "label": True}, "it is for KTOModule with"),
         (preference_sides, {"conversations": [HUMAN], "chosen": GPT},
          "no `rejected` .*read as ShareGPT preference pairs"),
         (preference_sides, {"question": "q", "chosen": "a", "worse": "b"}, "no `rejected`.*Orca"),

@@ -262,7 +262,7 @@ def test_an_exported_adapter_knows_its_base(
     from alignkit.tools.export import export
 
     for to, name in (("peft", "peft"), ("safetensors", "file")):
-        export(str(ckpt), str(tmp_path / name), to=to, dtype="float16")  # type: ignore[arg-type]
+        export(str(ckpt), str(tmp_path / name), to=to)  # type: ignore[arg-type]
     places = [tmp_path / "peft", tmp_path / "file" / "adapter.safetensors"]
     other = tmp_path / "other"
     shutil.copytree(model_dir("gpt2"), other)

@@ -165,7 +165,7 @@ def test_a_model_that_cannot_be_loaded_costs_only_itself(base: str, tmp_path: Pa
     assert "\n" not in str(error.value)
     text = table.read_text(encoding="utf-8")
     assert text.startswith("| Prompt | base | again |\n| --- | --- | --- |\n| Why? |")
-    assert "gone failed: base './gone': no such file" in text
+    assert "gone failed: model './gone': no such file" in text
 
 
 def test_a_crash_leaves_what_was_computed(

@@ -28,11 +28,10 @@ def why_empty(metas: Sequence[dict[str, Any]]) -> str:
             "its examples were all held out or left out; give more rows, name the splits in "
             "data.splits, or raise data.max_train_examples and data.max_val_examples"
         )
-    counts.pop("truncated_frac")
+    for sums in ("truncated_frac", "dropped"):
+        counts.pop(sums, None)
     rows = f"{(count := counts.pop('rows', 0)):g} row{'s' if count != 1 else ''}"
     found = ", ".join(f"{defect} {count:g}" for defect, count in sorted(counts.items()))
-    if not found:
-        return f"no block is filled by its {rows}; lower data.block_size, or give more text"
     advice = "raise data.max_length" if counts.get("too_long") else "alignkit audit shows them"
     return f"its {rows} were all dropped ({found}); {advice}"
 
