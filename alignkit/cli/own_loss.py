@@ -32,6 +32,7 @@ def check_losses(arguments: Sequence[str], configs: Mapping[str, Mapping[str, An
     module = named_class(arguments, "model", AlignmentModule)
     own = _loss_of(module)
     if own is None:
+        _refuse_any(module, configs)
         return
     for path, content in configs.items():
         written_for = named_class(["--config", path], "model", AlignmentModule)
@@ -46,6 +47,19 @@ def check_losses(arguments: Sequence[str], configs: Mapping[str, Mapping[str, An
             raise AlignkitError(
                 f"--model.loss {name}: {module.__name__} has a loss of its own; remove the option, "
                 f"and give {_instead(own)}"
+            )
+
+
+def _refuse_any(module: type, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a file's loss for a module that takes none, which the parser would drop."""
+    takes = inspect.signature(module).parameters
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    if module is AlignmentModule or "loss" in takes or passes_on:
+        return
+    for path, content in configs.items():
+        if _loss_in(content) is not None:
+            raise AlignkitError(
+                f"{path}: model.loss: {module.__name__} takes none; remove `loss` from the file"
             )
 
 

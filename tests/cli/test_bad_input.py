@@ -104,6 +104,8 @@ def test_a_loss_that_is_not_the_modules(fit: Callable) -> None:
     Path("kto.yaml").write_text("model:\n  class_path: KTOModule\n  init_args: {base: x}\n")
     line = fit("--config", "kto.yaml", "--model.loss", "IPO")
     assert "--model.loss IPO: KTOModule has a loss of its own" in line
+    line = fit("--model", "SFTModule", "--data", "SFTDataModule", **dpo)
+    assert "pythia.yaml: model.loss: SFTModule takes none; remove `loss` from the file" in line
 
 
 def test_a_file_of_ones_own_that_is_no_python(
