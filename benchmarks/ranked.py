@@ -10,7 +10,6 @@ and must agree on it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -168,10 +167,7 @@ def parse() -> Chosen:
     flags = options.common_parser("Ranked answers with shared prompts.", rounds=3)
     flags.add_argument("--prompts", type=int, help="of a step")
     flags.add_argument("--answers", type=int, default=8, help="to each prompt")
-    values: argparse.Namespace = flags.parse_args()
-    device = options.resolve_device(values.device)
-    defaults = {**options.COMMON_DEFAULTS[device], "prompts": _PROMPTS[device]}
-    return Chosen(**options.fill_in(values, device, defaults))
+    return Chosen(**options.read_alone(flags.parse_args(), prompts=_PROMPTS))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ forward and backward pass with the reference scored live and read from a filled 
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -183,10 +182,7 @@ def parse() -> Chosen:
     flags = options.common_parser("What DPO's reference costs.", rounds=3)
     flags.add_argument("--longest-row", type=int, default=16384, help="tokens")
     flags.add_argument("--pairs", type=int, help="how many are scored")
-    values: argparse.Namespace = flags.parse_args()
-    device = options.resolve_device(values.device)
-    defaults = {**options.COMMON_DEFAULTS[device], "pairs": _PAIRS[device]}
-    return Chosen(**options.fill_in(values, device, defaults))
+    return Chosen(**options.read_alone(flags.parse_args(), pairs=_PAIRS))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,21 @@ def read(task: Task, values: argparse.Namespace) -> Options:
     return Options(**fill_in(values, device, defaults))
 
 
+def read_alone(values: argparse.Namespace, **own: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the flags of a script that measures alignkit alone, and fill in what was left out.
+
+    Args:
+        values: The parsed flags.
+        **own: The defaults of a flag of the script's own, by device.
+
+    Raises:
+        AlignkitError: As `read`.
+    """
+    device = resolve_device(values.device)
+    chosen = {name: defaults[device] for name, defaults in own.items()}
+    return fill_in(values, device, {**COMMON_DEFAULTS[device], **chosen})
+
+
 def fill_in(values: argparse.Namespace, device: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Check flags and take defaults for those that were left out."""
     given = {name: value for name, value in vars(values).items() if value is not None}
