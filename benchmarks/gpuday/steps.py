@@ -98,6 +98,7 @@ def options_of(day: Day, task: Task, shape: str) -> Options:
         steps=sizes.steps,
         peer_batch=min(_PEER_BATCH, sizes.per_step),
         tokens=sizes.lm_tokens,
+        parity_steps=_PARITY_STEPS,
         perturb=None,
     )
 
@@ -115,7 +116,6 @@ def _contest(day: Day, contest: Contest, shape: str, name: str) -> None:
     bounds = Bounds(
         deadline=day.deadline,
         whatever=True,
-        parity_steps=_PARITY_STEPS,
         ceiling=day.ceiling(),
         tell=tell,
     )
@@ -130,7 +130,7 @@ def _contest(day: Day, contest: Contest, shape: str, name: str) -> None:
         else "random tokens in the lengths of real pairs",
     }
     verdict = outcome.parity
-    day.note(f"{name}: parity", verdict["passed"], "", steps=_PARITY_STEPS, verdict=verdict)
+    day.note(f"{name}: parity", verdict["passed"], "", steps=options.parity_steps, verdict=verdict)
     for arm, found in summary.arms(outcome, unit).items():
         _note_arm(day, f"{name}: {arm}", found, outcome, unit, about)
     wanted = _WANTED[contest.task] | lora.WANTED  # those whose peer took no part drop out

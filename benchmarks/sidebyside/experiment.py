@@ -22,7 +22,6 @@ from sidebyside.job import Arm, Job, Task
 from sidebyside.options import Options
 from sidebyside.plan import (
     OURS,
-    PARITY_STEPS,
     Plan,
     examples_needed,
     make_plan,
@@ -90,15 +89,12 @@ class Bounds:
     Attributes:
         deadline: After this reading of `time.monotonic` no round but the first begins.
         whatever: Time arms that parity refuses as well; the verdict stands beside the times.
-        parity_steps: Optimizer steps by which parity is judged. A peer takes a micro-batch for
-            every example of one, which on a GPU costs as much as a large micro-batch.
         ceiling: The machine's FLOP/s; measured before and after where it is not given.
         tell: Is given every round's number and its turns by peer, as soon as it is over.
     """
 
     deadline: float = math.inf
     whatever: bool = False
-    parity_steps: int = PARITY_STEPS
     ceiling: float | None = None
     tell: Callable[[int, Mapping[str, Round]], None] = lambda number, turns: None
 
@@ -136,7 +132,7 @@ class _Comparison:
         self.lead_in = int(options.device == "cuda")
 
     def run(self) -> Outcome:
-        bounds = self.bounds
+        bounds, parity_steps = self.bounds, self.options.parity_steps
         ceiling = bounds.ceiling or matmul_ceiling(self.options.device)
         true = next(a for a in self.contest.peers if a.name == self.contest.truth)
         timed = {arm.name: arm for arm in (self.contest.ours, *self.contest.peers)}
@@ -148,12 +144,12 @@ class _Comparison:
                 if self.options.device == "cuda":  # there are cores to load them side by side
                     workers[label] = stack.enter_context(self._start(label, arm, label in exact))
             for label, arm in (exact | timed).items():
-                with self.console.status(f"{label}: loading, {bounds.parity_steps} parity steps"):
+                with self.console.status(f"{label}: loading, {parity_steps} parity steps"):
                     if label not in workers:
                         worker = self._start(label, arm, label in exact)
                         workers[label] = stack.enter_context(worker)
                     workers[label].ready()
-                    losses = workers[label].take(bounds.parity_steps).losses
+                    losses = workers[label].take(parity_steps).losses
                 if label in exact:
                     workers[label].close()
                 if arm.adapters:  # full fine-tuning trains another model
@@ -202,7 +198,7 @@ class _Comparison:
             "rounds": options.rounds,
             "steps": options.steps,
             "per_step": options.per_step,
-            "parity_steps": self.bounds.parity_steps,
+            "parity_steps": options.parity_steps,
             "per_parity_step": per_parity_step,
         }
         found = sources.draw(

@@ -69,6 +69,8 @@ class Options(Common):
         steps: Optimizer steps of a turn.
         peer_batch: Most examples of one of the peers' micro-batches.
         tokens: Tokens of a row, in language modelling.
+        parity_steps: Optimizer steps by which parity is judged. A peer takes a micro-batch for
+            every example of one, which on a GPU costs as much as a large micro-batch.
         perturb: An arm whose adapter is disturbed, to see the parity gate refuse.
     """
 
@@ -76,6 +78,7 @@ class Options(Common):
     steps: int
     peer_batch: int
     tokens: int
+    parity_steps: int
     perturb: str | None
 
 
@@ -108,6 +111,7 @@ def parser(task: Task, description: str) -> argparse.ArgumentParser:
     add("--peer-batch", type=int, default=8, help="most examples of a peer's micro-batch")
     if task == "lm":
         add("--tokens", type=int, default=256, help="tokens of a row")
+    add("--parity-steps", type=int, default=20, help="steps by which parity is judged")
     add("--perturb", metavar="ARM", help="disturb one arm's adapter, to see parity refuse")
     return flags
 

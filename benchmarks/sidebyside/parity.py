@@ -1,6 +1,6 @@
 """The gate: arms that do not train the same thing are not compared.
 
-Two questions, over the same short examples, adapters and 20 optimizer steps:
+Two questions, over the same short examples, adapters and optimizer steps:
 
 * In fp32, do alignkit and the peer agree? log π(y|x) of every response before training and the
   loss of every step, relative difference at most `FP32_LIMIT`.

@@ -18,7 +18,6 @@ from sidebyside.examples import padded_length
 from sidebyside.job import Arm
 
 OURS = "alignkit"
-PARITY_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def make_plan(
         steps: Optimizer steps of a turn.
         per_step: Examples of a step.
         parity_steps: Steps that every arm takes first.
-        per_parity_step: Examples of a parity step; they are short, so that 20 steps in fp32 cost
+        per_parity_step: Examples of a parity step; they are short, so that steps in fp32 cost
             little on a CPU.
         seed: Of the order in which batches of different length come.
     """

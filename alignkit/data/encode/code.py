@@ -13,7 +13,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -40,12 +40,11 @@ class UnknownContentError(Exception):
     """Report an object whose content cannot be hashed, so that nothing may be cached by it."""
 
 
-@cache
-def package_digest() -> str:
+def _package_digest() -> str:
     """Hash the sources that make token ids; without source files, give the version."""
     digest = xxhash.xxh3_128()
     paths = _sources()
-    for path in paths:  # every start waits for this: open() would take three times as long
+    for path in paths:  # every import waits for this: open() would take three times as long
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         digest.update(os.path.basename(path).encode() + os.read(handle, _LARGEST))
         os.close(handle)
@@ -63,11 +62,15 @@ def _sources() -> list[str]:
     return paths
 
 
+PACKAGE_DIGEST = _package_digest()
+"""What alignkit's own code is, hashed as it is imported: a later edit does not change what runs."""
+
+
 def code_identity(*things: Any) -> str:
     """Hash functions, classes or objects by what they are made of.
 
     Args:
-        *things: alignkit's own are known by their names, since `package_digest` covers them;
+        *things: alignkit's own are known by their names, since `PACKAGE_DIGEST` covers them;
             what they capture counts all the same.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alignkit.data.encode.code import UnknownContentError, code_identity, is_own, package_digest
+from alignkit.data.encode.code import PACKAGE_DIGEST, UnknownContentError, code_identity, is_own
 from alignkit.data.keep.cache import cached_store
 from alignkit.data.keep.counts import count_defects, log_counts, why_empty
 from alignkit.data.keep.position import SETTINGS, SOURCES
@@ -251,5 +251,5 @@ class _Opener:
                 )
             _unshared.append(tempfile.TemporaryDirectory(prefix="alignkit-"))
             return Path(_unshared[-1].name), {}
-        code = [package_digest(), self._code, reader]
+        code = [PACKAGE_DIGEST, self._code, reader]
         return self._cache, {"code": code, "data": source.digest, **self.settings}

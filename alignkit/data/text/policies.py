@@ -5,6 +5,7 @@ of a run.
 """
 
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal, get_args
 
 from alignkit.errors import AlignkitError
@@ -106,6 +107,7 @@ class Policies:
                 )
 
 
+@cache
 def choices(defect: str) -> tuple[str, ...]:
     """Return the policies that a defect allows."""
     return get_args(Policies.__dataclass_fields__[defect].type)
