@@ -62,7 +62,7 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
         shared.model,
         lora=shared.lora,
         init_from=shared.adapter,
-        dtype="bfloat16",
+        dtype=chosen.dtype,
         loss=PlackettLuce(),
     )
     dpo.to(chosen.device).train()

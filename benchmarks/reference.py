@@ -150,7 +150,7 @@ def module(chosen: Chosen, shared: Shared, cache: str | None) -> DPOModule:
         shared.model,
         lora=shared.lora,
         init_from=shared.adapter,
-        dtype="bfloat16",
+        dtype=chosen.dtype,
         reference_cache=cache,
     )
     return dpo.to(chosen.device).train()

@@ -73,7 +73,7 @@ class Points:
         rounds = self.chosen.rounds
         warm_up = steps[0][: max(8, micro_batches)]
         job = Job(
-            arm=Arm(OURS, "alignkit"),
+            arm=Arm(OURS, "alignkit").in_precision(self.chosen.precision),
             task="dpo",
             model=self.shared.model,
             tokenizer=self.shared.tokenizer,

@@ -23,7 +23,7 @@ from alignkit.lora.resize import resize_embeddings, rows_before
 from alignkit.lora.state import refuse_differences
 from alignkit.models.embedding import refuse_small_embedding
 from alignkit.models.find import find_checkpoint, load_checkpoint
-from alignkit.models.fingerprint import QUANTIZE, base_identity
+from alignkit.models.fingerprint import PACKED_FROM, QUANTIZE, base_identity
 from alignkit.models.load import load_model, load_tokenizer
 from alignkit.models.place import as_argument, find_base
 from alignkit.models.reward import attach_head, holds_reward
@@ -168,7 +168,10 @@ def _load_policy(
     elif reward:
         raise AlignkitError(f"{path}: is no checkpoint of a reward model")
     elif is_adapter(path):
-        packed = read_adapter(Path(path)).header.get(QUANTIZE)
+        header = read_adapter(Path(path)).header
+        packed = header.get(QUANTIZE)
+        if PACKED_FROM in header:
+            first = torch.bfloat16 if header[PACKED_FROM] == "bfloat16" else torch.float32
         model = load_model(base, dtype=first, quantize=packed)  # type: ignore[arg-type]
         check_adapter_base(base_identity(model), Path(path), path)
         # An adapter on tied embeddings was trained with them untied.

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 
 from alignkit.lora.adapter import plain_modules
 from alignkit.lora.resize import embedding_paths, rows_before
-from alignkit.models.quantize import quantization
+from alignkit.models.quantize import packed_from, quantization
 from alignkit.models.settings import function_settings, setting_defaults
 
 _CHUNK_VALUES = 2**20
 QUANTIZE = "alignkit_quantize"
 """Key of what a base's linear layers are packed as, in its settings and in files' headers."""
+PACKED_FROM = "alignkit_packed_from"
+"""Key of the dtype of the values that were packed, in files' headers."""
 # The key names the version of the fingerprint, since those of other versions cannot be compared.
 _HEADER_KEY = "alignkit_base_2"
 
@@ -39,16 +41,21 @@ class BaseIdentity:
         settings: See `function_settings`. They are part of the fingerprint, and are kept so that
             messages can name a difference.
         defaults: See `setting_defaults`.
+        packed_from: The dtype of the values that were packed; ``None`` for a plain base.
     """
 
     fingerprint: str
     settings: Mapping[str, Any]
     defaults: Mapping[str, Any]
+    packed_from: str | None = None
 
     def header(self) -> dict[str, str]:
         """Return the entries of an adapter file's header that name its base."""
-        packed = self.settings.get(QUANTIZE)
-        return {_HEADER_KEY: self.fingerprint, **({QUANTIZE: packed} if packed else {})}
+        named = {QUANTIZE: self.settings.get(QUANTIZE), PACKED_FROM: self.packed_from}
+        return {
+            _HEADER_KEY: self.fingerprint,
+            **{key: value for key, value in named.items() if value},
+        }
 
     def is_named_in(self, header: Mapping[str, str]) -> bool:
         """Return whether a header names this base, or none as in PEFT's own files."""
@@ -61,7 +68,7 @@ def base_identity(model: PreTrainedModel) -> BaseIdentity:
     packed = quantization(model)
     if packed is not None:
         settings = {**settings, QUANTIZE: packed}
-    return BaseIdentity(base_fingerprint(model), settings, defaults)
+    return BaseIdentity(base_fingerprint(model), settings, defaults, packed_from(model))
 
 
 def base_fingerprint(model: PreTrainedModel) -> str:

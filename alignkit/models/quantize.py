@@ -218,8 +218,19 @@ def quantize(model: PreTrainedModel, to: Quantization) -> None:
 
 def quantization(model: nn.Module) -> str | None:
     """Return what a model's linear layers are packed as, ``None`` where they are not."""
+    packed = _first_packed(model)
+    return None if packed is None else packed.quantization
+
+
+def packed_from(model: nn.Module) -> str | None:
+    """Return the name of the dtype that layers were packed from, ``None`` for a plain model."""
+    packed = _first_packed(model)
+    return None if packed is None else str(packed.dtype).removeprefix("torch.")
+
+
+def _first_packed(model: nn.Module) -> QuantizedLinear | None:
     layers = plain_modules(model).values()
-    return next((m.quantization for m in layers if isinstance(m, QuantizedLinear)), None)
+    return next((m for m in layers if isinstance(m, QuantizedLinear)), None)
 
 
 def unquantize(model: nn.Module, original: nn.Module | None = None) -> None:

@@ -91,6 +91,7 @@ def options_of(day: Day, task: Task, shape: str) -> Options:
         rounds=sizes.rounds,
         tokens_per_batch=sizes.row,
         device=day.device,
+        precision="bf16-mixed",
         seed=0,
         plot=None,
         json=None,

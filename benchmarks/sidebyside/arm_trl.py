@@ -39,20 +39,28 @@ def dpo_trainer(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: str,
+    held_out: Sequence[Example] = (),
+    **options: Any,
 ) -> InTurns:
-    """TRL's DPOTrainer with its defaults, but for what all arms share."""
-    rows = [
-        {
-            "prompt_ids": list(example.prompt),
-            "chosen_ids": list(example.responses[0]),
-            "rejected_ids": list(example.responses[1]),
-        }
-        for example in examples
-    ]
+    """TRL's DPOTrainer with its defaults, but for what all arms share and ``options``."""
+
+    def rows(pairs: Sequence[Example]) -> Dataset:
+        return Dataset.from_list(
+            [
+                {
+                    "prompt_ids": list(example.prompt),
+                    "chosen_ids": list(example.responses[0]),
+                    "rejected_ids": list(example.responses[1]),
+                }
+                for example in pairs
+            ]
+        )
+
     return DPOInTurns(
         model,
-        args=DPOConfig(beta=BETA, max_length=None, **shared_arguments(job, directory)),
-        train_dataset=Dataset.from_list(rows),
+        args=DPOConfig(beta=BETA, max_length=None, **shared_arguments(job, directory), **options),
+        train_dataset=rows(examples),
+        eval_dataset=rows(held_out) if held_out else None,
         processing_class=tokenizer,
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from alignkit.engine import Example
@@ -133,10 +134,11 @@ class _Comparison:
 
     def run(self) -> Outcome:
         bounds, parity_steps = self.bounds, self.options.parity_steps
-        ceiling = bounds.ceiling or matmul_ceiling(self.options.device)
-        true = next(a for a in self.contest.peers if a.name == self.contest.truth)
-        timed = {arm.name: arm for arm in (self.contest.ours, *self.contest.peers)}
-        exact = {f"{arm.name} in fp32": _exact(arm) for arm in (true, self.contest.ours)}
+        dtype = getattr(torch, self.options.dtype)
+        ceiling = bounds.ceiling or matmul_ceiling(self.options.device, dtype=dtype)
+        arms = (self.contest.ours, *self.contest.peers)
+        timed = {arm.name: arm.in_precision(self.options.precision) for arm in arms}
+        exact = {} if self.options.precision == "32-true" else self._exact()
         with ExitStack() as stack:
             workers: dict[str, Worker] = {}
             traces: dict[str, parity.Trace] = {}
@@ -154,19 +156,31 @@ class _Comparison:
                     workers[label].close()
                 if arm.adapters:  # full fine-tuning trains another model
                     traces[label] = parity.Trace(workers[label].logps, losses)
-            fp32 = [traces.pop(label) for label in exact]
-            verdict = parity.judge(*fp32, traces.pop(OURS), traces, self.contest.fair)
+            if exact:
+                fp32 = [traces.pop(label) for label in exact]
+                verdict = parity.judge(*fp32, traces.pop(OURS), traces, self.contest.fair)
+            else:
+                verdict = parity.judge(traces[self.contest.truth], traces[OURS])
             goes_on = verdict["passed"] or bounds.whatever
             rounds = self._rounds(workers, bounds) if goes_on else {}
         return Outcome(
             parity=verdict,
             rounds=rounds,
             flops={peer: self._flops(peer, each) for peer, each in rounds.items()},
-            ceiling=bounds.ceiling or max(ceiling, matmul_ceiling(self.options.device)),
+            ceiling=bounds.ceiling
+            or max(ceiling, matmul_ceiling(self.options.device, dtype=dtype)),
             examples_per_turn=self.options.steps * self.options.per_step,
             loaded_bytes={name: workers[name].loaded_bytes for name in timed},
             machine=machine.describe(self.options.device),
         )
+
+    def _exact(self) -> dict[str, Arm]:
+        """Return the arms that show what fp32 gives, where those that are timed do not."""
+        true = next(arm for arm in self.contest.peers if arm.name == self.contest.truth)
+        return {
+            f"{arm.name} in fp32": replace(arm.in_precision("32-true"), checkpointing=False)
+            for arm in (true, self.contest.ours)
+        }
 
     def _rounds(self, workers: Mapping[str, Worker], bounds: Bounds) -> dict[str, list[Round]]:
         rounds: dict[str, list[Round]] = {peer.name: [] for peer in self.contest.peers}
@@ -245,7 +259,3 @@ class _Comparison:
             return step_flops(costs, members, reference=self.contest.task == "dpo", full=full)
 
         return [(of(each.steps, False), of(each.steps, full)) for each in rounds]
-
-
-def _exact(arm: Arm) -> Arm:
-    return replace(arm, dtype="float32", mixed=False, checkpointing=False)

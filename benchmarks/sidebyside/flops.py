@@ -86,15 +86,18 @@ def step_flops(
     return policy + (body + head + attention + adapters if reference else 0.0)
 
 
-def matmul_ceiling(device: str, size: int | None = None) -> float:
-    """Measured bf16 FLOP/s of a matrix product, the median of a second's worth.
+def matmul_ceiling(
+    device: str, size: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """Measured FLOP/s of a matrix product, the median of a second's worth.
 
     Args:
         device: ``cpu`` or ``cuda``.
         size: Of the square factors; large enough for the device by default.
+        dtype: Of the factors.
     """
     size, products = size or _CEILING_SIZE[device], _PRODUCTS[device]
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     left @ right  # compiles the kernel
     times: list[float] = []
     begin = time.perf_counter()

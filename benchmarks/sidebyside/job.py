@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 Task = Literal["dpo", "sft", "lm"]
+Precision = Literal["bf16-mixed", "32-true"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class Arm:
     by_length: bool = False
     padding_free: bool = False
     adapters: bool = True
+
+    def in_precision(self, precision: Precision) -> Arm:
+        """Return the arm as it trains in a precision; fp32 goes for weights and products alike."""
+        return self if precision == "bf16-mixed" else replace(self, dtype="float32", mixed=False)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from alignkit.errors import AlignkitError
 from alignkit.utils.atomic import check_output
-from sidebyside.job import Task
+from sidebyside.job import Precision, Task
 from sidebyside.shapes import SHAPES
 
 UNITS: dict[Task, str] = {"dpo": "pairs", "sft": "samples", "lm": "rows"}
@@ -43,6 +43,7 @@ class Common:
         rounds: How often everything is measured.
         tokens_per_batch: Most tokens of one of alignkit's micro-batches.
         device: ``cpu`` or ``cuda``.
+        precision: Of all arms; a CPU without bf16 instructions takes minutes for such a product.
         seed: Of everything that is drawn.
         plot: A file for the picture.
         json: A file for the numbers.
@@ -55,9 +56,15 @@ class Common:
     rounds: int
     tokens_per_batch: int
     device: str
+    precision: Precision
     seed: int
     plot: Path | None
     json: Path | None
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Return what alignkit keeps a base's weights in."""
+        return "float32" if self.precision == "32-true" else "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ def common_parser(description: str, rounds: int) -> argparse.ArgumentParser:
     add("--rounds", type=int, default=rounds, help="how often everything is measured")
     add("--tokens-per-batch", type=int, help="most tokens of one of alignkit's micro-batches")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--precision", choices=get_args(Precision), default="bf16-mixed", help="of all arms")
     add("--seed", type=int, default=0)
     add("--plot", metavar="FILE", help="write a picture")
     add("--json", metavar="FILE", help="write every number")

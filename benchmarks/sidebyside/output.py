@@ -77,8 +77,8 @@ def print_machine(console: Console, machine: Mapping[str, Any]) -> None:
     where = machine["gpu"] or machine["cpu"]
     console.print(
         f"{where}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['ram_gib']} GiB; bf16 matmul {machine['matmul_flops'] / 1e9:,.0f} GFLOP/s; "
-        f"{versions}",
+        f"{machine['ram_gib']} GiB; {machine['matmul_dtype']} matmul "
+        f"{machine['matmul_flops'] / 1e9:,.0f} GFLOP/s; {versions}",
         style="dim",
         highlight=False,
     )

@@ -36,14 +36,18 @@ class Trace:
 
 
 def judge(
-    truth: Trace, ours_fp32: Trace, ours_bf16: Trace, peers_bf16: Mapping[str, Trace], fair: str
+    truth: Trace,
+    ours_fp32: Trace,
+    ours_bf16: Trace | None = None,
+    peers_bf16: Mapping[str, Trace] | None = None,
+    fair: str = "",
 ) -> dict[str, Any]:
     """Compare traces.
 
     Args:
         truth: The peer in fp32.
         ours_fp32: alignkit in fp32.
-        ours_bf16: alignkit as it is timed.
+        ours_bf16: alignkit as it is timed; ``None`` where that is in fp32.
         peers_bf16: The peers as they are timed.
         fair: The peer that keeps its base in bf16.
 
@@ -60,7 +64,7 @@ def judge(
         for name in ("logps", "losses")
         if not fp32[f"{name}_max_relative"] <= FP32_LIMIT
     ]
-    traces = {"alignkit": ours_bf16, **peers_bf16}
+    traces = {} if ours_bf16 is None else {"alignkit": ours_bf16, **(peers_bf16 or {})}
     bf16: dict[str, Any] = {
         arm: {
             "logps_rms_error": rms(trace.logps, truth.logps),
@@ -69,12 +73,14 @@ def judge(
         for arm, trace in traces.items()
     }
     for name, count in (("logps", len(truth.logps)), ("losses", len(truth.losses))):
+        if not bf16:
+            break
         ours, theirs = bf16["alignkit"][f"{name}_rms_error"], bf16[fair][f"{name}_rms_error"]
         if not ours <= theirs * sampling_slack(count):
             failures.append(f"bf16 {name}: alignkit is off by {ours:.2g}, {fair} by {theirs:.2g}")
     for name in ("logps", "losses"):
         errors = {arm: found[f"{name}_rms_error"] for arm, found in bf16.items()}
-        least = min(errors.values())
+        least = min(errors.values(), default=0.0)
         failures += [
             f"bf16 {name}: {arm} is off by {error:.2g}, the closest arm by {least:.2g}"
             for arm, error in errors.items()

@@ -63,6 +63,7 @@ def main(
     machine = {
         **outcome.machine,
         "matmul_flops": outcome.ceiling,
+        "matmul_dtype": chosen.dtype,
         "model": chosen.model,
         "data": chosen.data or "synthetic",
         "command": output.command(),

@@ -61,7 +61,12 @@ def prepare(options: Common, work: Path) -> Shared:
 
 
 def write_adapter(
-    config: PretrainedConfig, lora: LoRAConfig, directory: Path, seed: int, noise: float = 0.0
+    config: PretrainedConfig,
+    lora: LoRAConfig,
+    directory: Path,
+    seed: int,
+    noise: float = 0.0,
+    std_b: float = _STD_B,
 ) -> None:
     """Write an adapter whose A and B are both non-zero.
 
@@ -71,6 +76,7 @@ def write_adapter(
         directory: Where to.
         seed: Of the draw.
         noise: Standard deviation of what is added to B.
+        std_b: Of B itself; 0 for an adapter that has learnt nothing yet.
     """
     model = inject_lora(empty_model(config), lora)
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +86,7 @@ def write_adapter(
             values = torch.randn(parameter.shape, generator=generator)
             if key == "lora_B":
                 extra = torch.randn(parameter.shape, generator=generator)
-                values = values * _STD_B + extra * noise
+                values = values * std_b + extra * noise
             else:
                 values = values * _STD_A
             setattr(model.get_submodule(parent), key, torch.nn.Parameter(values))

@@ -52,6 +52,7 @@ def test_parity_limits() -> None:
     assert sampling_slack(4) == 2.0
     peers = {"tuned": off(0.1)}
     assert judge(truth, off(1e-4), off(0.19), peers, "tuned")["passed"]
+    assert judge(truth, off(1e-4))["passed"] and not judge(truth, off(0.1))["passed"]
     too_far = judge(truth, off(1e-4), off(0.21), peers, "tuned")
     assert len(too_far["failures"]) == 2  # log-probs and losses
     wrong = judge(truth, off(6e-4), off(0.1), peers, "tuned")

@@ -101,10 +101,41 @@ def test_the_reference_live_and_from_the_cache(run_script: Run) -> None:
     assert found["policy_row_tokens"] <= 1024
 
 
+def test_the_road_beside_trl(run_script: Run, tmp_path: Path) -> None:
+    """Both libraries' own numbers, step by step and held out; they agree in fp32."""
+    plot = tmp_path / "road.png"
+    code, found = run_script(
+        "road.py", "--model", "tiny-llama-shape", "--steps", "6", "--pairs", "2",
+        "--held-out", "8", "--every", "3", "--plot", str(plot),
+    )  # fmt: skip
+    assert code == 0
+    curves = found["curves"]["alignkit"]
+    assert list(curves["loss"]) == [str(step) for step in range(1, 7)]
+    assert list(curves["val/rewards/accuracies"]) == ["3", "6"]
+    assert curves["loss"]["1"] == pytest.approx(0.6931, abs=1e-4)
+    assert curves["rewards/margins"]["6"] != 0
+    apart = found["largest_differences"]
+    assert apart.pop("rewards/accuracies") == 0.5  # before the first step all pairs tie
+    assert max(apart.values()) < 1e-4
+    assert plot.stat().st_size > 1000
+
+
+def test_arms_are_compared_in_fp32(run_script: Run) -> None:
+    """Where bf16 has no instructions: the arms that are timed are those whose parity is judged."""
+    code, found = run_script(
+        "dpo.py", "--model", "tiny-llama-shape", "--precision", "32-true", "--rounds", "1",
+        "--pairs-per-step", "2", "--parity-steps", "3",
+    )  # fmt: skip
+    assert code == 0 and found["parity"]["bf16"] == {}
+    assert found["parity"]["fp32"]["losses_max_relative"] < 1e-3
+    assert set(found["ratios"]) == TRL_RATIOS and found["machine"]["matmul_dtype"] == "float32"
+
+
 def test_mistakes_are_one_line(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, part in (
         (["--model", "gpt9-shape"], "gpt9-shape"),
         (["--rounds", "0"], "--rounds"),
+        (["--parity-steps", "0"], "--parity-steps"),
         (["--model", "tiny-llama-shape", "--data", "x.jsonl"], "--tokenizer"),
         (["--model", "tiny-llama-shape", "--data", "x.jsonl", "--tokenizer", "no/such"], "no/such"),
     ):

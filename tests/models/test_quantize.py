@@ -255,6 +255,32 @@ def test_a_run_is_exported_onto_either_base(
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_finds_the_packed_values_that_it_was_trained_over(
+    model_dir: ModelDir, tmp_path: Path, kind: str, dtype: str
+) -> None:
+    """Files in fp32, rounded or not before they are packed: the adapter's file says which."""
+    module = SFTModule(str(model_dir("llama")), lora=LoRAConfig(r=4), quantize=kind, dtype=dtype)  # type: ignore[arg-type]
+    shaken(module.model)
+    fit = trainer(tmp_path, max_steps=1)
+    fit.fit(module, loader(answers(4), 2))
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    export_tool(str(tmp_path / "run.ckpt"), str(tmp_path / "peft"), to="peft")
+    wanted = packed_values(module.model)
+    for read_in in (torch.float32, torch.bfloat16):
+        for place in ("run.ckpt", "peft"):
+            model, _ = load_policy(str(tmp_path / place), dtype=read_in)
+            found = packed_values(model)
+            assert found.keys() == wanted.keys() and found
+            assert all(torch.equal(values, wanted[name]) for name, values in found.items())
+
+
+def packed_values(model: nn.Module) -> dict[str, Tensor]:
+    return {n: m.weight for n, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+@needs_bitsandbytes
 def test_what_packed_weights_cannot_do_is_refused(model_dir: ModelDir) -> None:
     place = str(model_dir("llama"))
     with pytest.raises(AlignkitError, match=r"packed weights do not train \(model.lora: null\)"):
