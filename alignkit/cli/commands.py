@@ -40,7 +40,7 @@ _GROUPS = {
         "generate": Command("Answer prompts with a model.", "alignkit.tools.generate.command"),
         "compare": Command("Put several models' answers side by side.", "alignkit.tools.compare"),
         "sample": Command("Draw several answers to each prompt.", "alignkit.tools.sample"),
-        "judge": Command("Score and rank the answers of a file.", "alignkit.tools.judge"),
+        "judge": Command("Score and rank the answers of a file.", "alignkit.tools.judge.command"),
         "export": Command("Write a checkpoint for use elsewhere.", "alignkit.tools.export"),
     },
     "Look closer": {

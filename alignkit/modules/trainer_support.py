@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import OptimizerCallable
+from transformers import PreTrainedModel
 
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
@@ -24,6 +25,7 @@ from alignkit.modules.precision import (
     apply_but_keep_fp32,
     cast_before_restore,
     keep_batches_uncast,
+    warn_of_slow_products,
 )
 from alignkit.modules.sharding import set_up_sharding
 from alignkit.modules.state import keep_trained_state
@@ -42,6 +44,7 @@ class TrainerSupport(ExactSteps):
         resumes: Whether the run resumes from a checkpoint.
     """
 
+    model: PreTrainedModel
     lora: LoRAConfig | None
     lora_plus_ratio: float
     optimizer: OptimizerCallable
@@ -78,6 +81,7 @@ class TrainerSupport(ExactSteps):
         set_up_sharding(self, self.trainer)
         keep_batches_uncast(self.trainer)
         cast_before_restore(self, trained_in_full=self.lora is None)
+        warn_of_slow_products(self.trainer, self.model.dtype)
         start_alike(self, self.trainer.strategy.root_device)
         self.averaged = self.resumes = False
         self.position.load({})  # a tuner's trial run may have restored a position

@@ -3,82 +3,31 @@
 from __future__ import annotations
 
 import gc
-import html as htmllib
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
-from rich.table import Table
 
 from alignkit.errors import AlignkitError
 from alignkit.models.find import find_checkpoint
 from alignkit.tools.compare_page import comparison_page
+from alignkit.tools.comparison import Comparison
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
+from alignkit.tools.generate.gauges import Gauges
 from alignkit.tools.generate.options import gather_options
 from alignkit.tools.generate.prompts import shown
-from alignkit.tools.generate.request import Request, as_json, describe_format, printable
+from alignkit.tools.generate.request import Request, as_json, describe_format
+from alignkit.tools.judge.rating import Judge, rate
 from alignkit.tools.moved import Piece, moved_tokens
+from alignkit.tools.naming import name_models
 from alignkit.utils.atomic import check_outputs, write_atomically
 from alignkit.utils.progress import counting
 
 Pages = dict[str, list[tuple[Answer, list[Piece]]]]
 """From a model's name to its answers, and to each one's tokens with how far they moved."""
-
-_NAMED = re.compile(r"([\w.-]+)=(.+)")
-
-
-@dataclass
-class Comparison:
-    """Hold the answers of several models to the same prompts.
-
-    Example:
-        >>> found = Comparison(["Hi"], answers={"sft": ["Hello."], "dpo": ["Hello there."]})
-        >>> print(found.to_markdown().rstrip())
-        | Prompt | sft | dpo |
-        | --- | --- | --- |
-        | Hi | Hello. | Hello there. |
-
-    Attributes:
-        prompts: As the user gave them.
-        answers: From a model's name to one answer for each prompt, in the order of the models.
-        asked: From a model's name to the prompt format and system message it was asked with.
-        failures: From a model's name to the line that says why it gave no answers.
-    """
-
-    prompts: list[str]
-    answers: dict[str, list[str]] = field(default_factory=dict)
-    asked: dict[str, dict[str, str | None]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def to_markdown(self) -> str:
-        """Return a Markdown table with a row a prompt and a column a model, and the failures."""
-        header = ["Prompt", *self.answers]
-        rows = [[_markdown_cell(text) for text in row] for row in (header, *self._rows())]
-        rows.insert(1, ["---"] * len(header))
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines += [
-            f"\n{_markdown_cell(name)} failed: {_markdown_cell(why)}"
-            for name, why in self.failures.items()
-        ]
-        return "\n".join(lines) + "\n"
-
-    def to_table(self) -> Table:
-        """Return the same table for the terminal."""
-        table = Table(show_lines=True, expand=True)
-        for header in ("Prompt", *self.answers):
-            table.add_column(printable(header), ratio=1, overflow="fold")
-        for row in self._rows():
-            table.add_row(*map(printable, row))
-        return table
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        return list(zip(self.prompts, *self.answers.values(), strict=True))
 
 
 def compare(
@@ -87,6 +36,9 @@ def compare(
     markdown: str | None = None,
     json: str | None = None,
     html: str | None = None,
+    judge: str | None = None,
+    judge_reference: str | None = None,
+    judge_beta: float | None = None,
     **options: Any,
 ) -> Comparison:
     """Ask several models the same and print their answers side by side.
@@ -102,6 +54,11 @@ def compare(
         json: A file for the prompts, the answers and the settings that made them.
         html: A file for a page with the answers side by side, cut ones marked, and coloured where
             an adapter moved its base.
+        judge: A reward model, or a policy with its implicit reward, that scores the answers; each
+            model is then compared with the first. It reads the prompts without a system message.
+        judge_reference: The reference of the judge's implicit reward; by default the judge without
+            its adapters.
+        judge_beta: The scale of the implicit reward, 0.1 by default.
         **options: As in `alignkit.tools.generate.request.Request`; the same noise for every model.
 
     Returns:
@@ -115,26 +72,36 @@ def compare(
         {"--markdown": markdown, "--json": json, "--html": html}
     )
     named = name_models(models)
+    judging = _judge(judge, judge_reference, judge_beta)
     options = gather_options(options)
     request = Request(**options)
     comparison = Comparison([shown(question) for question in request.questions])
     pages: Pages = {}
     console = Console()
+
+    def write() -> None:
+        if markdown_file is not None:
+            write_atomically(markdown_file, comparison.to_markdown())
+        if json_file is not None:
+            found = {"models": named, "settings": request.to_dict(), **comparison.to_dict()}
+            write_atomically(json_file, as_json(found))
+        if page_file is not None:
+            write_atomically(page_file, _page(comparison, pages))
+
     try:
         for name, path in named.items():
             try:
                 _add_answers(request, name, path, comparison, pages if page_file else None)
             finally:  # also what was answered before a signal
-                if markdown_file is not None:
-                    write_atomically(markdown_file, comparison.to_markdown())
-                if json_file is not None:
-                    found = {"models": named, "settings": request.to_dict(), **asdict(comparison)}
-                    write_atomically(json_file, as_json(found))
-                if page_file is not None:
-                    write_atomically(page_file, _page(comparison, pages))
+                write()
+        if judging is not None and comparison.answers:
+            comparison.scores = judging.scores(request.questions, comparison.answers)
+            comparison.ratings = rate(comparison.scores, comparison.answers)
+            write()
     finally:
         if comparison.answers:
             console.print(comparison.to_table())
+            console.print(*comparison.summary(), sep="\n", markup=False, soft_wrap=True)
     if comparison.failures:
         whose = "; ".join(f"{name}: {why}" for name, why in comparison.failures.items())
         raise AlignkitError(f"models: {len(comparison.failures)} of {len(named)} failed: {whose}")
@@ -176,6 +143,8 @@ def _add_answers(
                 for question, answer in zip(request.questions, heard, strict=True)
             ]
         comparison.answers[name] = answers
+        comparison.gauges[name] = Gauges.of(heard)
+        comparison.gauge_errors[name] = Gauges.errors(heard)
         comparison.asked[name] = describe_format(asked)
         del model
     except AlignkitError as error:
@@ -190,57 +159,28 @@ def _add_answers(
         torch.cuda.empty_cache()
 
 
+def _judge(model: str | None, reference: str | None, beta: float | None) -> Judge | None:
+    """Return the judge, if there is one.
+
+    Raises:
+        AlignkitError: It is missing, or what belongs to it is given without one.
+    """
+    if model is not None:
+        return Judge(model, reference, beta)
+    for flag, value in (("--judge_reference", reference), ("--judge_beta", beta)):
+        if value is not None:
+            raise AlignkitError(f"{flag}: belongs to --judge, which is not given")
+    return None
+
+
 def _page(comparison: Comparison, pages: Pages) -> str:
     answers = {name: [answer for answer, _ in page] for name, page in pages.items()}
     moved = {name: [tokens for _, tokens in page] for name, page in pages.items()}
-    return comparison_page(comparison.prompts, answers, moved, comparison.failures)
-
-
-def name_models(models: Sequence[str] | Mapping[str, str], what: str = "models") -> dict[str, str]:
-    """Return the path of each model by its name, from ``NAME=PATH`` and plain paths.
-
-    A plain path is named after its last part. A path may hold an equals sign itself, as in
-    Lightning's ``epoch=0-step=10.ckpt``: a file that exists is taken as a path.
-
-    Args:
-        models: The models, or what else is named so.
-        what: What they are called in messages.
-
-    Raises:
-        AlignkitError: There is no model, or two have the same name.
-
-    Example:
-        >>> name_models(["base=EleutherAI/pythia-70m", "runs/sft"])
-        {'base': 'EleutherAI/pythia-70m', 'sft': 'runs/sft'}
-    """
-    pairs = (
-        list(models.items()) if isinstance(models, Mapping) else [_name_and_path(m) for m in models]
+    return comparison_page(
+        comparison.prompts,
+        answers,
+        moved,
+        comparison.failures,
+        scores=comparison.scores,
+        ratings=comparison.ratings,
     )
-    if not pairs:
-        raise AlignkitError("models: none was given; pass --models NAME=PATH …")
-    named: dict[str, str] = {}
-    for name, path in pairs:
-        if name in named:
-            raise AlignkitError(
-                f"{what}: '{named[name]}' and '{path}' are both called '{name}'; "
-                "name them as NAME=PATH"
-            )
-        named[name] = path
-    return named
-
-
-def _name_and_path(model: str) -> tuple[str, str]:
-    match = _NAMED.fullmatch(model)
-    if match and not Path(model).exists():
-        return match[1], match[2]
-    path = Path(model)
-    # runs/dpo/version_1/last.ckpt is named dpo/version_1, after its run
-    run = path.parent if path.suffix == ".ckpt" else path
-    name = f"{run.parent.name}/{run.name}" if run.name.startswith("version_") else run.name
-    return name or model, model
-
-
-def _markdown_cell(text: str) -> str:
-    """Return a Markdown table cell that shows exactly the text."""
-    escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", htmllib.escape(text, quote=False))
-    return escaped.replace("\r", "").replace("\n", "<br>")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from alignkit.tools.generate.answer import Answer
+from alignkit.tools.generate.gauges import Gauges
+from alignkit.tools.judge.rating import Rating
 from alignkit.tools.moved import Piece
 from alignkit.tools.page import write_page
 
@@ -18,6 +20,9 @@ def comparison_page(
     answers: Mapping[str, Sequence[Answer]],
     moved: Mapping[str, Sequence[Sequence[Piece]]],
     failures: Mapping[str, str],
+    *,
+    scores: Mapping[str, Sequence[float]] | None = None,
+    ratings: Mapping[str, Rating] | None = None,
 ) -> str:
     """Return the page's HTML: gauges of each model, and the answers to each prompt side by side.
 
@@ -26,15 +31,18 @@ def comparison_page(
         answers: From a model's name to its answers.
         moved: From a model's name to the tokens of each answer, as its adapter moved them.
         failures: From a model's name to why it gave none.
+        scores: From a model's name to a judge's score of each answer.
+        ratings: From a model's name to how its answers compare with the first model's.
     """
+    scores = scores or {}
     told = "".join(
         f"<p><b>{escape(name)}</b> failed: {escape(why)}</p>" for name, why in failures.items()
     )
     parts = [
         f"<h2>{index}. {escape(prompt)}</h2><div class=columns>"
         + "".join(
-            f"<section><h3>{escape(name)}</h3>{_answer(given[index - 1], moved[name][index - 1])}"
-            "</section>"
+            f"<section><h3>{escape(name)}{_score(scores, name, index - 1)}</h3>"
+            f"{_answer(given[index - 1], moved[name][index - 1])}</section>"
             for name, given in answers.items()
         )
         + "</div>"
@@ -46,26 +54,56 @@ def comparison_page(
         f'rgba({_LESS}, .4)">orange</span> those that it made less likely; full colour is a factor '
         f"of e<sup>{_FULL:g}</sup>. Point at a token for its number.</p>"
     )
-    return write_page("Answers side by side", _gauges(answers) + told + legend + "".join(parts))
+    return write_page(
+        "Answers side by side", _gauges(answers, ratings or {}) + told + legend + "".join(parts)
+    )
 
 
-def _gauges(answers: Mapping[str, Sequence[Answer]]) -> str:
+def _gauges(answers: Mapping[str, Sequence[Answer]], ratings: Mapping[str, Rating]) -> str:
+    first = next(iter(ratings), "")
+    judged = ("mean score", f"above {escape(first)}", "at equal length") if ratings else ()
     head = "<th>model</th>" + "".join(
         f"<th class=n>{name}</th>"
-        for name in ("mean tokens", "ended by itself", "repeated 3-grams", "Human: in the answer")
+        for name in (
+            "mean tokens",
+            "ended by itself",
+            "repeated 3-grams",
+            "runs on into the human's turn",
+            *judged,
+        )
     )
     rows = ""
     for name, given in answers.items():
-        count = max(len(given), 1)
-        values = (
-            f"{sum(len(each.ids) for each in given) / count:.1f}",
-            f"{sum(each.ended for each in given) / count:.0%}",
-            f"{sum(each.repetition for each in given) / count:.1%}",
-            f"{sum('Human:' in each.text for each in given) / count:.0%}",
-        )
+        gauges = Gauges.of(given)
+        values = [
+            f"{gauges.tokens:.1f}",
+            f"{gauges.ended:.0%}",
+            f"{gauges.repetition:.1%}",
+            f"{gauges.run_on:.0%}",
+            *(_rated(ratings[name], name == first) if name in ratings else [""] * len(judged)),
+        ]
         cells = "".join(f"<td class=n>{value}</td>" for value in values)
         rows += f"<tr><td>{escape(name)}</td>{cells}</tr>"
     return f"<table><tr>{head}</tr>{rows}</table>"
+
+
+def _rated(rating: Rating, is_first: bool) -> list[str]:
+    if is_first:
+        return [f"{rating.score:.3g}", "", ""]
+    return [
+        f"{rating.score:.3g}",
+        f"{rating.wins:.0%} ± {rating.wins_error:.0%}",
+        f"{rating.equal_length:.0%} ± {rating.equal_length_error:.0%}",
+    ]
+
+
+def _score(scores: Mapping[str, Sequence[float]], name: str, index: int) -> str:
+    """Return what a heading says of an answer's score; the best of a prompt is marked."""
+    if name not in scores:
+        return ""
+    own = scores[name][index]
+    best = own == max(each[index] for each in scores.values())
+    return f' <span class="quiet score">{own:.3g}{" ★" if best and len(scores) > 1 else ""}</span>'
 
 
 def _answer(answer: Answer, moved: Sequence[Piece]) -> str:

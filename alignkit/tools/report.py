@@ -11,8 +11,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from alignkit.errors import AlignkitError
-from alignkit.tools.compare import name_models
 from alignkit.tools.curves import Scalars, draw_curves, read_scalars
+from alignkit.tools.naming import name_models
 from alignkit.tools.page import write_page
 from alignkit.tools.plots import save
 from alignkit.utils.atomic import output_path, write_atomically

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,37 +15,12 @@ from alignkit.models.load import load_tokenizer
 from alignkit.modules import AlignmentModule
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.asking import choose_format
-from alignkit.tools.generate.prompts import TURN, Question, gather_prompts, shown
+from alignkit.tools.generate.gauges import Gauges
+from alignkit.tools.generate.prompts import Question, gather_prompts, shown
 from alignkit.tools.generate.request import answer_questions
 from alignkit.tools.generate.sampling import Sampling
 
 log = logging.getLogger(__name__)
-
-
-class Gauges(NamedTuple):
-    r"""Hold what is measured of a set of answers.
-
-    Example:
-        >>> Gauges.of([Answer("Yes.\n\nHuman: And?", (5, 6, 7, 8), ended=False)])
-        Gauges(repetition=0.0, run_on=1.0, ended=0.0, tokens=4.0)
-
-    Attributes:
-        repetition: The mean share of three-token sequences that occurred before in an answer.
-        run_on: The share of answers that go on to write the human's next turn.
-        ended: The share that the model ended by itself, by its end token.
-        tokens: The mean number of tokens.
-    """
-
-    repetition: float
-    run_on: float
-    ended: float
-    tokens: float
-
-    @classmethod
-    def of(cls, answers: Sequence[Answer]) -> Gauges:
-        """Measure answers, one at least."""
-        rows = [(a.repetition, TURN in f"\n\n{a.text}", a.ended, len(a.ids)) for a in answers]
-        return cls(*(sum(column) / len(rows) for column in zip(*rows, strict=True)))
 
 
 class SampleAnswers(Callback):

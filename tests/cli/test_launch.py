@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,6 +189,7 @@ def test_a_launcher_that_agrees_is_not(environment: dict[str, str], launched: Ca
 
 
 MINE = """import os
+import time
 from alignkit import SFTModule
 from alignkit.errors import AlignkitError
 
@@ -198,6 +200,8 @@ class Mine(SFTModule):
             raise AlignkitError("this row cannot be read; mend it")
         if str(self.global_rank) in os.environ.get("DYING", ""):
             os.kill(os.getpid(), 9)
+        if str(self.global_rank) in os.environ.get("HANGING", ""):
+            time.sleep(1000)
 """
 
 
@@ -220,6 +224,19 @@ def test_a_failing_rank_fails_the_command_in_one_line(
     done = command(SCRIPT, *mine, environment=environment)
     assert done.returncode == status, done.stderr
     assert one_error(done.stderr).startswith(said)
+
+
+@pytest.mark.slow
+def test_a_hanging_rank_ends_the_others_after_the_time_out_that_is_set(command: Callable) -> None:
+    """On the command line, as docs/cluster.md has it."""
+    Path("mine.py").write_text(MINE)
+    strategy = "lightning.pytorch.strategies.DDPStrategy"
+    mine = ["--model", "mine.Mine", "--trainer.devices", 2, "--trainer.strategy", strategy]
+    begun = time.monotonic()
+    timed = ["--trainer.strategy.timeout", "0:00:12"]
+    done = command(SCRIPT, *mine, *timed, environment={"HANGING": "1"})
+    assert done.returncode != 0 and time.monotonic() - begun < 150
+    assert "12000ms" in one_error(done.stderr)
 
 
 @pytest.mark.slow

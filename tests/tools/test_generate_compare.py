@@ -17,12 +17,14 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, save_adapter
 from alignkit.models import load_model, load_tokenizer
 from alignkit.tools import compare as compare_module
-from alignkit.tools.compare import Comparison, compare, name_models
+from alignkit.tools.compare import compare
+from alignkit.tools.comparison import Comparison
 from alignkit.tools.generate import command as generate_module
 from alignkit.tools.generate.command import generate
 from alignkit.tools.generate.pieces import Pieces
 from alignkit.tools.generate.request import Request, printable
 from alignkit.tools.generate.sampling import Sampling, complete
+from alignkit.tools.naming import name_models
 
 SHORT = {"max_new_tokens": 8, "temperature": 0.0, "device": "cpu"}
 

@@ -17,7 +17,7 @@ from alignkit.engine import collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import adapters_disabled
 from alignkit.models.checkpoint import load_policy
-from alignkit.tools.judge import judge
+from alignkit.tools.judge.command import judge
 
 ROWS = [
     {
@@ -194,7 +194,9 @@ def test_a_stop_leaves_the_rows_so_far(
 
     seen: list[int] = []
     _, tokenizer = load_policy(str(model_dir("gpt2")))
-    monkeypatch.setattr("alignkit.tools.judge._scorer", lambda *_: (stopping, tokenizer))
+    monkeypatch.setattr(
+        "alignkit.tools.judge.command.load_scorer", lambda *_: (stopping, tokenizer)
+    )
     output = tmp_path / "judged.jsonl"
     with pytest.raises(KeyboardInterrupt):
         judge(str(pairs), model="some", output=str(output), tokens_per_batch=50)

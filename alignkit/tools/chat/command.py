@@ -14,12 +14,12 @@ from jsonargparse import ArgumentParser
 
 from alignkit.errors import AlignkitError
 from alignkit.tools.chat.seats import Seat, load_seats, unknown_seat
-from alignkit.tools.compare import name_models
 from alignkit.tools.generate.command import REQUEST_FLAGS
 from alignkit.tools.generate.options import add_options, gather_options
 from alignkit.tools.generate.prompts import chat_prompt
 from alignkit.tools.generate.request import Request, printable
 from alignkit.tools.generate.sampling import complete
+from alignkit.tools.naming import name_models
 from alignkit.utils.atomic import check_output
 
 _HELP = """\

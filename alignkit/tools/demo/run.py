@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from alignkit.tools.demo.model import prepare_model
 from alignkit.tools.demo.preferences import write_preferences
 from alignkit.tools.demo.prose import write_prose
 from alignkit.utils.atomic import write_atomically
+from alignkit.utils.products import bf16_slowdown
 
 RUNS = Path("runs/demo")
 STAGES = ("lora", "sft", "dpo")
@@ -76,7 +76,7 @@ def demo(base: str | None = None, max_steps: int | None = None) -> None:
     base = base or str(prepare_model(RUNS / "model"))
     write_prose(RUNS / "prose")
     write_preferences(RUNS / "preferences")
-    dtype = faster_dtype()
+    dtype = "bfloat16" if bf16_slowdown(768) < 1 else "float32"
     print(f"model {base} in {dtype}, data in {RUNS}")
 
     options = ["--model.base", base, "--model.dtype", dtype]
@@ -167,22 +167,6 @@ def run_command(*arguments: str) -> None:
 def checkpoint(name: str) -> str:
     """Return the folder of a stage's runs, which stands for its newest checkpoint."""
     return str(RUNS / name)
-
-
-def faster_dtype(size: int = 768) -> str:
-    """Return the dtype, ``bfloat16`` or ``float32``, in which this CPU multiplies faster."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        a = torch.ones(size, size, dtype=dtype)
-        return min(_timed(lambda: a @ a) for _ in range(5))
-
-    return "bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def add_arguments(parser: ArgumentParser) -> None:

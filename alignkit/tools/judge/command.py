@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from alignkit.data.encode.choose import choose_format
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import DraftExample
 from alignkit.data.read.rows import BadRow, Source
@@ -22,44 +16,15 @@ from alignkit.data.read.sources import find_splits
 from alignkit.data.text.defects import DefectError
 from alignkit.data.text.policies import Tally
 from alignkit.data.text.ranked import SAMPLED
-from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import preference_sides
-from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
-from alignkit.lora import active_adapter, adapters_disabled
-from alignkit.models.checkpoint import load_policy, policy_format, read_checkpoint
 from alignkit.models.find import find_checkpoint
-from alignkit.models.reward import holds_reward, is_classifier, load_classifier, rewards
 from alignkit.models.text_format import PromptChoice
-from alignkit.models.tokenizer import refuse_other_tokens
+from alignkit.tools.judge.scoring import batches, find_judge, load_scorer, row_encoder
+from alignkit.tools.judge.verdict import Verdict
 from alignkit.utils.atomic import check_output, write_atomically
 
-_BETA = 0.1
 _LINES_SHOWN = 5
-
-Scorer = Callable[[Sequence[Example]], list[list[float]]]
-"""Returns the score of each answer of each example."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Hold how a file's answers were scored.
-
-    Example:
-        >>> Verdict(rows=2, accuracy=0.5, error=0.5, margin=0.1).accuracy
-        0.5
-
-    Attributes:
-        rows: How many rows were scored.
-        accuracy: The share whose first answer has a higher score than their last; a tie is a half.
-        error: Its standard error; NaN for one row.
-        margin: The mean difference of the two scores.
-    """
-
-    rows: int
-    accuracy: float
-    error: float
-    margin: float
 
 
 @torch.no_grad()
@@ -100,21 +65,30 @@ def judge(
     Raises:
         AlignkitError: Nothing can be read there, or the models do not fit.
     """
-    _check_numbers(beta, tokens_per_batch)
+    if tokens_per_batch < 1:
+        raise AlignkitError(f"--tokens_per_batch {tokens_per_batch}: must be 1 or more")
+    find_judge(model, reference, beta)
     written = check_output(output, "--output")
     offered = find_splits(path)
     if split is not None and split not in offered:
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
-    model = find_checkpoint(model)
     columns = columns or _sampled(sources)
-    scorer, tokenizer = _scorer(model, reference, beta)
-    encoder = _encoder(sources, tokenizer, model, prompt_format, max_length, columns)
+    scorer, tokenizer = load_scorer(model, reference, beta)
+    encoder = row_encoder(
+        sources,
+        tokenizer,
+        find_checkpoint(model),
+        preference_sides,
+        prompt_format=prompt_format,
+        max_length=max_length,
+        columns=columns,
+    )
     lines: list[str] = []
     margins: list[float] = []
     dropped: list[int] = []
     try:
-        for drafts in _batches(_drafts(sources, encoder, dropped), encoder, tokens_per_batch):
+        for drafts in batches(_drafts(sources, encoder, dropped), encoder, tokens_per_batch):
             scored = scorer([encoder.example(draft) for draft in drafts])
             for draft, scores in zip(drafts, scored, strict=True):
                 lines.append(json.dumps(ranked_row(draft, scores), ensure_ascii=False))
@@ -126,7 +100,7 @@ def judge(
             write_atomically(written, "".join(f"{line}\n" for line in lines))
     if not margins:
         raise AlignkitError(f"{path}: has no row to judge{_dropped(dropped)}")
-    verdict = _verdict(torch.tensor(margins, dtype=torch.float64))
+    verdict = Verdict.of(margins)
     error = f" (± {verdict.error:.1%})" if verdict.rows > 1 else ""
     rows = f"{verdict.rows:,} row{'s' if verdict.rows > 1 else ''}{_dropped(dropped)}"
     print(
@@ -159,70 +133,6 @@ def ranked_row(draft: DraftExample, scores: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _scorer(
-    model: str, reference: str | None, beta: float | None
-) -> tuple[Scorer, PreTrainedTokenizerBase]:
-    """Return what scores answers, and the tokenizer that it reads them by."""
-    is_checkpoint = model.endswith(".ckpt")
-    if is_classifier(model) or (is_checkpoint and holds_reward(read_checkpoint(model))):
-        for flag, value in (("--reference", reference), ("--beta", beta)):
-            if value is not None:
-                raise AlignkitError(f"{flag}: {model} is a reward model, which needs none")
-        if not is_checkpoint:
-            return load_classifier(model)
-        headed, tokenizer = load_policy(model, reward=True)
-        padding = int(tokenizer.pad_token_id)
-        return lambda examples: _split(rewards(headed, collate(examples), padding), examples), (
-            tokenizer
-        )
-    policy, tokenizer = load_policy(model)
-    if reference is None and active_adapter(policy) is None:
-        raise AlignkitError(
-            f"--model {model}: is a whole model, whose implicit reward needs --reference"
-        )
-    other = policy
-    if reference is not None:
-        other, theirs = load_policy(reference, argument="reference")
-        try:
-            refuse_other_tokens(theirs, tokenizer, model)
-        except AlignkitError as error:
-            raise AlignkitError(f"--reference {reference}: {error}") from None
-    scale = _BETA if beta is None else beta
-
-    def implicit(examples: Sequence[Example]) -> list[list[float]]:
-        batch = collate(examples)
-        ours = response_sums(score(policy, batch), batch)
-        with adapters_disabled(policy) if other is policy else nullcontext():
-            theirs = response_sums(score(other, batch), batch)
-        return _split(scale * (ours - theirs), examples)
-
-    return implicit, tokenizer
-
-
-def _encoder(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    model: str,
-    prompt_format: PromptChoice,
-    max_length: int,
-    columns: dict[str, str] | None,
-) -> DialogueEncoder:
-    """Return the encoder of the rows, in the format that the model was trained with."""
-    names = check_columns(columns)
-    trained = policy_format(model) if Path(model).exists() else None
-    if prompt_format == "auto" and trained is not None and trained.prompt_format != "text":
-        prompt_format = trained.prompt_format
-    if prompt_format == "auto":
-        prompt_format = choose_format(tokenizer, sources, preference_sides, names).prompt_format
-    return DialogueEncoder(
-        tokenizer,
-        preference_sides,
-        max_length=max_length,
-        prompt_format=prompt_format,
-        columns=names,
-    )
-
-
 def _drafts(
     sources: Sequence[Source], encoder: DialogueEncoder, dropped: list[int]
 ) -> Iterator[DraftExample]:
@@ -243,44 +153,9 @@ def _sampled(sources: Sequence[Source]) -> dict[str, str] | None:
     return {"responses": SAMPLED} if is_sampled else None
 
 
-def _batches(
-    drafts: Iterator[DraftExample], encoder: DialogueEncoder, most: int
-) -> Iterator[list[DraftExample]]:
-    """Yield the rows in batches of so many tokens at most, or of one row."""
-    batch: list[DraftExample] = []
-    tokens = 0
-    for draft in drafts:
-        size = encoder.example(draft).num_tokens
-        if batch and tokens + size > most:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(draft)
-        tokens += size
-    if batch:
-        yield batch
-
-
 def _dropped(lines: Sequence[int]) -> str:
     """Return what a sentence says about dropped rows, empty where there are none."""
     if not lines:
         return ""
     listed = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", …" if lines[_LINES_SHOWN:] else "")
     return f", dropped {len(lines):,} (line {listed}; alignkit audit says why)"
-
-
-def _check_numbers(beta: float | None, tokens_per_batch: int) -> None:
-    if beta is not None and not 0 < beta < float("inf"):
-        raise AlignkitError(f"--beta {beta}: must be above 0")
-    if tokens_per_batch < 1:
-        raise AlignkitError(f"--tokens_per_batch {tokens_per_batch}: must be 1 or more")
-
-
-def _split(scores_R: Tensor, examples: Sequence[Example]) -> list[list[float]]:
-    counts = [len(example.responses) for example in examples]
-    return [part.tolist() for part in torch.split(scores_R, counts)]
-
-
-def _verdict(margins: Tensor) -> Verdict:
-    credit = (margins.sign() + 1) / 2
-    error = (credit.var() / len(credit)).sqrt().item() if len(credit) > 1 else float("nan")
-    return Verdict(len(credit), credit.mean().item(), error, margins.mean().item())

@@ -1,0 +1,179 @@
+"""Load what scores answers: a reward model, or a policy by DPO's implicit reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from alignkit.data.encode.choose import choose_format
+from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.encode.draft import DraftExample
+from alignkit.data.read.rows import Source
+from alignkit.data.text.policies import Policies
+from alignkit.data.text.recognise import check_columns
+from alignkit.data.text.shapes import Sides
+from alignkit.engine import Example, collate, response_sums, score
+from alignkit.errors import AlignkitError
+from alignkit.lora import active_adapter, adapters_disabled
+from alignkit.models.checkpoint import load_policy, policy_format, read_checkpoint
+from alignkit.models.find import find_checkpoint
+from alignkit.models.reward import holds_reward, is_classifier, load_classifier, rewards
+from alignkit.models.text_format import PromptChoice
+from alignkit.models.tokenizer import refuse_other_tokens
+
+_BETA = 0.1
+
+Scorer = Callable[[Sequence[Example]], list[list[float]]]
+"""Returns the score of each answer of each example."""
+
+
+class Flags(NamedTuple):
+    """Hold what a judge's settings are called in messages."""
+
+    model: str = "--model"
+    reference: str = "--reference"
+    beta: str = "--beta"
+
+
+FLAGS = Flags()
+
+
+def find_judge(
+    model: str, reference: str | None, beta: float | None, flags: Flags = FLAGS
+) -> tuple[str, bool]:
+    """Return where a judge lies and whether it is a reward model, before anything is loaded.
+
+    Args:
+        model: As in `load_scorer`.
+        reference: As in `load_scorer`.
+        beta: As in `load_scorer`.
+        flags: As in `load_scorer`.
+
+    Raises:
+        AlignkitError: It is missing or unreadable, or the other two do not go with it.
+    """
+    if beta is not None and not 0 < beta < float("inf"):
+        raise AlignkitError(f"{flags.beta} {beta}: must be above 0")
+    place = find_checkpoint(model)
+    is_reward = is_classifier(place)
+    if place.endswith(".ckpt"):
+        is_reward = holds_reward(read_checkpoint(place))
+    for flag, value in ((flags.reference, reference), (flags.beta, beta)):
+        if is_reward and value is not None:
+            raise AlignkitError(f"{flag}: {place} is a reward model, which needs none")
+    return place, is_reward
+
+
+def load_scorer(
+    model: str, reference: str | None, beta: float | None, flags: Flags = FLAGS
+) -> tuple[Scorer, PreTrainedTokenizerBase]:
+    """Return what scores answers, and the tokenizer that it reads them by.
+
+    Args:
+        model: A reward model, or a policy, whose implicit reward is β (log π − log π_ref).
+        reference: π_ref; ``None`` for the policy without its adapters.
+        beta: β; ``None`` for 0.1.
+        flags: What these are called in messages.
+
+    Raises:
+        AlignkitError: As `find_judge`, or the models cannot be loaded or do not fit.
+    """
+    model, is_reward = find_judge(model, reference, beta, flags)
+    if is_reward:
+        if not model.endswith(".ckpt"):
+            return load_classifier(model)
+        headed, tokenizer = load_policy(model, reward=True)
+        padding = int(tokenizer.pad_token_id)
+        return lambda examples: _split(rewards(headed, collate(examples), padding), examples), (
+            tokenizer
+        )
+    policy, tokenizer = load_policy(model)
+    if reference is None and active_adapter(policy) is None:
+        raise AlignkitError(
+            f"{flags.model} {model}: is a whole model, whose implicit reward needs "
+            f"{flags.reference}"
+        )
+    other = policy
+    if reference is not None:
+        other, theirs = load_policy(reference, argument=flags.reference.removeprefix("--"))
+        try:
+            refuse_other_tokens(theirs, tokenizer, model)
+        except AlignkitError as error:
+            raise AlignkitError(f"{flags.reference} {reference}: {error}") from None
+    scale = _BETA if beta is None else beta
+
+    def implicit(examples: Sequence[Example]) -> list[list[float]]:
+        batch = collate(examples)
+        ours = response_sums(score(policy, batch), batch)
+        with adapters_disabled(policy) if other is policy else nullcontext():
+            theirs = response_sums(score(other, batch), batch)
+        return _split(scale * (ours - theirs), examples)
+
+    return implicit, tokenizer
+
+
+def row_encoder(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    model: str,
+    sides: Sides,
+    *,
+    prompt_format: PromptChoice = "auto",
+    max_length: int,
+    columns: dict[str, str] | None = None,
+    policies: Policies | None = None,
+) -> DialogueEncoder:
+    """Return the encoder of rows that are judged, in the format that the judge was trained with.
+
+    Args:
+        sources: The rows.
+        tokenizer: The judge's.
+        model: Where the judge lies.
+        sides: Reads a row, as in `DialogueEncoder`.
+        prompt_format: As in `alignkit.tools.judge.command.judge`.
+        max_length: Most tokens of a prompt with one answer.
+        columns: As in `DialogueEncoder`.
+        policies: As in `DialogueEncoder`.
+    """
+    names = check_columns(columns)
+    trained = policy_format(model) if Path(model).exists() else None
+    if prompt_format == "auto" and trained is not None and trained.prompt_format != "text":
+        prompt_format = trained.prompt_format
+    if prompt_format == "auto":
+        prompt_format = choose_format(tokenizer, sources, sides, names).prompt_format
+    return DialogueEncoder(
+        tokenizer,
+        sides,
+        max_length=max_length,
+        prompt_format=prompt_format,
+        columns=names,
+        policies=policies,
+    )
+
+
+def batches(
+    drafts: Iterable[DraftExample], encoder: DialogueEncoder, most: int
+) -> Iterator[list[DraftExample]]:
+    """Yield rows in batches of so many tokens at most, or of one row."""
+    batch: list[DraftExample] = []
+    tokens = 0
+    for draft in drafts:
+        size = encoder.example(draft).num_tokens
+        if batch and tokens + size > most:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(draft)
+        tokens += size
+    if batch:
+        yield batch
+
+
+def _split(scores_R: Tensor, examples: Sequence[Example]) -> list[list[float]]:
+    counts = [len(example.responses) for example in examples]
+    return [part.tolist() for part in torch.split(scores_R, counts)]

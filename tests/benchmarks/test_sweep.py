@@ -1,0 +1,72 @@
+"""The sweep: trials that go on where a search stopped, and test pairs that are touched once."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna", reason="the extra sweep is not installed")
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sweep.py"
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def sweep(
+    monkeypatch: pytest.MonkeyPatch, model_dir: Callable[[str], Path], tmp_path: Path
+) -> Callable[..., int]:
+    """``sweep(what, *flags)``: the exit code, on twenty training pairs and eight test pairs."""
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": f"{n}, of course.", "rejected": f"No {n % 3}."}
+        for n in range(28)
+    ]
+    for name, part in (("train", rows[:20]), ("test", rows[20:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+
+    def run(what: str, *flags: str) -> int:
+        fixed = ["--model", str(model_dir("llama")), "--data", str(tmp_path), "--study"]
+        fixed += [str(tmp_path / "study.log"), "--pairs", "16", "--per-step", "4"]
+        monkeypatch.setattr(
+            sys, "argv", ["sweep.py", what, *fixed, "--losses", "DPO", "SimPO", *flags]
+        )
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return int(ended.value.code or 0)
+
+    return run
+
+
+def test_a_search_goes_on_and_its_best_are_tested_once(
+    sweep: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = str(tmp_path / "sweep.json")
+    assert sweep("final", "--json", results) == 2
+    assert "holds no finished trial of DPO" in capsys.readouterr().err
+    assert sweep("search", "--trials", "1") == 0
+    assert capsys.readouterr().out.count("complete") == 2
+    assert sweep("search", "--trials", "2") == 0
+    told = capsys.readouterr().out
+    assert "DPO 1:" in told and "SimPO 1:" in told and "DPO 0:" not in told
+    assert sweep("search", "--trials", "2") == 0 and "DPO" not in capsys.readouterr().out
+    assert sweep("search", "--trials", "3", "--pairs", "32") == 2
+    assert "was begun with the budget" in capsys.readouterr().err
+
+    assert sweep("final", "--seeds", "2", "--json", results) == 0
+    found = json.loads(Path(results).read_text())["losses"]
+    assert set(found) == {"DPO", "SimPO"}
+    for loss, each in found.items():
+        assert each["recipe"]["loss"] == loss and len(each["runs"]) == 2
+        values = [run["rewards/accuracies"] for run in each["runs"]]
+        told_mean = each["test"]["rewards/accuracies"]
+        assert told_mean["mean"] == pytest.approx(sum(values) / 2)
+        assert told_mean["error"] == pytest.approx(abs(values[0] - values[1]) / 2)
+        assert 0 <= told_mean["mean"] <= 1 and each["held_out"]["loss"] > 0
+    assert sweep("final", "--json", results) == 2
+    assert "they are touched once" in capsys.readouterr().err

@@ -1,0 +1,120 @@
+"""Every page that a command or the site's build writes, opened in a headless browser."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from alignkit.lora import LoRAConfig, inject_lora, save_adapter
+from alignkit.models import load_model
+from alignkit.tools.audit.command import audit
+from alignkit.tools.compare import compare
+from alignkit.tools.report import report
+from tests.pages.browser import Seen, look
+
+pytest.importorskip(
+    "PyQt6.QtWebEngineCore", reason="the extra browser is not installed", exc_type=ImportError
+)
+ROOT = Path(__file__).parents[2]
+WIDTHS = (1280, 390)
+"""A laptop's window and a phone's."""
+
+
+def check(seen: Seen) -> None:
+    """Nothing is broken, missing, wider than the window or fetched from elsewhere."""
+    assert not seen.errors and not seen.broken and not seen.asked
+    assert seen.overflow <= 0
+    assert seen.colors > 8
+
+
+@pytest.fixture
+def compared(model_dir: Callable[[str], Path], tmp_path: Path) -> Path:
+    base = str(model_dir("llama"))
+    model = inject_lora(load_model(base), LoRAConfig(r=4))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.5)
+    save_adapter(model, tmp_path / "dpo", base=base)
+    place = tmp_path / "compare.html"
+    compare(
+        {"base": base, "dpo": str(tmp_path / "dpo")},
+        prompts=["Who are <b>you</b>?", "Why " + "is it so " * 60 + "?", "x" * 300],
+        html=str(place),
+        max_new_tokens=24,
+        device="cpu",
+    )
+    return place
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_compare(compared: Path, tmp_path: Path, width: int) -> None:
+    seen = look(compared.as_uri(), tmp_path / "compare.png", width)
+    check(seen)
+    assert "Who are <b>you</b>?" in seen.text and "dpo" in seen.text
+    assert "cut" in seen.text.lower()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_report(tmp_path: Path, width: int) -> None:
+    for name, count in (("sft", 40), ("dpo", 1)):
+        with SummaryWriter(str(tmp_path / name / "version_0")) as writer:
+            for step in range(count):
+                writer.add_scalar("train/loss", 3 / (step + 1), step)
+    folder = report([str(tmp_path / "sft"), str(tmp_path / "dpo")], str(tmp_path / "out"))
+    seen = look((folder / "index.html").as_uri(), tmp_path / "report.png", width)
+    check(seen)
+    assert "sft" in seen.text and "dpo" in seen.text
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_audit(tmp_path: Path, width: int) -> None:
+    rows = [
+        f'{{"prompt": "Question {n} <i>?", "chosen": "Yes {"because " * n}", "rejected": "No"}}'
+        for n in range(30)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*rows, "{broken", '{"prompt": "' + "y" * 400]))
+    page = tmp_path / "audit.html"
+    audit(str(tmp_path / "pairs.jsonl"), html=str(page))
+    seen = look(page.as_uri(), tmp_path / "audit.png", width)
+    check(seen)
+    assert "pairs.jsonl" in seen.text and "bad" in seen.text
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The documentation, built and served on this machine."""
+    for package in ("mkdocs", "material", "mkdocstrings_handlers"):
+        pytest.importorskip(package, reason="the extra docs is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["", "quickstart/", "objectives/", "results/", "reference/"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_site(site: str, tmp_path: Path, page: str, width: int) -> None:
+    seen = look(f"{site}/{page}", tmp_path / "page.png", width)
+    check(seen)
+    assert "alignkit" in seen.text

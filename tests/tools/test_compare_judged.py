@@ -1,0 +1,154 @@
+"""`compare --judge`: each answer's score, and how a model stands beside the first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignkit.cli import main
+from alignkit.errors import AlignkitError
+from alignkit.lora import LoRAConfig, inject_lora, save_adapter
+from alignkit.models import load_model
+from alignkit.tools.compare import compare
+from alignkit.tools.judge.command import judge
+from alignkit.tools.judge.rating import Judge, rate
+from alignkit.tools.judge.verdict import Verdict, at_equal_length
+
+PROMPTS = ["Who are you?", "Why is the sky blue?", "Say no.", "How?"]
+ANSWERS = {
+    "base": ["I am.", "", "No.", "Like this.\n\nHuman: And then?"],
+    "dpo": ["I am a model.", "It scatters.", "No.", "So."],
+}
+
+
+@pytest.fixture
+def shaken(model_dir: Callable[[str], Path], tmp_path: Path) -> dict[str, str]:
+    """A base and an adapter that moves it."""
+    base = str(model_dir("llama"))
+    model = inject_lora(load_model(base), LoRAConfig(r=4))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    save_adapter(model, tmp_path / "dpo", base=base)
+    return {"base": base, "dpo": str(tmp_path / "dpo")}
+
+
+def test_every_answer_is_scored_as_the_command_scores_a_file(
+    shaken: dict[str, str], tmp_path: Path
+) -> None:
+    found = Judge(shaken["dpo"], beta=0.5).scores(PROMPTS, ANSWERS)
+    assert {name: len(scores) for name, scores in found.items()} == {"base": 4, "dpo": 4}
+    whole = [
+        index for index, answer in enumerate(ANSWERS["base"]) if answer and "Hum" not in answer
+    ]
+    rows = [
+        {"prompt": PROMPTS[i], "chosen": ANSWERS["dpo"][i], "rejected": ANSWERS["base"][i]}
+        for i in whole
+        if ANSWERS["dpo"][i] != ANSWERS["base"][i]
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge(
+        str(tmp_path / "pairs.jsonl"), model=shaken["dpo"], beta=0.5,
+        output=str(tmp_path / "ranked.jsonl"),
+    )  # fmt: skip
+    ranked = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
+    told = {
+        (
+            row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"],
+            answer,
+        ): (score)
+        for row in ranked
+        for answer, score in zip(row["responses"], row["scores"], strict=True)
+    }
+    assert len(told) == 2 * len(rows) > 0
+    for (prompt, answer), score in told.items():
+        index = next(i for i, each in enumerate(PROMPTS) if each in prompt)
+        name = next(n for n in ANSWERS if ANSWERS[n][index].strip() == answer.strip())
+        assert found[name][index] == pytest.approx(score, abs=1e-5)
+    assert found["base"][2] == pytest.approx(found["dpo"][2], abs=1e-6)  # the same answer
+
+
+def test_ratings_beside_the_first_model() -> None:
+    scores = {"base": [0.0, 1.0, 2.0, 0.5], "dpo": [1.0, 1.0, 3.0, 0.0]}
+    answers = {"base": ["a"] * 4, "dpo": ["a"] * 4}
+    rating = rate(scores, answers)["dpo"]
+    assert rating.score == 1.25 and rating.wins == 0.625  # two won, one tied, one lost
+    assert rating.wins_error == pytest.approx((0.229167 / 4) ** 0.5, abs=1e-5)
+    assert rating.equal_length == pytest.approx(0.625, abs=1e-3)
+    assert rate(scores, answers)["base"].wins == 0.5
+    assert Verdict.of([1.0]).error != Verdict.of([1.0]).error  # NaN
+
+
+def loss(theta: float, phi: float, wins: torch.Tensor, slope: torch.Tensor) -> float:
+    chance = torch.sigmoid(theta + phi * slope)
+    likely = wins * chance.log() + (1 - wins) * (1 - chance).log()
+    return float(-likely.sum() + 0.005 * (theta**2 + phi**2))
+
+
+def test_the_share_at_equal_length_is_the_regressions() -> None:
+    """Against a search over both coefficients, and against resampling for its error."""
+    generator = torch.Generator().manual_seed(0)
+    longer = torch.randn(200, generator=generator, dtype=torch.float64) * 30 + 20
+    slope = torch.tanh(longer / longer.square().mean().sqrt())
+    noise = torch.rand(200, generator=generator, dtype=torch.float64)
+    wins = (noise < torch.sigmoid(0.3 + 1.5 * slope)).double()
+    share, error = at_equal_length((2 * wins - 1).tolist(), longer.tolist())
+    grid = torch.linspace(-2, 4, 241).tolist()
+    theta, _ = min(((t, p) for t in grid for p in grid), key=lambda at: loss(*at, wins, slope))
+    assert share == pytest.approx(torch.sigmoid(torch.tensor(theta)).item(), abs=0.005)
+    again = []
+    for _ in range(60):
+        chosen = torch.randint(200, (200,), generator=generator)
+        part = (2 * wins[chosen] - 1).tolist(), longer[chosen].tolist()
+        again.append(at_equal_length(*part)[0])
+    assert error == pytest.approx(torch.tensor(again).std().item(), rel=0.4)
+    # A judge that likes length alone: longer answers win, and at equal length nobody does.
+    halves = [1.0, 1.0, -1.0, -1.0] * 20, [9.0, 5.0, -9.0, -5.0] * 20
+    assert at_equal_length(*halves)[0] == pytest.approx(0.5, abs=1e-3)
+    assert at_equal_length([1.0] * 30, [0.0] * 30)[0] > 0.95
+
+
+def test_compare_shows_the_judge(
+    shaken: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {name: str(tmp_path / f"out.{name}") for name in ("json", "html", "markdown")}
+    found = compare(
+        shaken, prompts=PROMPTS, max_new_tokens=6, temperature=0, device="cpu",
+        judge=shaken["dpo"], **files,
+    )  # fmt: skip
+    written = json.loads(Path(files["json"]).read_text())
+    assert written["scores"] == found.scores and set(written["gauges"]) == {"base", "dpo"}
+    assert written["ratings"]["dpo"]["wins"] == found.ratings["dpo"].wins
+    line = next(each for each in found.summary() if each.startswith("dpo"))
+    assert "above base in" in line and "at equal length" in line and "ended by itself" in line
+    assert " ".join(line.split()) in " ".join(capsys.readouterr().out.split())
+    assert "above base in" in Path(files["markdown"]).read_text()
+    page = Path(files["html"]).read_text()
+    assert "above base" in page and "★" in page
+    plain = compare(
+        shaken, prompts=PROMPTS, max_new_tokens=6, temperature=0, device="cpu", json=files["json"]
+    )
+    assert plain.answers == found.answers
+    assert "scores" not in json.loads(Path(files["json"]).read_text())
+
+
+def test_a_judge_is_refused_before_anything_is_answered(
+    shaken: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["compare", "--models", shaken["base"], "--prompts", "Hi"]
+    for flags, part in (
+        (["--judge", str(tmp_path / "runs" / "nope.ckpt")], "nope.ckpt"),
+        (["--judge_beta", "0.2"], "--judge_beta: belongs to --judge"),
+        (["--judge", shaken["dpo"], "--judge_beta", "-1"], "--judge_beta -1.0: must be above 0"),
+    ):
+        assert main([*given, *flags]) == 2
+        err = capsys.readouterr().err
+        assert part in err and "prompt 1" not in err
+    with pytest.raises(AlignkitError, match="is a whole model, whose implicit reward needs"):
+        compare({"base": shaken["base"]}, prompts="Hi", max_new_tokens=2, judge=shaken["base"])
