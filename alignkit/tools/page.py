@@ -7,7 +7,8 @@ from html import escape
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
        color: #1c1c1c; background: #fff; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h1, h2, h3, p { overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd;
          vertical-align: top; }
@@ -18,6 +19,8 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f5; paddi
 .cut::after { content: " ✂ cut"; color: #b33c00; font-size: .8em; }
 .columns { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 1rem; }
 .answer { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { table { display: block; overflow-x: auto; }
+         .columns { grid-auto-flow: row; } }
 summary { cursor: pointer; } img { width: 100%; } .quiet { color: #666; }
 """
 

@@ -49,9 +49,10 @@ def compared(model_dir: Callable[[str], Path], tmp_path: Path) -> Path:
     place = tmp_path / "compare.html"
     compare(
         {"base": base, "dpo": str(tmp_path / "dpo")},
-        prompts=["Who are <b>you</b>?", "Why " + "is it so " * 60 + "?", "x" * 300],
+        prompts=["Who are <b>you</b>?", "Why " + "is it so " * 20 + "?", "x" * 150],
         html=str(place),
         max_new_tokens=24,
+        judge=str(tmp_path / "dpo"),
         device="cpu",
     )
     return place

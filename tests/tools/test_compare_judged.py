@@ -80,7 +80,7 @@ def test_ratings_beside_the_first_model() -> None:
     rating = rate(scores, answers)["dpo"]
     assert rating.score == 1.25 and rating.wins == 0.625  # two won, one tied, one lost
     assert rating.wins_error == pytest.approx((0.229167 / 4) ** 0.5, abs=1e-5)
-    assert rating.equal_length == pytest.approx(0.625, abs=1e-3)
+    assert rating.equal_length == pytest.approx(0.625, abs=2e-3)  # the prior pulls a little
     assert rate(scores, answers)["base"].wins == 0.5
     assert Verdict.of([1.0]).error != Verdict.of([1.0]).error  # NaN
 
