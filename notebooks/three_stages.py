@@ -49,7 +49,7 @@ from alignkit.tools.curves import plot_curves
 from alignkit.tools.demo.model import prepare_model
 from alignkit.tools.demo.preferences import write_preferences
 from alignkit.tools.demo.prose import write_prose
-from alignkit.tools.demo.run import faster_dtype
+from alignkit.utils.products import faster_dtype
 
 RUNS = Path(os.environ.get("ALIGNKIT_RUNS", "runs"))
 STEPS = int(os.environ.get("ALIGNKIT_STEPS", "32"))

@@ -98,12 +98,13 @@ def _rated(rating: Rating, is_first: bool) -> list[str]:
 
 
 def _score(scores: Mapping[str, Sequence[float]], name: str, index: int) -> str:
-    """Return what a heading says of an answer's score; the best of a prompt is marked."""
+    """Return what a heading says of an answer's score; one above all others is marked."""
     if name not in scores:
         return ""
     own = scores[name][index]
-    best = own == max(each[index] for each in scores.values())
-    return f' <span class="quiet score">{own:.3g}{" ★" if best and len(scores) > 1 else ""}</span>'
+    others = [each[index] for other, each in scores.items() if other != name]
+    best = " ★" if others and own > max(others) else ""
+    return f' <span class="quiet score">{own:.3g}{best}</span>'
 
 
 def _answer(answer: Answer, moved: Sequence[Piece]) -> str:

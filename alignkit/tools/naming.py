@@ -1,4 +1,4 @@
-"""Name models and runs: as ``NAME=PATH`` says, or after the path's last part."""
+"""Give models and runs names: as ``NAME=PATH`` says, or after the path's last part."""
 
 from __future__ import annotations
 

@@ -24,6 +24,11 @@ def bf16_slowdown(size: int = 256, repeats: int = 3) -> float:
     return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
+def faster_dtype() -> str:
+    """Return the dtype, ``bfloat16`` or ``float32``, in which this CPU multiplies faster."""
+    return "bfloat16" if bf16_slowdown(768) < 1 else "float32"
+
+
 def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()

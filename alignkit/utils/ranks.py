@@ -16,5 +16,5 @@ def is_lost_connection(error: BaseException) -> bool:
     """Tell whether an error only reports that the connection to another process was lost."""
     if type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return True
-    lost = r"gloo|Connection (closed|reset|refused)|Timed out waiting"
+    lost = r"gloo|pair closure|Connection (closed|reset|refused)|Timed out waiting"
     return isinstance(error, RuntimeError) and re.search(lost, str(error)) is not None

@@ -236,7 +236,8 @@ def test_a_hanging_rank_ends_the_others_after_the_time_out_that_is_set(command: 
     timed = ["--trainer.strategy.timeout", "0:00:12"]
     done = command(SCRIPT, *mine, *timed, environment={"HANGING": "1"})
     assert done.returncode != 0 and time.monotonic() - begun < 150
-    assert "12000ms" in one_error(done.stderr)
+    line = one_error(done.stderr)
+    assert "the connection to another process of this run was lost" in line and "imeout" in line
 
 
 @pytest.mark.slow

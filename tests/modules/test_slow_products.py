@@ -67,7 +67,7 @@ def test_the_demo_trains_in_the_faster_dtype(
         raise Stopped
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "bf16_slowdown", lambda size: slowdown)
+    monkeypatch.setattr(products, "bf16_slowdown", lambda size: slowdown)
     monkeypatch.setattr(run, "write_preferences", lambda folder: None)
     monkeypatch.setattr(run, "write_prose", lambda folder: None)
     monkeypatch.setattr(run, "fit", stop)

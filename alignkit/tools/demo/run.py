@@ -24,7 +24,7 @@ from alignkit.tools.demo.model import prepare_model
 from alignkit.tools.demo.preferences import write_preferences
 from alignkit.tools.demo.prose import write_prose
 from alignkit.utils.atomic import write_atomically
-from alignkit.utils.products import bf16_slowdown
+from alignkit.utils.products import faster_dtype
 
 RUNS = Path("runs/demo")
 STAGES = ("lora", "sft", "dpo")
@@ -76,7 +76,7 @@ def demo(base: str | None = None, max_steps: int | None = None) -> None:
     base = base or str(prepare_model(RUNS / "model"))
     write_prose(RUNS / "prose")
     write_preferences(RUNS / "preferences")
-    dtype = "bfloat16" if bf16_slowdown(768) < 1 else "float32"
+    dtype = faster_dtype()
     print(f"model {base} in {dtype}, data in {RUNS}")
 
     options = ["--model.base", base, "--model.dtype", dtype]

@@ -1,4 +1,4 @@
-"""Measure a set of answers: do they end, repeat themselves, or run on into the human's turn?"""
+"""Measure how often answers end, repeat themselves or run on into the human's turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rate the answers of several models to the same prompts, as `alignkit compare --judge` does."""
+"""Score several models' answers to the same prompts, for `alignkit compare --judge`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ _AS_IT_STANDS = Policies(
 
 class Rating(NamedTuple):
     """Hold how a model's answers were rated, beside the first model's.
+
+    Example:
+        >>> answers = {"base": ["Yes.", "No."], "dpo": ["Yes!", "No!"]}
+        >>> rating = rate({"base": [0.0, 1.0], "dpo": [1.0, 1.5]}, answers)
+        >>> rating["dpo"].score, rating["dpo"].wins
+        (1.25, 1.0)
 
     Attributes:
         score: The mean score.

@@ -34,7 +34,17 @@ Scorer = Callable[[Sequence[Example]], list[list[float]]]
 
 
 class Flags(NamedTuple):
-    """Hold what a judge's settings are called in messages."""
+    """Hold what a judge's settings are called in messages.
+
+    Example:
+        >>> Flags().beta
+        '--beta'
+
+    Attributes:
+        model: The judge.
+        reference: Its reference.
+        beta: The scale of its implicit reward.
+    """
 
     model: str = "--model"
     reference: str = "--reference"

@@ -16,8 +16,8 @@ class Verdict:
     """Hold how a file's answers were scored.
 
     Example:
-        >>> Verdict.of([0.3, -0.1])
-        Verdict(rows=2, accuracy=0.5, error=0.5, margin=0.1)
+        >>> Verdict.of([0.5, -0.25])
+        Verdict(rows=2, accuracy=0.5, error=0.5, margin=0.125)
 
     Attributes:
         rows: How many rows were scored.
