@@ -107,16 +107,20 @@ def is_classifier(path: str) -> bool:
 
 
 def load_classifier(
-    path: str,
+    path: str, device: torch.device
 ) -> tuple[Callable[[Sequence[Example]], list[list[float]]], PreTrainedTokenizerBase]:
     """Load a sequence-classification model as a function from examples to rewards.
+
+    Args:
+        path: Its directory.
+        device: Where it computes.
 
     Raises:
         AlignkitError: It cannot be read, or has several labels.
     """
     try:
         with without_bars():
-            model = _Classifier.from_pretrained(path, trust_remote_code=False).eval()
+            model = _Classifier.from_pretrained(path, trust_remote_code=False).eval().to(device)
     except (OSError, ValueError) as error:
         raise AlignkitError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
     if model.config.num_labels != 1:
@@ -127,7 +131,7 @@ def load_classifier(
     def scores(examples: Sequence[Example]) -> list[list[float]]:
         return [
             [
-                model(torch.tensor([[*each.prompt, *answer]])).logits[0, 0].item()
+                model(torch.tensor([[*each.prompt, *answer]], device=device)).logits[0, 0].item()
                 for answer in each.responses
             ]
             for each in examples

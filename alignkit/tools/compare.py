@@ -95,7 +95,9 @@ def compare(
             finally:  # also what was answered before a signal
                 write()
         if judging is not None and comparison.answers:
-            comparison.scores = judging.scores(request.questions, comparison.answers)
+            comparison.scores = judging.scores(
+                request.questions, comparison.answers, request.target
+            )
             comparison.ratings = rate(comparison.scores, comparison.answers)
             write()
     finally:

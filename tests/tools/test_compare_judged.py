@@ -42,7 +42,7 @@ def shaken(model_dir: Callable[[str], Path], tmp_path: Path) -> dict[str, str]:
 def test_every_answer_is_scored_as_the_command_scores_a_file(
     shaken: dict[str, str], tmp_path: Path
 ) -> None:
-    found = Judge(shaken["dpo"], beta=0.5).scores(PROMPTS, ANSWERS)
+    found = Judge(shaken["dpo"], beta=0.5).scores(PROMPTS, ANSWERS, torch.device("cpu"))
     assert {name: len(scores) for name, scores in found.items()} == {"base": 4, "dpo": 4}
     whole = [
         index for index, answer in enumerate(ANSWERS["base"]) if answer and "Hum" not in answer
@@ -152,3 +152,14 @@ def test_a_judge_is_refused_before_anything_is_answered(
         assert part in err and "prompt 1" not in err
     with pytest.raises(AlignkitError, match="is a whole model, whose implicit reward needs"):
         compare({"base": shaken["base"]}, prompts="Hi", max_new_tokens=2, judge=shaken["base"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_any_answer_can_be_scored(
+    model_dir: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    """Also one whose first letters would join the prompt's last token, or that holds markers."""
+    base = str(model_dir(family))
+    answers = ["", "\n\n", ":ing", " <|endoftext|> more", "\u0000", "é" * 40, "Assistant: again"]
+    found = Judge(base, base).scores(["Hi?"] * len(answers), {"odd": answers}, torch.device("cpu"))
+    assert found["odd"] == pytest.approx([0.0] * len(answers), abs=1e-4)  # its own reference

@@ -20,6 +20,7 @@ from alignkit.data.text.shapes import preference_sides
 from alignkit.errors import AlignkitError
 from alignkit.models.find import find_checkpoint
 from alignkit.models.text_format import PromptChoice
+from alignkit.tools.generate.request import resolve_device
 from alignkit.tools.judge.scoring import batches, find_judge, load_scorer, row_encoder
 from alignkit.tools.judge.verdict import Verdict
 from alignkit.utils.atomic import check_output, write_atomically
@@ -40,6 +41,7 @@ def judge(
     max_length: int = 512,
     prompt_format: PromptChoice = "auto",
     tokens_per_batch: int = 4096,
+    device: str = "auto",
 ) -> Verdict:
     """Score the answers of a file by a reward model, or by DPO's implicit reward, and rank them.
 
@@ -58,6 +60,7 @@ def judge(
         prompt_format: How dialogues become text; ``auto`` does as the model was trained, or as the
             data modules choose.
         tokens_per_batch: Most tokens in one batch.
+        device: Such as cpu or cuda:0; auto takes a GPU if there is one.
 
     Returns:
         The verdict on the order in which the file had the answers.
@@ -68,13 +71,14 @@ def judge(
     if tokens_per_batch < 1:
         raise AlignkitError(f"--tokens_per_batch {tokens_per_batch}: must be 1 or more")
     find_judge(model, reference, beta)
+    target = resolve_device(device)
     written = check_output(output, "--output")
     offered = find_splits(path)
     if split is not None and split not in offered:
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
     columns = columns or _sampled(sources)
-    scorer, tokenizer = load_scorer(model, reference, beta)
+    scorer, tokenizer = load_scorer(model, reference, beta, target)
     encoder = row_encoder(
         sources,
         tokenizer,

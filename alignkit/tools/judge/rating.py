@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from alignkit.data.read.rows import Source
+from alignkit.data.text.defects import DefectError
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.shapes import sft_sides
 from alignkit.errors import AlignkitError
@@ -22,6 +23,7 @@ _AS_IT_STANDS = Policies(
     empty_answers="keep",
     roles_inside_answer="keep",
     templated_text="keep",
+    boundary="keep",
     too_long="error",
 )
 
@@ -63,23 +65,27 @@ class Judge:
     """
 
     def __init__(self, model: str, reference: str | None = None, beta: float | None = None) -> None:
-        self._given = model, reference, beta, _FLAGS
-        self._place, _ = find_judge(*self._given)
+        self._given = model, reference, beta
+        self._place, _ = find_judge(*self._given, _FLAGS)
 
     @torch.no_grad()
     def scores(
-        self, questions: Sequence[Any], answers: Mapping[str, Sequence[str]]
+        self,
+        questions: Sequence[Any],
+        answers: Mapping[str, Sequence[str]],
+        device: torch.device,
     ) -> dict[str, list[float]]:
         """Return the score of each model's answer to each question.
 
         Args:
             questions: What the human says, as text or messages.
             answers: From a model's name to its answers, one a question.
+            device: Where the judge computes.
 
         Raises:
             AlignkitError: The judge cannot be loaded, or an answer cannot be read by it.
         """
-        scorer, tokenizer = load_scorer(*self._given)
+        scorer, tokenizer = load_scorer(*self._given, device, _FLAGS)
         rows = [
             {"prompt": question, "completion": answer}
             for given in answers.values()
@@ -95,9 +101,12 @@ class Judge:
             policies=_AS_IT_STANDS,
         )
         found: dict[int, float] = {}
-        for drafts in batches(encoder.drafts(source, Tally()), encoder, _TOKENS):
-            scored = scorer([encoder.example(draft) for draft in drafts])
-            found |= {draft.line: score for draft, (score,) in zip(drafts, scored, strict=True)}
+        try:
+            for drafts in batches(encoder.drafts(source, Tally()), encoder, _TOKENS):
+                scored = scorer([encoder.example(draft) for draft in drafts])
+                found |= {draft.line: score for draft, (score,) in zip(drafts, scored, strict=True)}
+        except DefectError as defect:  # nobody chose these policies
+            raise AlignkitError(f"--judge: {defect.told}") from None
         if len(found) < len(rows):
             row = rows[min(set(range(1, len(rows) + 1)) - found.keys()) - 1]
             raise AlignkitError(f"--judge: cannot read the answer {str(row['completion'])[:60]!r}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.choose import choose_format
@@ -81,7 +81,11 @@ def find_judge(
 
 
 def load_scorer(
-    model: str, reference: str | None, beta: float | None, flags: Flags = FLAGS
+    model: str,
+    reference: str | None,
+    beta: float | None,
+    device: torch.device,
+    flags: Flags = FLAGS,
 ) -> tuple[Scorer, PreTrainedTokenizerBase]:
     """Return what scores answers, and the tokenizer that it reads them by.
 
@@ -89,6 +93,7 @@ def load_scorer(
         model: A reward model, or a policy, whose implicit reward is β (log π − log π_ref).
         reference: π_ref; ``None`` for the policy without its adapters.
         beta: β; ``None`` for 0.1.
+        device: Where it computes.
         flags: What these are called in messages.
 
     Raises:
@@ -97,13 +102,17 @@ def load_scorer(
     model, is_reward = find_judge(model, reference, beta, flags)
     if is_reward:
         if not model.endswith(".ckpt"):
-            return load_classifier(model)
+            return load_classifier(model, device)
         headed, tokenizer = load_policy(model, reward=True)
+        nn.Module.to(headed, device)  # transformers' override is untyped
         padding = int(tokenizer.pad_token_id)
-        return lambda examples: _split(rewards(headed, collate(examples), padding), examples), (
-            tokenizer
-        )
+
+        def explicit(examples: Sequence[Example]) -> list[list[float]]:
+            return _split(rewards(headed, collate(examples).to(device), padding), examples)
+
+        return explicit, tokenizer
     policy, tokenizer = load_policy(model)
+    nn.Module.to(policy, device)
     if reference is None and active_adapter(policy) is None:
         raise AlignkitError(
             f"{flags.model} {model}: is a whole model, whose implicit reward needs "
@@ -112,6 +121,7 @@ def load_scorer(
     other = policy
     if reference is not None:
         other, theirs = load_policy(reference, argument=flags.reference.removeprefix("--"))
+        nn.Module.to(other, device)
         try:
             refuse_other_tokens(theirs, tokenizer, model)
         except AlignkitError as error:
@@ -119,7 +129,7 @@ def load_scorer(
     scale = _BETA if beta is None else beta
 
     def implicit(examples: Sequence[Example]) -> list[list[float]]:
-        batch = collate(examples)
+        batch = collate(examples).to(device)
         ours = response_sums(score(policy, batch), batch)
         with adapters_disabled(policy) if other is policy else nullcontext():
             theirs = response_sums(score(other, batch), batch)
