@@ -64,6 +64,8 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
         raise AlignkitError(
             f"--held-out: give a multiple of {_HELD_OUT_BATCH}, got {chosen.held_out}"
         )
+    if 2 * chosen.every > chosen.steps:
+        raise AlignkitError(f"--every {chosen.every}: give half of --steps {chosen.steps} at most")
     shared = prepare(chosen, work)
     adapter = work / "fresh"
     write_adapter(shared.config, shared.lora, adapter, chosen.seed, std_b=0.0)
@@ -258,7 +260,14 @@ def parse() -> Chosen:
     flags.add_argument("--held-out", type=int, default=32, help="pairs that no step takes")
     flags.add_argument("--every", type=int, default=10, help="steps between held-out metrics")
     flags.set_defaults(precision="32-true")
-    return Chosen(**options.read_alone(flags.parse_args(), steps=_STEPS))
+    values = flags.parse_args()
+    for name, given in (
+        ("rounds", values.rounds != 1),
+        ("tokens-per-batch", values.tokens_per_batch),
+    ):
+        if given:
+            raise AlignkitError(f"--{name}: one run takes each step in one row; leave it out")
+    return Chosen(**options.read_alone(values, steps=_STEPS))
 
 
 if __name__ == "__main__":

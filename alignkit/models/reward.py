@@ -128,7 +128,12 @@ def load_classifier(
             f"{path}: has {model.config.num_labels} labels, and a reward model has one"
         )
 
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
     def scores(examples: Sequence[Example]) -> list[list[float]]:
+        length = max(len(e.prompt) + len(answer) for e in examples for answer in e.responses)
+        if longest is not None and length > longest:
+            raise AlignkitError(f"a sequence of {length} tokens exceeds its {longest} positions")
         return [
             [
                 model(torch.tensor([[*each.prompt, *answer]], device=device)).logits[0, 0].item()

@@ -66,7 +66,7 @@ def compare(
 
     Raises:
         AlignkitError: Bad prompts, options or paths, before anything is computed; or, when all
-            models were tried, that some of them failed.
+            models were tried, that some of them failed, or that the judge did.
     """
     markdown_file, json_file, page_file = check_outputs(
         {"--markdown": markdown, "--json": json, "--html": html}
@@ -78,6 +78,7 @@ def compare(
     comparison = Comparison([shown(question) for question in request.questions])
     pages: Pages = {}
     console = Console()
+    failed: list[str] = []
 
     def write() -> None:
         if markdown_file is not None:
@@ -95,18 +96,24 @@ def compare(
             finally:  # also what was answered before a signal
                 write()
         if judging is not None and comparison.answers:
-            comparison.scores = judging.scores(
-                request.questions, comparison.answers, request.target
-            )
-            comparison.ratings = rate(comparison.scores, comparison.answers)
-            write()
+            try:
+                comparison.scores = judging.scores(
+                    request.questions, comparison.answers, request.target
+                )
+            except AlignkitError as error:  # told at the end, with the models that failed
+                failed.append(str(error))
+            else:
+                comparison.ratings = rate(comparison.scores, comparison.answers)
+                write()
     finally:
         if comparison.answers:
             console.print(comparison.to_table())
             console.print(*comparison.summary(), sep="\n", markup=False, soft_wrap=True)
     if comparison.failures:
         whose = "; ".join(f"{name}: {why}" for name, why in comparison.failures.items())
-        raise AlignkitError(f"models: {len(comparison.failures)} of {len(named)} failed: {whose}")
+        failed.insert(0, f"models: {len(comparison.failures)} of {len(named)} failed: {whose}")
+    if failed:
+        raise AlignkitError("; ".join(failed))
     return comparison
 
 

@@ -7,7 +7,7 @@ from html import escape
 
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.gauges import Gauges
-from alignkit.tools.judge.rating import Rating
+from alignkit.tools.judge.rating import Rating, share
 from alignkit.tools.moved import Piece
 from alignkit.tools.page import write_page
 
@@ -61,7 +61,8 @@ def comparison_page(
 
 def _gauges(answers: Mapping[str, Sequence[Answer]], ratings: Mapping[str, Rating]) -> str:
     first = next(iter(ratings), "")
-    judged = ("mean score", f"above {escape(first)}", "at equal length") if ratings else ()
+    beside = (f"above {escape(first)}", "at equal length") if len(ratings) > 1 else ()
+    judged = ("mean score", *beside) if ratings else ()
     head = "<th>model</th>" + "".join(
         f"<th class=n>{name}</th>"
         for name in (
@@ -80,20 +81,24 @@ def _gauges(answers: Mapping[str, Sequence[Answer]], ratings: Mapping[str, Ratin
             f"{gauges.ended:.0%}",
             f"{gauges.repetition:.1%}",
             f"{gauges.run_on:.0%}",
-            *(_rated(ratings[name], name == first) if name in ratings else [""] * len(judged)),
+            *(
+                _rated(ratings[name], name != first)[: len(judged)]
+                if name in ratings
+                else [""] * len(judged)
+            ),
         ]
         cells = "".join(f"<td class=n>{value}</td>" for value in values)
         rows += f"<tr><td>{escape(name)}</td>{cells}</tr>"
     return f"<table><tr>{head}</tr>{rows}</table>"
 
 
-def _rated(rating: Rating, is_first: bool) -> list[str]:
-    if is_first:
+def _rated(rating: Rating, beside_another: bool) -> list[str]:
+    if not beside_another:
         return [f"{rating.score:.3g}", "", ""]
     return [
         f"{rating.score:.3g}",
-        f"{rating.wins:.0%} ± {rating.wins_error:.0%}",
-        f"{rating.equal_length:.0%} ± {rating.equal_length_error:.0%}",
+        share(rating.wins, rating.wins_error),
+        share(rating.equal_length, rating.equal_length_error),
     ]
 
 

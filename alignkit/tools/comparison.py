@@ -12,7 +12,7 @@ from rich.table import Table
 
 from alignkit.tools.generate.gauges import Gauges
 from alignkit.tools.generate.request import printable
-from alignkit.tools.judge.rating import Rating
+from alignkit.tools.judge.rating import Rating, share
 
 
 @dataclass
@@ -93,8 +93,8 @@ class Comparison:
             said[name] = f"mean score {rating.score:.4g}"
             if name != first:
                 said[name] += (
-                    f", above {first} in {rating.wins:.1%} (± {rating.wins_error:.1%}), at equal "
-                    f"length {rating.equal_length:.1%} (± {rating.equal_length_error:.1%})"
+                    f", above {first} in {share(rating.wins, rating.wins_error)}, at equal length "
+                    f"{share(rating.equal_length, rating.equal_length_error)}"
                 )
         return said
 

@@ -160,7 +160,8 @@ class _Comparison:
                 fp32 = [traces.pop(label) for label in exact]
                 verdict = parity.judge(*fp32, traces.pop(OURS), traces, self.contest.fair)
             else:
-                verdict = parity.judge(traces[self.contest.truth], traces[OURS])
+                truth, ours = traces.pop(self.contest.truth), traces.pop(OURS)
+                verdict = parity.judge(truth, ours, peers_fp32=traces)
             goes_on = verdict["passed"] or bounds.whatever
             rounds = self._rounds(workers, bounds) if goes_on else {}
         return Outcome(

@@ -41,6 +41,8 @@ def judge(
     ours_bf16: Trace | None = None,
     peers_bf16: Mapping[str, Trace] | None = None,
     fair: str = "",
+    *,
+    peers_fp32: Mapping[str, Trace] | None = None,
 ) -> dict[str, Any]:
     """Compare traces.
 
@@ -50,6 +52,7 @@ def judge(
         ours_bf16: alignkit as it is timed; ``None`` where that is in fp32.
         peers_bf16: The peers as they are timed.
         fair: The peer that keeps its base in bf16.
+        peers_fp32: The other peers where they are timed in fp32.
 
     Returns:
         Plain values: ``passed``, what was found, and ``failures``, one line each.
@@ -60,9 +63,13 @@ def judge(
         "losses_max_relative": max_relative(ours_fp32.losses, truth.losses),
     }
     failures = [
-        f"fp32 {name}: alignkit is off by {fp32[f'{name}_max_relative']:.2g}, limit {FP32_LIMIT:g}"
-        for name in ("logps", "losses")
-        if not fp32[f"{name}_max_relative"] <= FP32_LIMIT
+        f"fp32 {name}: {arm} is off by {off:.2g}, limit {FP32_LIMIT:g}"
+        for arm, trace in {"alignkit": ours_fp32, **(peers_fp32 or {})}.items()
+        for name, off in (
+            ("logps", max_relative(trace.logps, truth.logps)),
+            ("losses", max_relative(trace.losses, truth.losses)),
+        )
+        if not off <= FP32_LIMIT
     ]
     traces = {} if ours_bf16 is None else {"alignkit": ours_bf16, **(peers_bf16 or {})}
     bf16: dict[str, Any] = {

@@ -129,6 +129,11 @@ def test_arms_are_compared_in_fp32(run_script: Run) -> None:
     assert code == 0 and found["parity"]["bf16"] == {}
     assert found["parity"]["fp32"]["losses_max_relative"] < 1e-3
     assert set(found["ratios"]) == TRL_RATIOS and found["machine"]["matmul_dtype"] == "float32"
+    code, found = run_script(
+        "dpo.py", "--model", "tiny-llama-shape", "--precision", "32-true", "--rounds", "1",
+        "--pairs-per-step", "2", "--parity-steps", "2", "--perturb", "trl_tuned",
+    )  # fmt: skip
+    assert code == 1 and all("trl_tuned" in line for line in found["parity"]["failures"])
 
 
 def test_mistakes_are_one_line(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,12 +48,15 @@ def test_a_search_goes_on_and_its_best_are_tested_once(
 ) -> None:
     results = str(tmp_path / "sweep.json")
     assert sweep("final", "--json", results) == 2
-    assert "holds no finished trial of DPO" in capsys.readouterr().err
+    assert "is not there; search first" in capsys.readouterr().err
     assert sweep("search", "--trials", "1") == 0
-    assert capsys.readouterr().out.count("complete") == 2
+    first = capsys.readouterr().out
+    assert first.count("complete") == 2
     assert sweep("search", "--trials", "2") == 0
     told = capsys.readouterr().out
     assert "DPO 1:" in told and "SimPO 1:" in told and "DPO 0:" not in told
+    recipes = [line.partition("{")[2] for line in (first + told).splitlines() if "DPO" in line]
+    assert len(set(recipes)) == 2, "the second search draws anew"
     assert sweep("search", "--trials", "2") == 0 and "DPO" not in capsys.readouterr().out
     assert sweep("search", "--trials", "3", "--pairs", "32") == 2
     assert "was begun with the budget" in capsys.readouterr().err
@@ -68,5 +71,31 @@ def test_a_search_goes_on_and_its_best_are_tested_once(
         assert told_mean["mean"] == pytest.approx(sum(values) / 2)
         assert told_mean["error"] == pytest.approx(abs(values[0] - values[1]) / 2)
         assert 0 <= told_mean["mean"] <= 1 and each["held_out"]["loss"] > 0
-    assert sweep("final", "--json", results) == 2
-    assert "they are touched once" in capsys.readouterr().err
+    again = str(tmp_path / "again.json")
+    assert sweep("final", "--seeds", "1", "--json", again) == 0
+    assert json.loads(Path(again).read_text())["losses"] == found, "nothing is measured again"
+
+
+def test_mistakes_are_one_line(
+    sweep: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, part in (
+        (["--model", str(tmp_path)], "holds no config.json"),
+        (["--data", str(tmp_path / "nope")], "--data"),
+        (["--study", str(tmp_path / "no" / "study.log")], "its folder is missing"),
+        (["--seeds", "0"], "--seeds: must be 1 or more"),
+    ):
+        assert sweep("search", *flags) == 2
+        line = capsys.readouterr().err.strip()
+        assert line.startswith("error: ") and part in line and "\n" not in line
+
+
+def test_a_search_whose_trials_all_fail_says_so(
+    sweep: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": 3}\n' * 4)
+    assert sweep("search", "--trials", "2") == 2
+    assert "DPO: no trial finished" in capsys.readouterr().err

@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from alignkit.cli import main
+from alignkit.data.encode.tokens import TextEncoder
+from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig, inject_lora, save_adapter
-from alignkit.models import load_model
+from alignkit.models import load_model, load_tokenizer
 from alignkit.tools.compare import compare
+from alignkit.tools.generate.answer import Answer
+from alignkit.tools.generate.gauges import Gauges
+from alignkit.tools.judge import scoring
 from alignkit.tools.judge.command import judge
 from alignkit.tools.judge.rating import Judge, rate
 from alignkit.tools.judge.verdict import Verdict, at_equal_length
@@ -67,10 +72,10 @@ def test_every_answer_is_scored_as_the_command_scores_a_file(
         for answer, score in zip(row["responses"], row["scores"], strict=True)
     }
     assert len(told) == 2 * len(rows) > 0
-    for (prompt, answer), score in told.items():
+    for (prompt, answer), scored in told.items():
         index = next(i for i, each in enumerate(PROMPTS) if each in prompt)
         name = next(n for n in ANSWERS if ANSWERS[n][index].strip() == answer.strip())
-        assert found[name][index] == pytest.approx(score, abs=1e-5)
+        assert found[name][index] == pytest.approx(scored, abs=1e-5)
     assert found["base"][2] == pytest.approx(found["dpo"][2], abs=1e-6)  # the same answer
 
 
@@ -81,7 +86,7 @@ def test_ratings_beside_the_first_model() -> None:
     assert rating.score == 1.25 and rating.wins == 0.625  # two won, one tied, one lost
     assert rating.wins_error == pytest.approx((0.229167 / 4) ** 0.5, abs=1e-5)
     assert rating.equal_length == pytest.approx(0.625, abs=2e-3)  # the prior pulls a little
-    assert rate(scores, answers)["base"].wins == 0.5
+    assert rate(scores, answers)["base"].wins != rate(scores, answers)["base"].wins  # NaN
     assert Verdict.of([1.0]).error != Verdict.of([1.0]).error  # NaN
 
 
@@ -142,16 +147,78 @@ def test_a_judge_is_refused_before_anything_is_answered(
     shaken: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["compare", "--models", shaken["base"], "--prompts", "Hi"]
+    runs = str(tmp_path / "runs")
     for flags, part in (
-        (["--judge", str(tmp_path / "runs" / "nope.ckpt")], "nope.ckpt"),
+        (["--judge", f"{runs}/nope.ckpt"], "nope.ckpt"),
+        (["--judge", f"{runs}/nope"], f"judge '{runs}/nope'"),
+        (
+            ["--judge", shaken["dpo"], "--judge_reference", f"{runs}/no"],
+            f"judge_reference '{runs}/no'",
+        ),
+        (["--judge", shaken["base"]], "is a whole model, whose implicit reward needs"),
         (["--judge_beta", "0.2"], "--judge_beta: belongs to --judge"),
         (["--judge", shaken["dpo"], "--judge_beta", "-1"], "--judge_beta -1.0: must be above 0"),
     ):
         assert main([*given, *flags]) == 2
         err = capsys.readouterr().err
         assert part in err and "prompt 1" not in err
-    with pytest.raises(AlignkitError, match="is a whole model, whose implicit reward needs"):
-        compare({"base": shaken["base"]}, prompts="Hi", max_new_tokens=2, judge=shaken["base"])
+
+
+def test_a_judge_that_fails_takes_nothing_away(
+    shaken: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the answers nor what was said of a model that failed."""
+
+    def fail(*_: object) -> None:
+        raise AlignkitError("--judge: out of positions")
+
+    monkeypatch.setattr(Judge, "scores", fail)
+    out = tmp_path / "out.json"
+    models = {**shaken, "gone": str(tmp_path / "gone.ckpt")}
+    with pytest.raises(AlignkitError, match=r"1 of 3 failed: gone: .*; --judge: out of positions"):
+        compare(
+            models, prompts="Hi", max_new_tokens=3, device="cpu", judge=shaken["dpo"], json=str(out)
+        )
+    assert set(json.loads(out.read_text())["answers"]) == {"base", "dpo"}
+
+
+def test_one_prompt_has_no_error_to_show(
+    shaken: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    compare(
+        shaken, prompts="Hi", max_new_tokens=3, device="cpu", judge=shaken["dpo"],
+        json=str(out), html=str(page),
+    )  # fmt: skip
+    told = capsys.readouterr().out
+    assert "above base in" in told and "nan%" not in told
+    assert "nan%" not in page.read_text() and "NaN" not in out.read_text()
+
+
+def test_scores_that_are_not_finite_are_refused(
+    shaken: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "response_sums", lambda *_: torch.tensor([float("nan")]))
+    with pytest.raises(AlignkitError, match=r"--judge .*: gives a score that is not finite"):
+        Judge(shaken["dpo"]).scores(["Hi"], {"a": ["Yes."]}, torch.device("cpu"))
+
+
+def test_an_answer_beyond_the_judge_is_one_line(shaken: dict[str, str]) -> None:
+    with pytest.raises(AlignkitError, match=r"--judge .*cannot score an answer: .* tokens exceed"):
+        Judge(shaken["dpo"]).scores(["Hi"], {"a": ["q" * 3000]}, torch.device("cpu"))
+
+
+def test_an_answer_stopped_at_the_human_s_turn_ran_on() -> None:
+    """It was cut there by us, and did not end by its own token."""
+    answers = [
+        Answer("Yes.", (5, 6), ended=True),
+        Answer("Yes.\n\nHuman: And?", (5, 6, 7), ended=False),
+        Answer("Yes.", (5, 6), ended=True, end=(0,)),
+        Answer("Yes and", (5, 6), ended=False),
+    ]
+    gauges = Gauges.of(answers)
+    assert gauges.run_on == 0.5 and gauges.ended == 0.25
+    assert Gauges.errors(answers).run_on == pytest.approx((1 / 3 / 4) ** 0.5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -160,6 +227,22 @@ def test_any_answer_can_be_scored(
 ) -> None:
     """Also one whose first letters would join the prompt's last token, or that holds markers."""
     base = str(model_dir(family))
+    other = load_model(base)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    other.save_pretrained(tmp_path / "other")
+    load_tokenizer(base).save_pretrained(tmp_path / "other")
     answers = ["", "\n\n", ":ing", " <|endoftext|> more", "\u0000", "é" * 40, "Assistant: again"]
-    found = Judge(base, base).scores(["Hi?"] * len(answers), {"odd": answers}, torch.device("cpu"))
-    assert found["odd"] == pytest.approx([0.0] * len(answers), abs=1e-4)  # its own reference
+    judging = Judge(str(tmp_path / "other"), base, beta=1.0)
+    found = judging.scores(["Hi?"] * len(answers), {"odd": answers}, torch.device("cpu"))["odd"]
+    assert len(set(found)) == len(found)
+    tokenizer = load_tokenizer(base)
+    asked = TextEncoder(tokenizer)
+    (prompt,), (said,) = asked(["\n\nHuman: Hi?\n\nAssistant:"]), asked([" " + "é" * 40])
+    batch = collate([Example(prompt, [[*said, tokenizer.eos_token_id]])])
+    with torch.no_grad():
+        sums = [
+            response_sums(score(m.eval(), batch), batch).item() for m in (other, load_model(base))
+        ]
+    assert found[answers.index("é" * 40)] == pytest.approx(sums[0] - sums[1], abs=1e-4)

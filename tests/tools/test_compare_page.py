@@ -83,7 +83,7 @@ def test_the_page_holds_the_answers(models: dict[str, str], tmp_path: Path) -> N
 def test_gauges_cuts_and_failures() -> None:
     answers = {
         "a": [Answer("x x x x\n\nHuman: y", (1, 1, 1, 1, 2, 3), ended=False)],
-        "b": [Answer("good", (5, 6), ended=True)],
+        "b": [Answer("good", (5, 6), ended=True, end=(0,))],
     }
     moved = {"a": [[("x", 1.0), ("y", -9.0)]], "b": [[("good", None)]]}
     text = comparison_page(["Q"], answers, moved, {"c": "no such <file>"})

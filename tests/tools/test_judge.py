@@ -18,6 +18,7 @@ from alignkit.errors import AlignkitError
 from alignkit.lora import adapters_disabled
 from alignkit.models.checkpoint import load_policy
 from alignkit.tools.judge.command import judge
+from alignkit.tools.judge.scoring import FoundJudge
 
 ROWS = [
     {
@@ -127,7 +128,7 @@ def test_what_cannot_be_judged_is_one_line(
     assert run("judge", pairs, "--model", base) == 2
     assert "is a whole model, whose implicit reward needs --reference" in capsys.readouterr().err
     with pytest.raises(AlignkitError, match="--split nowhere"):
-        judge(str(pairs), model=str(base), split="nowhere")
+        judge(str(pairs), model=str(base), reference=str(base), split="nowhere")
     (tmp_path / "sft.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert run("judge", tmp_path / "sft.jsonl", "--model", base, "--reference", base) == 2
     line = capsys.readouterr().err.strip()
@@ -194,9 +195,9 @@ def test_a_stop_leaves_the_rows_so_far(
 
     seen: list[int] = []
     _, tokenizer = load_policy(str(model_dir("gpt2")))
-    monkeypatch.setattr(
-        "alignkit.tools.judge.command.load_scorer", lambda *_: (stopping, tokenizer)
-    )
+    place = "alignkit.tools.judge.command"
+    monkeypatch.setattr(f"{place}.find_judge", lambda *_: FoundJudge("some", is_reward=True))
+    monkeypatch.setattr(f"{place}.load_scorer", lambda *_: (stopping, tokenizer))
     output = tmp_path / "judged.jsonl"
     with pytest.raises(KeyboardInterrupt):
         judge(str(pairs), model="some", output=str(output), tokens_per_batch=50)

@@ -18,7 +18,7 @@ class Answer(NamedTuple):
     Attributes:
         text: The answer.
         ids: Its tokens, without the one that ended it.
-        ended: Whether the model ended it; ``False`` if it was cut at ``max_new_tokens``.
+        ended: Whether it came to an end; ``False`` if it was cut at ``max_new_tokens``.
         end: The token that ended it, if one did.
     """
 
@@ -26,6 +26,11 @@ class Answer(NamedTuple):
     ids: tuple[int, ...]
     ended: bool
     end: tuple[int, ...] = ()
+
+    @property
+    def ran_on(self) -> bool:
+        """Tell whether it was stopped where it began to write the human's next turn."""
+        return self.ended and not self.end
 
     @property
     def repetition(self) -> float:

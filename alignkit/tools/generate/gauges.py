@@ -19,7 +19,8 @@ class Gauges(NamedTuple):
 
     Attributes:
         repetition: The mean share of three-token sequences that occurred before in an answer.
-        run_on: The share of answers that go on to write the human's next turn.
+        run_on: The share of answers that go on to write the human's next turn, whether they were
+            stopped there or not.
         ended: The share that the model ended by itself, by its end token.
         tokens: The mean number of tokens.
     """
@@ -50,5 +51,8 @@ class Gauges(NamedTuple):
 
 
 def _columns(answers: Sequence[Answer]) -> list[list[float]]:
-    rows = [(a.repetition, TURN in f"\n\n{a.text}", a.ended, len(a.ids)) for a in answers]
+    rows = [
+        (a.repetition, a.ran_on or TURN in f"\n\n{a.text}", bool(a.end), len(a.ids))
+        for a in answers
+    ]
     return [[float(value) for value in column] for column in zip(*rows, strict=True)]

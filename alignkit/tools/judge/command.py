@@ -18,7 +18,6 @@ from alignkit.data.text.policies import Tally
 from alignkit.data.text.ranked import SAMPLED
 from alignkit.data.text.shapes import preference_sides
 from alignkit.errors import AlignkitError
-from alignkit.models.find import find_checkpoint
 from alignkit.models.text_format import PromptChoice
 from alignkit.tools.generate.request import resolve_device
 from alignkit.tools.judge.scoring import batches, find_judge, load_scorer, row_encoder
@@ -70,7 +69,7 @@ def judge(
     """
     if tokens_per_batch < 1:
         raise AlignkitError(f"--tokens_per_batch {tokens_per_batch}: must be 1 or more")
-    find_judge(model, reference, beta)
+    found = find_judge(model, reference, beta)
     target = resolve_device(device)
     written = check_output(output, "--output")
     offered = find_splits(path)
@@ -78,11 +77,11 @@ def judge(
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
     columns = columns or _sampled(sources)
-    scorer, tokenizer = load_scorer(model, reference, beta, target)
+    scorer, tokenizer = load_scorer(found, target)
     encoder = row_encoder(
         sources,
         tokenizer,
-        find_checkpoint(model),
+        found.place,
         preference_sides,
         prompt_format=prompt_format,
         max_length=max_length,

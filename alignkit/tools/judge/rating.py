@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 
+from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.read.rows import Source
 from alignkit.data.text.defects import DefectError
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.shapes import sft_sides
 from alignkit.errors import AlignkitError
-from alignkit.tools.judge.scoring import Flags, batches, find_judge, load_scorer, row_encoder
+from alignkit.tools.judge.scoring import (
+    Flags,
+    Scorer,
+    batches,
+    find_judge,
+    load_scorer,
+    row_encoder,
+)
 from alignkit.tools.judge.verdict import Verdict, at_equal_length
 
 _TOKENS = 4096  # of a batch
-_LONGEST = 2**20  # answers are as long as they are; the judge's own limit speaks for itself
+_LONGEST = 2**20  # nothing is cut or dropped; the judge's own limit is told where it is met
 _FLAGS = Flags("--judge", "--judge_reference", "--judge_beta")
 # An answer is rated as it stands: empty, running on, or like another model's.
 _AS_IT_STANDS = Policies(
@@ -39,7 +49,8 @@ class Rating(NamedTuple):
 
     Attributes:
         score: The mean score.
-        wins: The share of prompts where its answer has the higher score; a tie is a half.
+        wins: The share of prompts where its answer has the higher score; a tie is a half. It and
+            what follows is NaN for the first model itself.
         wins_error: The standard error of ``wins``.
         equal_length: That share at answers of equal length, see `at_equal_length`.
         equal_length_error: Its standard error.
@@ -56,7 +67,7 @@ class Judge:
     """Score answers by a reward model or by DPO's implicit reward.
 
     Args:
-        model: As in `alignkit.tools.judge.scoring.load_scorer`.
+        model: As in `alignkit.tools.judge.scoring.find_judge`.
         reference: As there.
         beta: As there.
 
@@ -65,8 +76,7 @@ class Judge:
     """
 
     def __init__(self, model: str, reference: str | None = None, beta: float | None = None) -> None:
-        self._given = model, reference, beta
-        self._place, _ = find_judge(*self._given, _FLAGS)
+        self._found = find_judge(model, reference, beta, _FLAGS)
 
     @torch.no_grad()
     def scores(
@@ -85,33 +95,41 @@ class Judge:
         Raises:
             AlignkitError: The judge cannot be loaded, or an answer cannot be read by it.
         """
-        scorer, tokenizer = load_scorer(*self._given, device, _FLAGS)
-        rows = [
-            {"prompt": question, "completion": answer}
-            for given in answers.values()
-            for question, answer in zip(questions, given, strict=True)
-        ]
-        source = Source("answers", "", lambda: iter(enumerate(rows, start=1)))
+        scorer, tokenizer = load_scorer(self._found, device)
+        sources = [_source(name, questions, given) for name, given in answers.items()]
         encoder = row_encoder(
-            [source],
+            sources,
             tokenizer,
-            self._place,
+            self._found.place,
             sft_sides,
             max_length=_LONGEST,
             policies=_AS_IT_STANDS,
         )
-        found: dict[int, float] = {}
         try:
-            for drafts in batches(encoder.drafts(source, Tally()), encoder, _TOKENS):
-                scored = scorer([encoder.example(draft) for draft in drafts])
-                found |= {draft.line: score for draft, (score,) in zip(drafts, scored, strict=True)}
+            return {source.name: _scored(source, encoder, scorer) for source in sources}
         except DefectError as defect:  # nobody chose these policies
             raise AlignkitError(f"--judge: {defect.told}") from None
-        if len(found) < len(rows):
-            row = rows[min(set(range(1, len(rows) + 1)) - found.keys()) - 1]
-            raise AlignkitError(f"--judge: cannot read the answer {str(row['completion'])[:60]!r}")
-        values = iter(found[line] for line in sorted(found))
-        return {name: [next(values) for _ in given] for name, given in answers.items()}
+
+
+def _source(name: str, questions: Sequence[Any], answers: Sequence[str]) -> Source:
+    """Return a model's answers as rows, whose numbers are those of the prompts."""
+    rows = [
+        {"prompt": q.strip() if isinstance(q, str) else q, "completion": answer}
+        for q, answer in zip(questions, answers, strict=True)
+    ]
+    return Source(name, "", lambda: iter(enumerate(rows, start=1)))
+
+
+def _scored(source: Source, encoder: DialogueEncoder, scorer: Scorer) -> list[float]:
+    found: dict[int, float] = {}
+    for drafts in batches(encoder.drafts(source, Tally()), encoder, _TOKENS):
+        scored = scorer([encoder.example(draft) for draft in drafts])
+        found |= {draft.line: score for draft, (score,) in zip(drafts, scored, strict=True)}
+    wanted = [line for line, _ in source.rows()]
+    for line in wanted:
+        if line not in found:
+            raise AlignkitError(f"--judge: cannot read {source.name}'s answer to prompt {line}")
+    return [found[line] for line in wanted]
 
 
 def rate(
@@ -126,11 +144,18 @@ def rate(
     first = next(iter(scores), "")
     ratings = {}
     for name, own in scores.items():
+        if name == first:
+            ratings[name] = Rating(fmean(own), nan, nan, nan, nan)
+            continue
         margins = [a - b for a, b in zip(own, scores[first], strict=True)]
         longer = [len(a) - len(b) for a, b in zip(answers[name], answers[first], strict=True)]
         verdict = Verdict.of(margins)
-        mean = sum(own) / len(own)
         ratings[name] = Rating(
-            mean, verdict.accuracy, verdict.error, *at_equal_length(margins, longer)
+            fmean(own), verdict.accuracy, verdict.error, *at_equal_length(margins, longer)
         )
     return ratings
+
+
+def share(value: float, error: float) -> str:
+    """Return a share with its standard error, which a single prompt does not give."""
+    return f"{value:.1%}" if isnan(error) else f"{value:.1%} ± {error:.1%}"

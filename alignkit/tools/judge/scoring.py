@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +21,17 @@ from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import Sides
 from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
-from alignkit.lora import active_adapter, adapters_disabled
-from alignkit.models.checkpoint import load_policy, policy_format, read_checkpoint
+from alignkit.lora import adapters_disabled
+from alignkit.models.checkpoint import (
+    is_adapter,
+    load_policy,
+    policy_base,
+    policy_format,
+    read_checkpoint,
+)
 from alignkit.models.find import find_checkpoint
+from alignkit.models.load import read_config
+from alignkit.models.place import as_argument
 from alignkit.models.reward import holds_reward, is_classifier, load_classifier, rewards
 from alignkit.models.text_format import PromptChoice
 from alignkit.models.tokenizer import refuse_other_tokens
@@ -54,16 +63,38 @@ class Flags(NamedTuple):
 FLAGS = Flags()
 
 
+class FoundJudge(NamedTuple):
+    """Hold what scores answers before it is loaded.
+
+    Example:
+        >>> FoundJudge("runs/dpo/version_0/last.ckpt", is_reward=False).beta is None
+        True
+
+    Attributes:
+        place: A reward model, or a policy, whose implicit reward is β (log π − log π_ref).
+        is_reward: Whether it is a reward model.
+        reference: π_ref; ``None`` for the policy without its adapters.
+        beta: β; ``None`` for 0.1.
+        flags: What these are called in messages.
+    """
+
+    place: str
+    is_reward: bool
+    reference: str | None = None
+    beta: float | None = None
+    flags: Flags = FLAGS
+
+
 def find_judge(
     model: str, reference: str | None, beta: float | None, flags: Flags = FLAGS
-) -> tuple[str, bool]:
-    """Return where a judge lies and whether it is a reward model, before anything is loaded.
+) -> FoundJudge:
+    """Find a judge, and check what can be checked before its weights are loaded.
 
     Args:
-        model: As in `load_scorer`.
-        reference: As in `load_scorer`.
-        beta: As in `load_scorer`.
-        flags: As in `load_scorer`.
+        model: See `FoundJudge`; a run's folder stands for its newest checkpoint.
+        reference: See `FoundJudge`.
+        beta: See `FoundJudge`.
+        flags: See `FoundJudge`.
 
     Raises:
         AlignkitError: It is missing or unreadable, or the other two do not go with it.
@@ -71,39 +102,59 @@ def find_judge(
     if beta is not None and not 0 < beta < float("inf"):
         raise AlignkitError(f"{flags.beta} {beta}: must be above 0")
     place = find_checkpoint(model)
-    is_reward = is_classifier(place)
-    if place.endswith(".ckpt"):
-        is_reward = holds_reward(read_checkpoint(place))
+    is_reward, is_whole = is_classifier(place), not is_adapter(place)
+    with as_argument(flags.model.removeprefix("--"), place):
+        read_config(policy_base(place))
+        if place.endswith(".ckpt"):
+            checkpoint = read_checkpoint(place)
+            is_reward = holds_reward(checkpoint)
+            is_whole = checkpoint["hyper_parameters"]["lora"] is None
+    if reference is not None:
+        with as_argument(flags.reference.removeprefix("--"), reference):
+            read_config(policy_base(reference))
     for flag, value in ((flags.reference, reference), (flags.beta, beta)):
         if is_reward and value is not None:
             raise AlignkitError(f"{flag}: {place} is a reward model, which needs none")
-    return place, is_reward
+    if is_whole and not is_reward and reference is None:
+        raise AlignkitError(
+            f"{flags.model} {model}: is a whole model, whose implicit reward needs "
+            f"{flags.reference}"
+        )
+    return FoundJudge(place, is_reward, reference, beta, flags)
 
 
-def load_scorer(
-    model: str,
-    reference: str | None,
-    beta: float | None,
-    device: torch.device,
-    flags: Flags = FLAGS,
-) -> tuple[Scorer, PreTrainedTokenizerBase]:
+def load_scorer(judge: FoundJudge, device: torch.device) -> tuple[Scorer, PreTrainedTokenizerBase]:
     """Return what scores answers, and the tokenizer that it reads them by.
 
     Args:
-        model: A reward model, or a policy, whose implicit reward is β (log π − log π_ref).
-        reference: π_ref; ``None`` for the policy without its adapters.
-        beta: β; ``None`` for 0.1.
+        judge: What `find_judge` found.
         device: Where it computes.
-        flags: What these are called in messages.
 
     Raises:
-        AlignkitError: As `find_judge`, or the models cannot be loaded or do not fit.
+        AlignkitError: The models cannot be loaded or do not fit.
     """
-    model, is_reward = find_judge(model, reference, beta, flags)
+    scorer, tokenizer = _load(judge, device)
+    named = f"{judge.flags.model} {judge.place}"
+
+    def checked(examples: Sequence[Example]) -> list[list[float]]:
+        try:
+            scores = scorer(examples)
+        except AlignkitError as error:
+            raise AlignkitError(f"{named}: cannot score an answer: {error}") from None
+        if not all(isfinite(score) for row in scores for score in row):
+            raise AlignkitError(f"{named}: gives a score that is not finite")
+        return scores
+
+    return checked, tokenizer
+
+
+def _load(judge: FoundJudge, device: torch.device) -> tuple[Scorer, PreTrainedTokenizerBase]:
+    model, is_reward, reference, beta, flags = judge
+    named = flags.model.removeprefix("--")
     if is_reward:
         if not model.endswith(".ckpt"):
             return load_classifier(model, device)
-        headed, tokenizer = load_policy(model, reward=True)
+        headed, tokenizer = load_policy(model, reward=True, argument=named)
         nn.Module.to(headed, device)  # transformers' override is untyped
         padding = int(tokenizer.pad_token_id)
 
@@ -111,13 +162,8 @@ def load_scorer(
             return _split(rewards(headed, collate(examples).to(device), padding), examples)
 
         return explicit, tokenizer
-    policy, tokenizer = load_policy(model)
+    policy, tokenizer = load_policy(model, argument=named)
     nn.Module.to(policy, device)
-    if reference is None and active_adapter(policy) is None:
-        raise AlignkitError(
-            f"{flags.model} {model}: is a whole model, whose implicit reward needs "
-            f"{flags.reference}"
-        )
     other = policy
     if reference is not None:
         other, theirs = load_policy(reference, argument=flags.reference.removeprefix("--"))

@@ -46,7 +46,9 @@ def at_equal_length(margins: Sequence[float], longer: Sequence[float]) -> tuple[
     The win is regressed on the difference in length Δ, whose root mean square is s,
     :math:`P(\text{win}) = \sigma(\theta + \phi \tanh(\Delta / s))`, and taken at Δ = 0: σ(θ).
     Dubois et al. 2024, arXiv:2404.04475, equation 2, without the term for each prompt, which takes
-    answers of many models.
+    answers of many models. A weak prior (a penalty of 0.005 on the square of either coefficient)
+    keeps both finite where one side always wins. A tie counts as half a win and half a loss, which
+    makes the error too large where there are many.
 
     Example:
         >>> share, error = at_equal_length([1.0, -1.0, 1.0, -1.0], [5.0, -5.0, 5.0, -5.0])
@@ -72,6 +74,8 @@ def at_equal_length(margins: Sequence[float], longer: Sequence[float]) -> tuple[
         slope_2 = inputs_N2.T @ (chance_N - wins_N) + _PRIOR * weights_2
         curve_22 = inputs_N2.T @ (inputs_N2 * (chance_N * (1 - chance_N))[:, None]) + prior_22
         stride_2 = torch.linalg.solve(curve_22, slope_2)
-        weights_2 = weights_2 - stride_2.clamp(-_STRIDE, _STRIDE)
+        weights_2 = weights_2 - stride_2 * min(
+            1.0, _STRIDE / max(stride_2.abs().max().item(), 1e-9)
+        )
     share = torch.sigmoid(weights_2[0]).item()
     return share, share * (1 - share) * torch.linalg.inv(curve_22)[0, 0].sqrt().item()
