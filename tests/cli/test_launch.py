@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -233,11 +234,12 @@ def test_a_hanging_rank_ends_the_others_after_the_time_out_that_is_set(command: 
     strategy = "lightning.pytorch.strategies.DDPStrategy"
     mine = ["--model", "mine.Mine", "--trainer.devices", 2, "--trainer.strategy", strategy]
     begun = time.monotonic()
-    timed = ["--trainer.strategy.timeout", "0:00:12"]
+    timed = ["--trainer.strategy.timeout", "0:00:40"]  # to meet, too
     done = command(SCRIPT, *mine, *timed, environment={"HANGING": "1"})
-    assert done.returncode != 0 and time.monotonic() - begun < 150
+    assert done.returncode != 0 and time.monotonic() - begun < 280
     line = one_error(done.stderr)
-    assert "the connection to another process of this run was lost" in line and "imeout" in line
+    assert "the connection to another process of this run was lost" in line
+    assert re.search("time-?out|timed out", line, re.IGNORECASE)
 
 
 @pytest.mark.slow
