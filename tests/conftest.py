@@ -129,6 +129,25 @@ def model_dir(
 
 
 @pytest.fixture(scope="session")
+def moved_models(
+    tmp_path_factory: pytest.TempPathFactory, model_dir: Callable[[str], Path]
+) -> dict[str, str]:
+    """A tiny llama as ``base``, and as ``dpo`` an adapter that moves its answers."""
+    from alignkit.lora import LoRAConfig, inject_lora, save_adapter
+    from alignkit.models import load_model
+
+    base, adapter = str(model_dir("llama")), tmp_path_factory.mktemp("moved") / "dpo"
+    model = inject_lora(load_model(base), LoRAConfig(r=4))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.5)
+    save_adapter(model, adapter, base=base)
+    return {"base": base, "dpo": str(adapter)}
+
+
+@pytest.fixture(scope="session")
 def real_data() -> Path:
     """The directory of real data and tokenizers; the test is skipped without one."""
     directory = os.environ.get("ALIGNKIT_REAL_DATA")

@@ -7,15 +7,12 @@ import http.server
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from alignkit.lora import LoRAConfig, inject_lora, save_adapter
-from alignkit.models import load_model
 from alignkit.tools.audit.command import audit
 from alignkit.tools.compare import compare
 from alignkit.tools.report import report
@@ -37,22 +34,14 @@ def check(seen: Seen) -> None:
 
 
 @pytest.fixture
-def compared(model_dir: Callable[[str], Path], tmp_path: Path) -> Path:
-    base = str(model_dir("llama"))
-    model = inject_lora(load_model(base), LoRAConfig(r=4))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.5)
-    save_adapter(model, tmp_path / "dpo", base=base)
+def compared(moved_models: dict[str, str], tmp_path: Path) -> Path:
     place = tmp_path / "compare.html"
     compare(
-        {"base": base, "dpo": str(tmp_path / "dpo")},
+        moved_models,
         prompts=["Who are <b>you</b>?", "Why " + "is it so " * 20 + "?", "x" * 150],
         html=str(place),
         max_new_tokens=24,
-        judge=str(tmp_path / "dpo"),
+        judge=moved_models["dpo"],
         device="cpu",
     )
     return place

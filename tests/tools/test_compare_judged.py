@@ -13,7 +13,6 @@ from alignkit.cli import main
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
-from alignkit.lora import LoRAConfig, inject_lora, save_adapter
 from alignkit.models import load_model, load_tokenizer
 from alignkit.tools.compare import compare
 from alignkit.tools.generate.answer import Answer
@@ -30,24 +29,10 @@ ANSWERS = {
 }
 
 
-@pytest.fixture
-def shaken(model_dir: Callable[[str], Path], tmp_path: Path) -> dict[str, str]:
-    """A base and an adapter that moves it."""
-    base = str(model_dir("llama"))
-    model = inject_lora(load_model(base), LoRAConfig(r=4))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.3)
-    save_adapter(model, tmp_path / "dpo", base=base)
-    return {"base": base, "dpo": str(tmp_path / "dpo")}
-
-
 def test_every_answer_is_scored_as_the_command_scores_a_file(
-    shaken: dict[str, str], tmp_path: Path
+    moved_models: dict[str, str], tmp_path: Path
 ) -> None:
-    found = Judge(shaken["dpo"], beta=0.5).scores(PROMPTS, ANSWERS, torch.device("cpu"))
+    found = Judge(moved_models["dpo"], beta=0.5).scores(PROMPTS, ANSWERS, torch.device("cpu"))
     assert {name: len(scores) for name, scores in found.items()} == {"base": 4, "dpo": 4}
     whole = [
         index for index, answer in enumerate(ANSWERS["base"]) if answer and "Hum" not in answer
@@ -59,7 +44,7 @@ def test_every_answer_is_scored_as_the_command_scores_a_file(
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     judge(
-        str(tmp_path / "pairs.jsonl"), model=shaken["dpo"], beta=0.5,
+        str(tmp_path / "pairs.jsonl"), model=moved_models["dpo"], beta=0.5,
         output=str(tmp_path / "ranked.jsonl"),
     )  # fmt: skip
     ranked = [json.loads(line) for line in (tmp_path / "ranked.jsonl").read_text().splitlines()]
@@ -120,12 +105,12 @@ def test_the_share_at_equal_length_is_the_regressions() -> None:
 
 
 def test_compare_shows_the_judge(
-    shaken: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    moved_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {name: str(tmp_path / f"out.{name}") for name in ("json", "html", "markdown")}
     found = compare(
-        shaken, prompts=PROMPTS, max_new_tokens=6, temperature=0, device="cpu",
-        judge=shaken["dpo"], **files,
+        moved_models, prompts=PROMPTS, max_new_tokens=6, temperature=0, device="cpu",
+        judge=moved_models["dpo"], **files,
     )  # fmt: skip
     written = json.loads(Path(files["json"]).read_text())
     assert written["scores"] == found.scores and set(written["gauges"]) == {"base", "dpo"}
@@ -137,27 +122,35 @@ def test_compare_shows_the_judge(
     page = Path(files["html"]).read_text()
     assert "above base" in page and "★" in page
     plain = compare(
-        shaken, prompts=PROMPTS, max_new_tokens=6, temperature=0, device="cpu", json=files["json"]
+        moved_models,
+        prompts=PROMPTS,
+        max_new_tokens=6,
+        temperature=0,
+        device="cpu",
+        json=files["json"],
     )
     assert plain.answers == found.answers
     assert "scores" not in json.loads(Path(files["json"]).read_text())
 
 
 def test_a_judge_is_refused_before_anything_is_answered(
-    shaken: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    moved_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["compare", "--models", shaken["base"], "--prompts", "Hi"]
-    runs = str(tmp_path / "runs")
+    given = ["compare", "--models", moved_models["base"], "--prompts", "Hi"]
+    runs, policy = str(tmp_path / "runs"), moved_models["dpo"]
     for flags, part in (
         (["--judge", f"{runs}/nope.ckpt"], "nope.ckpt"),
         (["--judge", f"{runs}/nope"], f"judge '{runs}/nope'"),
         (
-            ["--judge", shaken["dpo"], "--judge_reference", f"{runs}/no"],
+            ["--judge", moved_models["dpo"], "--judge_reference", f"{runs}/no"],
             f"judge_reference '{runs}/no'",
         ),
-        (["--judge", shaken["base"]], "is a whole model, whose implicit reward needs"),
+        (["--judge", moved_models["base"]], "is a whole model, whose implicit reward needs"),
         (["--judge_beta", "0.2"], "--judge_beta: belongs to --judge"),
-        (["--judge", shaken["dpo"], "--judge_beta", "-1"], "--judge_beta -1.0: must be above 0"),
+        (
+            ["--judge", moved_models["dpo"], "--judge_beta", "-1"],
+            "--judge_beta -1.0: must be above 0",
+        ),
     ):
         assert main([*given, *flags]) == 2
         err = capsys.readouterr().err
@@ -165,7 +158,7 @@ def test_a_judge_is_refused_before_anything_is_answered(
 
 
 def test_a_judge_that_fails_takes_nothing_away(
-    shaken: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moved_models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the answers nor what was said of a model that failed."""
 
@@ -174,20 +167,25 @@ def test_a_judge_that_fails_takes_nothing_away(
 
     monkeypatch.setattr(Judge, "scores", fail)
     out = tmp_path / "out.json"
-    models = {**shaken, "gone": str(tmp_path / "gone.ckpt")}
+    models = {**moved_models, "gone": str(tmp_path / "gone.ckpt")}
     with pytest.raises(AlignkitError, match=r"1 of 3 failed: gone: .*; --judge: out of positions"):
         compare(
-            models, prompts="Hi", max_new_tokens=3, device="cpu", judge=shaken["dpo"], json=str(out)
+            models,
+            prompts="Hi",
+            max_new_tokens=3,
+            device="cpu",
+            judge=moved_models["dpo"],
+            json=str(out),
         )
     assert set(json.loads(out.read_text())["answers"]) == {"base", "dpo"}
 
 
 def test_one_prompt_has_no_error_to_show(
-    shaken: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    moved_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     compare(
-        shaken, prompts="Hi", max_new_tokens=3, device="cpu", judge=shaken["dpo"],
+        moved_models, prompts="Hi", max_new_tokens=3, device="cpu", judge=moved_models["dpo"],
         json=str(out), html=str(page),
     )  # fmt: skip
     told = capsys.readouterr().out
@@ -196,16 +194,16 @@ def test_one_prompt_has_no_error_to_show(
 
 
 def test_scores_that_are_not_finite_are_refused(
-    shaken: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    moved_models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "response_sums", lambda *_: torch.tensor([float("nan")]))
     with pytest.raises(AlignkitError, match=r"--judge .*: gives a score that is not finite"):
-        Judge(shaken["dpo"]).scores(["Hi"], {"a": ["Yes."]}, torch.device("cpu"))
+        Judge(moved_models["dpo"]).scores(["Hi"], {"a": ["Yes."]}, torch.device("cpu"))
 
 
-def test_an_answer_beyond_the_judge_is_one_line(shaken: dict[str, str]) -> None:
+def test_an_answer_beyond_the_judge_is_one_line(moved_models: dict[str, str]) -> None:
     with pytest.raises(AlignkitError, match=r"--judge .*cannot score an answer: .* tokens exceed"):
-        Judge(shaken["dpo"]).scores(["Hi"], {"a": ["q" * 3000]}, torch.device("cpu"))
+        Judge(moved_models["dpo"]).scores(["Hi"], {"a": ["q" * 3000]}, torch.device("cpu"))
 
 
 def test_an_answer_stopped_at_the_human_s_turn_ran_on() -> None:

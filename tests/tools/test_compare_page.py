@@ -7,10 +7,6 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-import torch
-
-from alignkit.lora import LoRAConfig, inject_lora, save_adapter
 from alignkit.models import load_model, load_tokenizer
 from alignkit.tools.compare import compare
 from alignkit.tools.compare_page import comparison_page
@@ -49,30 +45,17 @@ class Page(HTMLParser):
             self.answers[-1] = (kind, text + data)
 
 
-@pytest.fixture
-def models(model_dir: Callable[[str], Path], tmp_path: Path) -> dict[str, str]:
-    base = str(model_dir("llama"))
-    model = inject_lora(load_model(base), LoRAConfig(r=4))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.5)
-    save_adapter(model, tmp_path / "dpo", base=base)
-    return {"base": base, "dpo": str(tmp_path / "dpo")}
-
-
-def test_the_page_holds_the_answers(models: dict[str, str], tmp_path: Path) -> None:
+def test_the_page_holds_the_answers(moved_models: dict[str, str], tmp_path: Path) -> None:
     options = {"max_new_tokens": 6, "temperature": 0.9, "device": "cpu", "seed": 2}
     place = tmp_path / "page.html"
     prompts = ["Who <b>?", "Why & when?"]
-    found = compare(models, prompts=prompts, html=str(place), **options)
+    found = compare(moved_models, prompts=prompts, html=str(place), **options)
     text = place.read_text(encoding="utf-8")
     page = Page(text)
     assert not page.sources  # one file that needs no other
     assert "Who &lt;b&gt;?" in text
     shown = [words.strip() for _, words in page.answers]
-    wanted = [found.answers[name][i] for i in range(2) for name in models]
+    wanted = [found.answers[name][i] for i in range(2) for name in moved_models]
     assert shown == wanted
     assert all(kind == "answer cut" for kind, _ in page.answers)
     ratios = [float(r) for r in re.findall(r'title="([+-]\d+\.\d\d)"', text)]
