@@ -137,7 +137,7 @@ def test_a_judge_is_refused_before_anything_is_answered(
     moved_models: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["compare", "--models", moved_models["base"], "--prompts", "Hi"]
-    runs, policy = str(tmp_path / "runs"), moved_models["dpo"]
+    runs = str(tmp_path / "runs")
     for flags, part in (
         (["--judge", f"{runs}/nope.ckpt"], "nope.ckpt"),
         (["--judge", f"{runs}/nope"], f"judge '{runs}/nope'"),
