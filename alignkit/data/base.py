@@ -26,7 +26,6 @@ from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
 from alignkit.models.text_format import TextFormat
 from alignkit.models.tokenizer import vocabulary_size
-from alignkit.utils.phases import phase
 
 
 class AlignmentDataModule(LightningDataModule):
@@ -226,8 +225,7 @@ class AlignmentDataModule(LightningDataModule):
 
     def find_splits(self, place: str) -> dict[str, list[Source]]:
         """Find the sources of each split that are to be encoded."""
-        with phase(f"looking through {place}"):
-            return find_splits(place, splits=self.splits, hashes=self._hashes)
+        return find_splits(place, splits=self.splits, hashes=self._hashes)
 
     def _evaluation(self, split: str) -> DataLoader[PackedBatch]:
         sampler = TokenBudgetBatchSampler(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import logging
 import threading
 import time
@@ -34,8 +33,7 @@ def phase(what: str) -> Iterator[None]:
         yield
         return
     start = time.monotonic()
-    # threading.Thread would wait until it has begun: more than all else that a warm start does.
-    _thread.start_new_thread(_tell, (what, start, ended))
+    threading.Thread(target=_tell, args=(what, start, ended), daemon=True).start()
     try:
         yield
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 from alignkit.data.read import hashes
 from alignkit.data.read.hashes import FileHashes, file_hash
+from alignkit.utils import phases
 
 
 @pytest.fixture
@@ -37,6 +40,27 @@ def file(tmp_path: Path) -> Path:
 def test_an_untouched_file_is_read_once(file: Path, tmp_path: Path, read: list[Path]) -> None:
     found = [FileHashes(tmp_path / "cache")(file) for _ in range(3)]
     assert set(found) == {file_hash(file)} and read == [file]
+
+
+def test_a_long_read_gives_a_sign_of_life_and_an_untouched_file_starts_no_thread(
+    file: Path,
+    tmp_path: Path,
+    read: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def slowly(path: Path) -> str:
+        time.sleep(0.4)
+        return file_hash(path)
+
+    monkeypatch.setattr(phases, "AFTER_SECONDS", 0.05)
+    monkeypatch.setattr(hashes, "file_hash", slowly)
+    remembered = FileHashes(tmp_path / "cache")
+    with caplog.at_level(logging.INFO, "alignkit"):
+        found = remembered(file)
+    assert caplog.messages == [f"reading {file} …"]
+    monkeypatch.setattr(threading.Thread, "start", None)
+    assert remembered(file) == found
 
 
 def test_other_content_of_the_same_size_and_time_is_seen(

@@ -19,6 +19,7 @@ import xxhash
 
 from alignkit.errors import AlignkitError
 from alignkit.utils.atomic import write_atomically
+from alignkit.utils.phases import phase
 
 # A file written to within one tick of its file system's clock keeps its times: only a file that
 # has been left alone for longer is remembered (git's "racy" entries).
@@ -44,7 +45,8 @@ class FileHashes:
             known = json.loads(note.read_bytes())
             if known["state"] == before:
                 return str(known["hash"])
-        found = file_hash(path)
+        with phase(f"reading {path}"):
+            found = file_hash(path)
         settled = time.time_ns() - max(before[2:]) > _SETTLED_NS
         if settled and _state(path) == before:
             with suppress(AlignkitError):

@@ -12,6 +12,7 @@ from alignkit.data.read.rows import Row, Source
 from alignkit.data.read.slices import pick_splits
 from alignkit.errors import AlignkitError
 from alignkit.models.load import hub_reachable
+from alignkit.utils.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def hub_splits(
     """
     name, _, configuration = path.partition(":")
     try:
-        with _offline_if_unreachable():
+        with phase(f"asking the Hub for {path}"), _offline_if_unreachable():
             loaded = _load_hub(name, configuration, streaming)
     except Exception as error:  # the Hub's client raises whatever its transport raises
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
