@@ -30,7 +30,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ARMS = ("trl", "today", "residual", "logits", "both")
-_PRODUCTS = {
+PRODUCTS = {
     torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm,
     torch.ops.aten.addmm_, torch.ops.aten.linear,
 }  # fmt: skip
@@ -41,7 +41,7 @@ class EmulatedProducts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket not in _PRODUCTS or not any(
+        if func.overloadpacket not in PRODUCTS or not any(
             isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in args
         ):
             return func(*args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,24 @@ def test_arms_are_compared_in_fp32(run_script: Run) -> None:
         "--pairs-per-step", "2", "--parity-steps", "2", "--perturb", "trl_tuned",
     )  # fmt: skip
     assert code == 1 and all("trl_tuned" in line for line in found["parity"]["failures"])
+
+
+def test_what_a_wide_residual_stream_costs(
+    run_script: Run, tmp_path: Path, model_dir: Callable[[str], Path]
+) -> None:
+    """Operators outside products take time in both arms; with bf16 units, whole steps do."""
+    row = {name: f"\n\nHuman: How?\n\nAssistant: {name}." for name in ("chosen", "rejected")}
+    with gzip.open(tmp_path / "test.jsonl.gz", "wt") as file:
+        file.write(4 * (json.dumps(row) + "\n"))
+    code, found = run_script(
+        "residual.py", "--base", str(model_dir("llama")), "--data", str(tmp_path), "--pairs", "4",
+        "--rounds", "2",
+    )  # fmt: skip
+    assert code == 0 and found["tokens"] > 0
+    for kind in ("products", "outside") if found["emulated"] else ("whole",):
+        assert min(found[kind]["seconds"].values()) > 0
+        low, high = found[kind]["ratios"]
+        assert low <= found[kind]["ratio"] <= high
 
 
 def test_mistakes_are_one_line(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:
