@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,22 @@ TALK = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"
         {"question": "q", "response_j": "yes", "response_k": "no", "qid": 7},
         {"prompt": "q", "response_0": "no", "response_1": "yes", "better_response_id": 1},
         {"history": "q", "human_ref_A": "yes", "human_ref_B": "no", "labels": 1},
+        {"input": {"messages": TALK[:1], "parallel_tool_calls": True},
+         "preferred_output": [{"role": "assistant", "content": "yes"}],
+         "non_preferred_output": [{"role": "assistant", "content": "no"}]},
     ],
 )  # fmt: skip
 def test_pairs_by_scores_and_other_names(row: Row) -> None:
     assert [side[:2] for side in preference_sides(row)] == [(PROMPT, " yes"), (PROMPT, " no")]
     assert sft_sides(row)[0][:2] == (PROMPT, " yes")
+
+
+def test_the_tools_of_an_input_are_the_rows() -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    row = {"input": {"messages": TALK[:1], "tools": tools}, "preferred_output": TALK[1:],
+           "non_preferred_output": [{"role": "assistant", "content": "no"}]}  # fmt: skip
+    sides = (*preference_sides(row), *sft_sides(row))
+    assert [json.loads(side.tools) for side in sides] == [tools] * 3
 
 
 @pytest.mark.parametrize(
@@ -52,6 +64,15 @@ def test_pairs_by_scores_and_other_names(row: Row) -> None:
         ({"prompt": "q", "responses": [{"text": "a", "score": 1}, {"text": "b"}]}, "no number"),
         ({"prompt": "q", "responses": [{"words": "a"}, {"words": "b"}]}, "must hold one text"),
         ({"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2}, "0 or 1"),
+        ({"input": "q", "preferred_output": "a", "non_preferred_output": "b"}, "holds `messages`"),
+        (
+            {
+                "input": {"messages": TALK[:1], "system": "s"},
+                "preferred_output": "a",
+                "non_preferred_output": "b",
+            },
+            "holds system, which",
+        ),
     ],
 )
 def test_scores_that_say_nothing_are_told(row: Row, message: str) -> None:

@@ -121,6 +121,25 @@ def _repeated(talk: str) -> Shape:
     return Shape("prompts with chosen and rejected answers", needs, read)
 
 
+def _openai_pair(row: Columns) -> dict[str, Any]:
+    """Read OpenAI's preference format, whose input holds the messages and their tools."""
+    asked = row["input"]
+    if not isinstance(asked, Mapping) or "messages" not in asked:
+        raise RowError("`input` must be an object that holds `messages`")
+    if others := asked.keys() - {"messages", "tools", "parallel_tool_calls"}:
+        raise RowError(f"`input` holds {', '.join(sorted(others))}, which is not known")
+    tools = {"tools": asked["tools"]} if asked.get("tools") else {}
+    pair = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    return {"prompt": asked["messages"], **pair, **tools}
+
+
+def _openai_best(row: Columns) -> dict[str, Any]:
+    """Read the better answer of OpenAI's preference format."""
+    read = _openai_pair(row)
+    del read["rejected"]
+    return read
+
+
 def _ranked(question: Question, answers: str, numbers: str | None = None) -> Shape:
     """Return the shape of answers in order, or with a score or a rank for each."""
 
@@ -166,6 +185,9 @@ def _pairs_of(question: Question, *names: str) -> list[dict[str, Shape]]:
     ]
 
 
+_OPENAI = Shape(
+    "OpenAI preference pairs", ("input", "preferred_output", "non_preferred_output"), _openai_pair
+)
 _INPUTS = Question("inputs", ("input",), asking("input"))
 _WHOLE = Shape("dialogues with chosen and rejected ends", ("chosen", "rejected"))
 _PAIRS = (
@@ -186,6 +208,7 @@ _PAIRS = (
         for kind, shape in _pair(_BETTER_NAMES["questions"], _INPUTS, *_BETTER[0]).items()
     },
     *({"preference": _repeated(each), "sft": _repeated(each)} for each in TALKS),
+    {"preference": _OPENAI, "sft": _OPENAI._replace(read=_openai_best)},
 )
 _RANKED = tuple(
     _ranked(question, answers, numbers)
