@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch.optim import AdamW
 from transformers import AutoConfig
 
-from alignkit import DPOModule, HHPreferenceDataModule
+from alignkit import AlignmentModule, DPOModule, HHPreferenceDataModule
+from alignkit.data import AlignmentDataModule
 from alignkit.lora import LoRAConfig
 from alignkit.objectives.pairs import PreferenceLoss
 from alignkit.objectives.preference import (
@@ -49,7 +51,7 @@ JUDGED = "rewards/accuracies"
 TOLD = ("loss", JUDGED, "rewards/margins")
 _LOOKS = 4
 """How often a trial is validated, and may be pruned."""
-_HELD_OUT = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
+HELD_OUT = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def run_recipe(
     data: str,
     *,
     seed: int,
+    references: str,
     look: Callable[[int, float], None] = lambda step, value: None,
     test: bool = False,
 ) -> dict[str, float]:
@@ -111,53 +114,88 @@ def run_recipe(
         model: Directory of the base.
         data: Pairs with a test split.
         seed: Of the order and the adapters.
+        references: Directory that keeps the reference's log-probs from one run to the next.
         look: Is given the step and the held-out accuracy at each validation; may raise to stop.
         test: Measure the test pairs, instead of those held out from training.
     """
     seed_everything(seed, verbose=False)
+    loss = KINDS[recipe.loss](beta=recipe.beta)
+    module = DPOModule(
+        model,
+        loss=loss,
+        lora=adapter_of(model, recipe.r, recipe.targets),
+        optimizer=partial(AdamW, lr=recipe.lr, weight_decay=0.0),
+        warmup_steps=0.1,
+        reference_cache=references if loss.uses_reference else None,
+    )
+    pairs = pairs_of(model, data, budget, seed)
+    every = max(1, budget.steps // _LOOKS)
+    with trained(module, pairs, budget, every, Looks(look)) as trainer:
+        found = trainer.callback_metrics
+        if test:
+            (found,) = trainer.test(module, pairs, verbose=False)
+        elif budget.steps % every:
+            (found,) = trainer.validate(module, pairs, verbose=False)
+    stage = "test" if test else "val"
+    return {name: float(found[f"{stage}/{name}"]) for name in TOLD}
+
+
+def adapter_of(model: str, r: int, targets: str) -> LoRAConfig:
+    """Return adapters on the attention's layers or on all linear ones."""
     family = AutoConfig.from_pretrained(model, trust_remote_code=False).model_type
     attention = _ATTENTION.get(family, _APART)
-    every = max(1, budget.steps // _LOOKS)
+    return LoRAConfig(
+        r=r, alpha=2 * r, targets=attention if targets == "attention" else "all-linear"
+    )
+
+
+def pairs_of(model: str, data: str, budget: Budget, seed: int) -> HHPreferenceDataModule:
+    """Return the pairs, of which a tenth of the training ones is held out."""
+    return HHPreferenceDataModule(model, data, splits=HELD_OUT, seed=seed, **batches_of(budget))
+
+
+def batches_of(budget: Budget) -> dict[str, Any]:
+    """Return a data module's settings of batches."""
+    return {"examples_per_batch": budget.per_step, "tokens_per_batch": budget.tokens}
+
+
+@contextmanager
+def trained(
+    module: AlignmentModule,
+    data: AlignmentDataModule,
+    budget: Budget,
+    every: int,
+    *callbacks: Callback,
+) -> Iterator[Trainer]:
+    """Train under a budget, and give the trainer; its files go when the block ends.
+
+    Args:
+        module: What to train.
+        data: On what.
+        budget: For how long.
+        every: Steps between validations; 0 for none.
+        *callbacks: Of the trainer.
+    """
     with tempfile.TemporaryDirectory(prefix="alignkit-sweep-") as scratch:
-        module = DPOModule(
-            model,
-            loss=KINDS[recipe.loss](beta=recipe.beta),
-            lora=LoRAConfig(
-                r=recipe.r,
-                alpha=2 * recipe.r,
-                targets=attention if recipe.targets == "attention" else "all-linear",
-            ),
-            optimizer=partial(AdamW, lr=recipe.lr, weight_decay=0.0),
-            warmup_steps=0.1,
-        )
-        pairs = HHPreferenceDataModule(
-            model,
-            data,
-            splits=_HELD_OUT,
-            examples_per_batch=budget.per_step,
-            tokens_per_batch=budget.tokens,
-            seed=seed,
-        )
         trainer = Trainer(
             accelerator="auto",
             devices=1,
             precision=budget.precision,  # type: ignore[arg-type]
             max_steps=budget.steps,
-            val_check_interval=every,
+            val_check_interval=every or None,
             check_val_every_n_epoch=None,
+            limit_val_batches=None if every else 0,
             num_sanity_val_steps=0,
             gradient_clip_val=1.0,
-            callbacks=[Looks(look)],
+            callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=scratch,
         )
-        trainer.fit(module, pairs)
-        stage = "test" if test else "val"
-        (found,) = (trainer.test if test else trainer.validate)(module, pairs, verbose=False)
-    return {name: float(found[f"{stage}/{name}"]) for name in TOLD}
+        trainer.fit(module, data)
+        yield trainer
 
 
 class Looks(Callback):

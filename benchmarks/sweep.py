@@ -86,7 +86,7 @@ def search(options: argparse.Namespace, budget: Budget, console: Console) -> int
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        found = run_recipe(recipe, budget, options.model, options.data, seed=0, look=look)
+        found = run(recipe, budget, options, seed=0, look=look)
         for name, value in found.items():
             trial.set_user_attr(name, value)
         return found[JUDGED]
@@ -109,6 +109,12 @@ def search(options: argparse.Namespace, budget: Budget, console: Console) -> int
     return 0
 
 
+def run(recipe: Recipe, budget: Budget, options: argparse.Namespace, **how: Any) -> dict[str, Any]:
+    """Run a recipe; all runs of a study share what the reference gave."""
+    references = f"{options.study}.references"
+    return run_recipe(recipe, budget, options.model, options.data, references=references, **how)
+
+
 def final(options: argparse.Namespace, budget: Budget, console: Console) -> int:
     """Measure the best recipe of each loss on the test pairs, over several seeds, once."""
     import optuna
@@ -128,7 +134,7 @@ def final(options: argparse.Namespace, budget: Budget, console: Console) -> int:
             best = max(finished, key=lambda trial: trial.value)
             recipe = Recipe(loss=loss, **best.params)
             runs = [
-                run_recipe(recipe, budget, options.model, options.data, seed=1 + seed, test=True)
+                run(recipe, budget, options, seed=1 + seed, test=True)
                 for seed in range(options.seeds)
             ]
             tested = {"recipe": asdict(recipe), "held_out": best.user_attrs, "runs": runs}

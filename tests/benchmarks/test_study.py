@@ -1,0 +1,68 @@
+"""The study: each arm's line, runs that are not done twice, and settings that may not change."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "study.py"
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture
+def study(
+    monkeypatch: pytest.MonkeyPatch, model_dir: Callable[[str], Path], tmp_path: Path
+) -> Callable[..., int]:
+    """``study(*flags)``: the exit code, on forty training pairs."""
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": f"{n}, of course.", "rejected": f"No {n % 3}."}
+        for n in range(48)
+    ]
+    for name, part in (("train", rows[:40]), ("test", rows[40:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+
+    def run(*flags: str) -> int:
+        fixed = ["--model", str(model_dir("llama")), "--data", str(tmp_path)]
+        fixed += ["--out", str(tmp_path / "out"), "--pairs", "32", "--per-step", "8"]
+        fixed += ["--lr", "0.01", "--full-lr", "0.001", *flags]
+        monkeypatch.setattr(sys, "argv", ["study.py", *fixed])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return int(ended.value.code or 0)
+
+    return run
+
+
+def test_every_kind_of_arm_learns_and_no_run_is_done_twice(
+    study: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ["dpo", "sft", "sft-dpo", "dpo-nll", "rank-1", "full"]
+    assert study("--arms", *arms, "--seeds", "1") == 0
+    lines = (tmp_path / "out" / "study.jsonl").read_text().splitlines()
+    found = {line["arm"]: line for line in map(json.loads, lines)}
+    assert list(found) == arms
+    for name, line in found.items():
+        assert line["rewards/margins"] != 0 and line["kl"] > 0, f"{name} did not move"
+    for name in ("dpo", "sft-dpo", "dpo-nll", "full"):
+        assert found[name]["loss"] < 0.6931, f"{name} does not prefer the chosen answers"
+    assert found["sft"]["displacement"] == 0, "SFT makes the chosen answers likelier"
+    assert found["sft-dpo"]["kl"] != found["dpo"]["kl"]
+    assert found["rank-1"]["trainable"] < found["dpo"]["trainable"] < found["full"]["trainable"]
+    assert (tmp_path / "out" / "study.png").stat().st_size > 1000
+    capsys.readouterr()
+
+    assert study("--arms", "dpo", "--seeds", "2") == 0
+    assert "dpo 1:" in (told := capsys.readouterr().out) and "dpo 0:" not in told
+    again = (tmp_path / "out" / "study.jsonl").read_text().splitlines()
+    assert again[: len(lines)] == lines and len(again) == len(lines) + 1
+    assert study("--arms", "dpo", "--beta", "0.2") == 2
+    assert "was run with other settings" in capsys.readouterr().err
+    assert study("--seeds", "0") == 2
