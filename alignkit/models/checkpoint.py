@@ -36,6 +36,7 @@ from alignkit.models.stamp import (
 )
 from alignkit.models.text_format import TextFormat, format_in, read_format
 from alignkit.models.tokenizer import vocabulary_size
+from alignkit.utils.deferred import put
 from alignkit.utils.phases import phase
 
 _MODEL_PREFIX = "model."
@@ -77,8 +78,9 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     """
     own = trainable_state(model)
     refuse_differences(state, {name: tuple(value.shape) for name, value in own.items()}, what)
-    for name, value in own.items():
-        value.copy_(state[name])
+    parameters = dict(model.named_parameters())
+    for name in own:
+        put(parameters[name], state[name])
 
 
 def embedding_rows(checkpoint: Mapping[str, Any]) -> int:

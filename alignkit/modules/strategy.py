@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.types import _PATH
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from alignkit.errors import AlignkitError
+from alignkit.models.weights import deferred_blocks
 
 NAME = "fsdp2"
 USABLE = f"ddp, ddp_fork, ddp_notebook, {NAME} or auto"
@@ -38,6 +40,12 @@ class ShardedStrategy(ModelParallelStrategy):
         if self._tensor_parallel_size == "auto":
             self._tensor_parallel_size = 1
         super().setup_environment()
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Leave blocks in the base's files until they are sharded (``trainer.init_module()``)."""
+        with deferred_blocks():
+            yield
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

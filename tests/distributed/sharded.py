@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from alignkit import HHPreferenceDataModule, HHSFTDataModule
 from alignkit.callbacks import Checkpoint
-from alignkit.modules import DPOModule, SFTModule
+from alignkit.engine import blocks_of
+from alignkit.modules import DPOModule, SFTModule, sharding
 from tests.modules.helpers import trainer
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -63,13 +67,31 @@ class Keep(L.Callback):
                 self.shared += same == getattr(mine, "_local_tensor", mine).data_ptr()
 
 
+def count_held_blocks(module: Any) -> list[float]:
+    """Count, whenever a block is sharded, how many are whole in this process; fills the list."""
+    counts: list[float] = []
+
+    def whole(block: Any) -> int:
+        return sum(
+            p.numel()
+            for name, p in block.named_parameters()
+            if "lora_" not in name and not p.is_meta and not isinstance(p, DTensor)
+        )
+
+    def shard(block: Any, **options: Any) -> None:
+        blocks = [b for model in sharding.models_of(module) for b in blocks_of(model)]
+        counts.append(sum(map(whole, blocks)) / whole(block))
+        fully_shard(block, **options)
+
+    sharding.fully_shard = shard  # type: ignore[assignment]
+    return counts
+
+
 def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
     kind, options, settings = CASES[case]
     ranks = RANKS
     if ranks > 1:
         os.environ["WORLD_SIZE"] = str(ranks)  # Lightning deletes it at the end of a run
-    torch.manual_seed(0)
-    module = kind(base, optimizer=adamw, schedule="linear", **options)
     source = HHPreferenceDataModule if kind is DPOModule else HHSFTDataModule
     # Small batches, so that one rank has more of them to validate on than the other.
     data = source(
@@ -94,11 +116,15 @@ def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
         enable_checkpointing=True,
         **settings,
     )
+    torch.manual_seed(0)
+    with run.init_module() if ranks > 1 else nullcontext():
+        module = kind(base, optimizer=adamw, schedule="linear", **options)
+    held = count_held_blocks(module)
     run.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     state = run.strategy.lightning_module_state_dict()
     if run.is_global_zero:
         val = float(run.callback_metrics["val/loss"])
-        found = {"steps": keep.steps, "val": val, "shared": keep.shared}
+        found = {"steps": keep.steps, "val": val, "shared": keep.shared, "held": held}
         (place / "found.json").write_text(json.dumps(found))
         torch.save(state, place / "end.pt")
 

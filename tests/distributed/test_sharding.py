@@ -100,6 +100,13 @@ def test_the_reference_shares_the_policy_s_frozen_shards(home: tuple[Path, str])
     assert found["shared"] == one["shared"] > 0
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_never_holds_more_than_one_block_whole(case: str, home: tuple[Path, str]) -> None:
+    """Two blocks of the policy, and of the reference where there is one."""
+    found, _ = results(home[0], f"{case}-2")
+    assert found["held"] == [1.0] * (4 if "dpo" in case or case == "mixed" else 2)
+
+
 @pytest.mark.parametrize("case", ["lora", "full"])
 def test_a_checkpoint_is_one_file_that_every_command_and_any_number_of_ranks_reads(
     case: str, home: tuple[Path, str]
