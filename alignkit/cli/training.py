@@ -105,7 +105,7 @@ class AlignCLI(LightningCLI):
         check_trainer(str(self.subcommand), self.config[self.subcommand].trainer)
 
     def instantiate_classes(self) -> None:
-        """Instantiate model, data and trainer; a model that will be sharded stays in its files."""
+        """Make model, data and trainer; a model that will be sharded stays in its files."""
         strategy = self.config[self.subcommand].trainer.strategy
         with deferred_blocks(shards_blocks(strategy)):
             super().instantiate_classes()
@@ -147,7 +147,7 @@ class AlignCLI(LightningCLI):
         path = options.get("ckpt_path")
         if path and path not in CHECKPOINT_NAMES:
             options["ckpt_path"] = find_checkpoint(path)
-            read_checkpoint(options["ckpt_path"])
+            read_checkpoint(options["ckpt_path"], whole=False)
 
     def _find_named_checkpoint(self) -> None:
         """Replace ``last``, ``best`` or ``hpc`` in ``ckpt_path`` by the file it stands for.

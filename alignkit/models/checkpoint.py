@@ -88,14 +88,18 @@ def embedding_rows(checkpoint: Mapping[str, Any]) -> int:
     return int(checkpoint["hyper_parameters"].get("resize_embeddings") or 0)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, whole: bool = True) -> dict[str, Any]:
     """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
+
+    Args:
+        path: The file or folder.
+        whole: Whether to read tensors that lie in shards too, see `load_checkpoint`.
 
     Raises:
         AlignkitError: The file is missing or damaged, holds more than plain values and tensors,
             holds numbers that are not finite, or was not written by this alignkit.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, whole=whole)
     check_content(checkpoint, str(path))
     return checkpoint
 
@@ -243,7 +247,7 @@ def base_record(path: str) -> tuple[str, Mapping[str, str] | None]:
     """
     path = find_checkpoint(path)
     if path.endswith(".ckpt"):
-        stamp = read_checkpoint(path)[STAMP]
+        stamp = read_checkpoint(path, whole=False)[STAMP]
         return str(stamp["base"]), stamp
     if is_adapter(path):
         files = read_adapter(Path(path))
@@ -265,7 +269,7 @@ def policy_format(path: str) -> TextFormat | None:
     """
     path = find_checkpoint(path)
     if path.endswith(".ckpt"):
-        return format_in(read_checkpoint(path), path)
+        return format_in(read_checkpoint(path, whole=False), path)
     return read_format(Path(path))
 
 

@@ -30,12 +30,13 @@ log = logging.getLogger(__name__)
 
 # Upstream's signatures are partly untyped.
 _CausalLM: Any = AutoModelForCausalLM
+_shard_files: Any = get_checkpoint_shard_files
 _DEFERS: ContextVar[bool] = ContextVar("defers", default=False)
 
 
 @contextmanager
 def deferred_blocks(wanted: bool = True) -> Iterator[None]:
-    """Leave the weights of blocks in their files for every model that is loaded in the block.
+    """Keep the weights of decoder blocks in their files, for every model that is loaded inside.
 
     Such a model can be scored as it is. A trainer whose strategy shards gives each process its part
     of one block after the other; any other makes the model whole.
@@ -80,12 +81,17 @@ def read_weights(
 
 def _files_of_keys(location: str, options: Mapping[str, Any]) -> dict[str, str]:
     """Return the file of each tensor, as transformers looks for them; none where it has others."""
-    found = partial(cached_file, location, _raise_exceptions_for_missing_entries=False, **options)
+
+    def found(name: str) -> str | None:
+        file: str | None = cached_file(
+            location, name, _raise_exceptions_for_missing_entries=False, **options
+        )
+        return file
+
     one = found(SAFE_WEIGHTS_NAME)
-    files = [one] if one is not None else []
-    if one is None:
-        index = found(SAFE_WEIGHTS_INDEX_NAME)
-        files = get_checkpoint_shard_files(location, index, **options)[0] if index else []
+    files: list[str] = [one] if one is not None else []
+    if one is None and (index := found(SAFE_WEIGHTS_INDEX_NAME)):
+        files = _shard_files(location, index, **options)[0]
     keys: dict[str, str] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:

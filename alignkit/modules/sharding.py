@@ -125,7 +125,7 @@ def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
         part.register_parameter(name, theirs._parameters[their_name])
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def _parameters(model: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     for block in blocks_of(model):
         for part in block.modules():
             for name, parameter in part._parameters.items():
