@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import (
+    ModelParallelStrategy,
     Strategy,
     StrategyRegistry,
 )
@@ -79,6 +80,13 @@ def check_strategy(strategy: Any) -> None:
             f"trainer.strategy={name}: a command cannot be handed to spawned processes; use "
             f"{USABLE}"
         )
+
+
+def shards_blocks(strategy: Any) -> bool:
+    """Tell whether a strategy, as it was parsed, divides a model's blocks among processes."""
+    name = strategy if isinstance(strategy, str) else strategy["class_path"]
+    kind, _ = _strategy_class(name)
+    return kind is not None and issubclass(kind, ModelParallelStrategy)
 
 
 def check_processes(trainer: Trainer) -> None:

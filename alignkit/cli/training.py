@@ -17,11 +17,12 @@ from alignkit.cli.closing import closing_lines
 from alignkit.cli.commands import COMMANDS
 from alignkit.cli.completion import SHELLS
 from alignkit.cli.config import SaveConfig
-from alignkit.cli.launch import check_processes, end_ranks
+from alignkit.cli.launch import check_processes, end_ranks, shards_blocks
 from alignkit.cli.parsers import PrintCompletion, TrainingParser, add_common_flags
 from alignkit.cli.settings import check_trainer
 from alignkit.models.checkpoint import read_checkpoint
 from alignkit.models.find import find_checkpoint
+from alignkit.models.weights import deferred_blocks
 from alignkit.modules import AlignmentModule
 from alignkit.modules.precision import refuse_precision_name
 from alignkit.modules.runs import CHECKPOINT_NAMES, asked_checkpoint, discard_empty_folders
@@ -103,6 +104,12 @@ class AlignCLI(LightningCLI):
         """Refuse trainer settings that are wrong, before the model is loaded."""
         check_trainer(str(self.subcommand), self.config[self.subcommand].trainer)
 
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; a model that will be sharded stays in its files."""
+        strategy = self.config[self.subcommand].trainer.strategy
+        with deferred_blocks(shards_blocks(strategy)):
+            super().instantiate_classes()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Return the trainer, with our progress bar if the configuration names none."""
         config = self._get(self.config_init, "trainer")
@@ -140,7 +147,7 @@ class AlignCLI(LightningCLI):
         path = options.get("ckpt_path")
         if path and path not in CHECKPOINT_NAMES:
             options["ckpt_path"] = find_checkpoint(path)
-            read_checkpoint(options["ckpt_path"])
+            read_checkpoint(options["ckpt_path"], whole=False)
 
     def _find_named_checkpoint(self) -> None:
         """Replace ``last``, ``best`` or ``hpc`` in ``ckpt_path`` by the file it stands for.

@@ -22,6 +22,7 @@ from alignkit.lora.init import SUBTRACTED
 from alignkit.lora.inject import active_adapter, adapter_configs, trained_parameters
 from alignkit.lora.layer import LowRankLayer
 from alignkit.lora.targets import resolve
+from alignkit.utils.deferred import actual
 
 Identity = dict[str, dict[str, Any]]
 """By module path, the module's own `_FIELDS`, or names of the parameters it trains in full."""
@@ -169,7 +170,7 @@ def _drawn_magnitude(layer: LowRankLayer, adapter: Adapter) -> tuple[str, ...]:
 
 
 def _add(digest: xxhash.xxh3_128, name: str, value: Tensor) -> None:
-    value = value.detach()
+    value = actual(value).detach()
     digest.update(f"\n{name} {tuple(value.shape)} {value.dtype}".encode())
     for chunk in torch.split(value.reshape(-1), 2**20):
         digest.update(chunk.contiguous().cpu().view(torch.uint8).numpy().tobytes())

@@ -25,6 +25,7 @@ from alignkit.lora.config import LoRAConfig
 from alignkit.lora.kinds import QuantizedLinear, weight_shape
 from alignkit.lora.layer import LoRAEmbedding, LoRALinear
 from alignkit.lora.targets import ALL_LINEAR, all_linear, resolve, saved_modules, shared_weight
+from alignkit.utils.deferred import held
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +73,15 @@ def inject_lora(
     try:
         for path, own in targets.items():
             kind = LoRAEmbedding if isinstance(modules[path], nn.Embedding) else linear
-            made[path] = kind(modules[path], own, name)
+            with held(modules[path]):
+                made[path] = kind(modules[path], own, name)
     except AlignkitError:
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
     for path, names in trained.items():
-        made[path] = TrainedModule(modules[path], config, names, name)
+        with held(modules[path]):
+            made[path] = TrainedModule(modules[path], config, names, name)
     for path, layer in made.items():
         if path in layers and type(layers[path]) is not type(layer):
             raise AlignkitError(

@@ -36,6 +36,7 @@ from alignkit.models.stamp import (
 )
 from alignkit.models.text_format import TextFormat, format_in, read_format
 from alignkit.models.tokenizer import vocabulary_size
+from alignkit.utils.deferred import put
 from alignkit.utils.phases import phase
 
 _MODEL_PREFIX = "model."
@@ -77,8 +78,9 @@ def load_trainable(model: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     """
     own = trainable_state(model)
     refuse_differences(state, {name: tuple(value.shape) for name, value in own.items()}, what)
-    for name, value in own.items():
-        value.copy_(state[name])
+    parameters = dict(model.named_parameters())
+    for name in own:
+        put(parameters[name], state[name])
 
 
 def embedding_rows(checkpoint: Mapping[str, Any]) -> int:
@@ -86,14 +88,18 @@ def embedding_rows(checkpoint: Mapping[str, Any]) -> int:
     return int(checkpoint["hyper_parameters"].get("resize_embeddings") or 0)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, whole: bool = True) -> dict[str, Any]:
     """Read one of our checkpoints, or the newest one in a run's folder, without unpickling objects.
+
+    Args:
+        path: The file or folder.
+        whole: Whether to read tensors that lie in shards too, see `load_checkpoint`.
 
     Raises:
         AlignkitError: The file is missing or damaged, holds more than plain values and tensors,
             holds numbers that are not finite, or was not written by this alignkit.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, whole=whole)
     check_content(checkpoint, str(path))
     return checkpoint
 
@@ -241,7 +247,7 @@ def base_record(path: str) -> tuple[str, Mapping[str, str] | None]:
     """
     path = find_checkpoint(path)
     if path.endswith(".ckpt"):
-        stamp = read_checkpoint(path)[STAMP]
+        stamp = read_checkpoint(path, whole=False)[STAMP]
         return str(stamp["base"]), stamp
     if is_adapter(path):
         files = read_adapter(Path(path))
@@ -263,7 +269,7 @@ def policy_format(path: str) -> TextFormat | None:
     """
     path = find_checkpoint(path)
     if path.endswith(".ckpt"):
-        return format_in(read_checkpoint(path), path)
+        return format_in(read_checkpoint(path, whole=False), path)
     return read_format(Path(path))
 
 

@@ -7,6 +7,7 @@ and the log names them.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,8 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alignkit.errors import AlignkitError
 from alignkit.models.archive import local_path, read_archive, verify_archive
+from alignkit.models.shards import home, stored_tensors, verify_checkpoint
 from alignkit.utils.ranks import is_first_rank
 
 log = logging.getLogger(__name__)
@@ -59,8 +63,12 @@ def find_checkpoint(place: str | Path) -> str:
     return first_intact(candidates, place) or str(place)
 
 
-def load_checkpoint(place: str | Path) -> dict[str, Any]:
+def load_checkpoint(place: str | Path, *, whole: bool = True) -> dict[str, Any]:
     """Read the checkpoint that a path stands for.
+
+    Args:
+        place: As in `find_checkpoint`.
+        whole: Whether to read tensors that lie in shards; else they have a shape and no content.
 
     Raises:
         AlignkitError: It is missing or damaged, or holds more than plain values and tensors. The
@@ -68,11 +76,15 @@ def load_checkpoint(place: str | Path) -> dict[str, Any]:
     """
     found = find_checkpoint(place)
     with _name_an_intact_one(found):
-        return read_archive(found)
+        content = read_archive(found)
+        stored = stored_tensors(found, content)
+        return stored.whole() if whole and stored is not None else content
 
 
 def verified(place: Any) -> Any:
     """Return the file that a path stands for, once it is verified; an open file as it is.
+
+    A checkpoint with shards comes as an open file that holds it whole.
 
     Raises:
         AlignkitError: It is missing or damaged.
@@ -81,8 +93,13 @@ def verified(place: Any) -> Any:
         return place
     found = find_checkpoint(place)
     with _name_an_intact_one(found):
-        verify_archive(Path(found))
-    return found
+        if not home(Path(found)).is_dir():
+            verify_archive(Path(found))
+            return found
+    whole = io.BytesIO()
+    torch.save(load_checkpoint(found), whole)
+    whole.seek(0)
+    return whole
 
 
 @contextmanager
@@ -139,7 +156,7 @@ def newest_intact(folder: Path, besides: Path | None = None) -> Path | None:
 
 def _damage(candidate: Path) -> AlignkitError | None:
     try:
-        verify_archive(candidate)
+        verify_checkpoint(candidate)
     except AlignkitError as error:
         return error
     return None

@@ -17,6 +17,7 @@ from alignkit.lora.adapter import plain_modules
 from alignkit.lora.resize import embedding_paths, rows_before
 from alignkit.models.quantize import packed_from, quantization
 from alignkit.models.settings import function_settings, setting_defaults
+from alignkit.utils.deferred import actual
 
 _CHUNK_VALUES = 2**20
 QUANTIZE = "alignkit_quantize"
@@ -92,7 +93,7 @@ def base_fingerprint(model: PreTrainedModel) -> str:
     before = rows_before(model)
     resized = embedding_paths(model) if before is not None else []
     for name, tensor in sorted(_base_tensors(model), key=lambda pair: pair[0]):
-        values = tensor.detach()
+        values = actual(tensor).detach()
         if name.rpartition(".")[0] in resized:
             values = values[:before]
         kind = "" if values.is_floating_point() else values.dtype

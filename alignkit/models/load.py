@@ -37,7 +37,9 @@ from alignkit.models.fingerprint import base_fingerprint
 from alignkit.models.lean import lean_modules
 from alignkit.models.quantize import Quantization, need_bitsandbytes
 from alignkit.models.quantize import quantize as pack
+from alignkit.models.weights import read_weights
 from alignkit.utils.bars import without_bars
+from alignkit.utils.deferred import hold
 from alignkit.utils.finite import refuse_nonfinite_weights
 
 __all__ = [
@@ -109,15 +111,10 @@ def load_model(
             _check_weights(base)
             if "gguf_file" in options:
                 options["quantization_config"] = GgufConfig(dequantize=True)
-            model, info = _CausalLM.from_pretrained(
-                location,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-            _check_complete(base, sorted(info["missing_keys"]))
+            model, missing = read_weights(location, config, dtype, options)
+            _check_complete(base, missing)
+            if quantize is not None:
+                hold(model)
             refuse_nonfinite_weights(
                 model, f"base '{base}'", "download or save the model again, or load it in float32"
             )

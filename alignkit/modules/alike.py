@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from alignkit.modules.sharding import models_of, units
+from alignkit.utils.deferred import DeferredParameter
 
 
 def start_alike(module: Any, device: Any) -> None:
@@ -28,6 +29,7 @@ def start_alike(module: Any, device: Any) -> None:
         for model in models_of(module)
         for name, p in model.named_parameters()
         if name in trained or module.hparams.get("random_init")
+        if not isinstance(p, DeferredParameter)  # every rank reads the same files
     }
     for value in drawn.values():
         sent = value.to(device)

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from alignkit.batch import Span
 from alignkit.engine import PackedBatch
@@ -107,8 +108,14 @@ def refuse_nonfinite(checkpoint: Mapping[str, Any], step: int) -> None:
     kept = {name: t for name, t in tensors.items() if t.is_floating_point() and t.numel()}
     if not kept:
         return
-    device = next(iter(kept.values())).device
-    finite = torch.stack([t.isfinite().all().to(device) for t in kept.values()]).tolist()
+    divided = any(isinstance(t, DTensor) for t in kept.values())
+    own = [t.to_local() if isinstance(t, DTensor) else t for t in kept.values()]
+    device = own[0].device
+    flags = torch.stack([t.isfinite().all().to(device) for t in own])
+    if divided:  # each rank holds a part, and all of them must refuse
+        flags = flags.int()
+        dist.all_reduce(flags, dist.ReduceOp.MIN)
+    finite = flags.tolist()
     wrong = [name for name, is_finite in zip(kept, finite, strict=True) if not is_finite]
     if wrong:
         raise AlignkitError(

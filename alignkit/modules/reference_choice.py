@@ -19,6 +19,7 @@ from alignkit.models.load import load_tokenizer
 from alignkit.models.residual import is_widened, widen_residual
 from alignkit.models.tokenizer import refuse_other_tokens
 from alignkit.modules.reference import ReferenceModel, frozen_copy
+from alignkit.utils.deferred import actual
 
 COPY, BASE, NONE = "copy", "base", "none"
 """The choices that are no path."""
@@ -114,5 +115,5 @@ def _share_equal_parameters(model: PreTrainedModel, policy: PreTrainedModel) -> 
             own = ours[path]._parameters.get(name) if path in ours else None
             if own is None or own.requires_grad or own.dtype != theirs.dtype:
                 continue
-            if own.device == theirs.device and torch.equal(own, theirs):
+            if own.device == theirs.device and torch.equal(actual(own), actual(theirs)):
                 setattr(module, name, own)

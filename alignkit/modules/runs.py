@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from alignkit.errors import AlignkitError
-from alignkit.models.archive import local_path, read_archive, verify_archive
+from alignkit.models.archive import local_path, read_archive
 from alignkit.models.find import first_intact, newest_first
+from alignkit.models.shards import verify_checkpoint
 from alignkit.utils.ranks import is_first_rank
 
 _VERSION = re.compile(r"version_(\d+)")
@@ -178,7 +179,7 @@ def _best_checkpoint(newest: str) -> str:
         )
     for candidate in (Path(best), Path(newest).with_name(Path(best).name)):
         try:
-            verify_archive(candidate)
+            verify_checkpoint(candidate)
         except AlignkitError as error:
             damage = error
         else:

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from alignkit.engine import PackedBatch, blocks_of, needs_no_probe
 from alignkit.errors import AlignkitError
 from alignkit.modules.strategy import NAME, ShardedStrategy, refuse_strategy
+from alignkit.utils.deferred import hold
 
 _REFUSED_CALLBACKS = (
     BatchSizeFinder,
@@ -50,6 +51,7 @@ def set_up_sharding(module: LightningModule, trainer: Trainer) -> None:
     name = type(strategy).__name__
     refuse_strategy(type(strategy), name)
     if not isinstance(strategy, ModelParallelStrategy):
+        hold(*models_of(module))
         return
     mesh = strategy.device_mesh
     if mesh["tensor_parallel"].size() != 1:
@@ -106,26 +108,29 @@ def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
     models = models_of(module)
     if any(isinstance(each, FSDPModule) for each in models[0].modules()):
         return
-    owner: dict[int, tuple[nn.Module, str]] = {}
-    for number, model in enumerate(models):
-        shared = []
+    policy, *references = models
+    owner = {id(p): (part, name) for part, name, p in _parameters(policy)}
+    shared = [
+        (part, name, owner[id(p)])
+        for reference in references
+        for part, name, p in _parameters(reference)
+        if id(p) in owner
+    ]
+    for model in models:
         for block in blocks_of(model):
-            for part, name, parameter in _parameters(block):
-                if number == 0:
-                    owner[id(parameter)] = part, name
-                elif id(parameter) in owner:
-                    shared.append((part, name, owner[id(parameter)]))
+            hold(block)  # read whole, one after the other
             fully_shard(block, mesh=mesh)
-        for part, name, (theirs, their_name) in shared:
-            # A unit takes over what its modules hold when it first runs.
-            part.register_parameter(name, theirs._parameters[their_name])
+    for part, name, (theirs, their_name) in shared:
+        # A unit takes over what its modules hold when it first runs.
+        part.register_parameter(name, theirs._parameters[their_name])
 
 
-def _parameters(block: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for part in block.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                yield part, name, parameter
+def _parameters(model: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for block in blocks_of(model):
+        for part in block.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    yield part, name, parameter
 
 
 def units(module: Any) -> list[FSDPModule]:

@@ -15,7 +15,14 @@ from alignkit.errors import AlignkitError
 from alignkit.lora.inject import adapter_configs
 from alignkit.lora.merge import merged_plain
 from alignkit.lora.resize import rows_before
-from alignkit.models.checkpoint import base_record, load_policy, policy_base, policy_format
+from alignkit.models.archive import write_archive
+from alignkit.models.checkpoint import (
+    base_record,
+    load_policy,
+    policy_base,
+    policy_format,
+    read_checkpoint,
+)
 from alignkit.models.export import Format
 from alignkit.models.export import export as write_model
 from alignkit.models.find import find_checkpoint
@@ -40,7 +47,7 @@ def export(
     model: str,
     output: str,
     *,
-    to: Format | Literal["reward"] = "peft",
+    to: Format | Literal["reward", "checkpoint"] = "peft",
     base: str | None = None,
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base",
     plain: bool = False,
@@ -60,7 +67,8 @@ def export(
             llama.cpp's converter; ``safetensors``, the adapter as one file; ``gguf``, the merged
             model and its tokenizer as one file for llama.cpp and Ollama, in the families Llama,
             Mistral, Qwen2 and Qwen3; ``reward``, a reward model's checkpoint as a whole model for
-            AutoModelForSequenceClassification.
+            AutoModelForSequenceClassification; ``checkpoint``, one ``last.ckpt`` without the shards
+            that several processes wrote, to go on training from.
         base: The base model's path, if it is no longer where the checkpoint says.
         dtype: Dtype of the weights of a merged model or a GGUF file; ``base`` is the one that the
             base is stored in.
@@ -85,6 +93,10 @@ def export(
     model = find_checkpoint(model)
     if push is not None:
         check_push(push)
+    if to == "checkpoint":
+        write_archive(place / "last.ckpt", read_checkpoint(model))
+        print(f"wrote {place / 'last.ckpt'}")
+        return _pushed(place, push)
     if to == "reward":
         _export_reward(model, place, base)
         return _pushed(place, push)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from alignkit.errors import AlignkitError
+from alignkit.utils.deferred import actual
 
 
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -36,7 +37,7 @@ def refuse_nonfinite_weights(model: nn.Module, where: str, advice: str) -> None:
         AlignkitError: A parameter is not finite; the message names it and its dtype.
     """
     weights = dict(model.named_parameters())
-    name = first_nonfinite(weights.items())
+    name = first_nonfinite((name, actual(value)) for name, value in weights.items())
     if name is not None:
         dtype = str(weights[name].dtype).removeprefix("torch.")
         raise AlignkitError(f"{where}: {name} holds NaN or infinity in {dtype}; {advice}")

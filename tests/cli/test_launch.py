@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from alignkit.cli.launch import shards_blocks
+from alignkit.cli.training import AlignCLI
+from alignkit.engine import blocks_of
 from tests.cli.test_fit import quick
 from tests.cli.test_one_line import one_error
 
@@ -96,6 +99,26 @@ def test_two_processes_train_once(
     assert len(list(tmp_path.rglob("version_*"))) == 1
     assert len(list(tmp_path.rglob("events.out.*"))) == 1
     assert trained()
+
+
+@pytest.mark.parametrize(("strategy", "deferred"), [("fsdp2", True), ("auto", False)])
+def test_a_command_that_will_shard_leaves_blocks_in_their_files(
+    strategy: str, deferred: bool, launched: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def look(self: AlignCLI, subcommand: str) -> None:
+        blocks = blocks_of(self.model.model)
+        named = [item for block in blocks for item in block.named_parameters()]
+        seen.extend(p.is_meta for name, p in named if "lora_" not in name)
+
+    monkeypatch.setattr(AlignCLI, "_run_subcommand", look)
+    status, err = launched({}, "--trainer.strategy", strategy)
+    assert status == 0, err
+    assert set(seen) == {deferred}
+    theirs = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    assert shards_blocks(theirs)
+    assert not shards_blocks("ddp")
 
 
 def machine(rank: int, port: int, launcher: str) -> tuple[list[str], dict[str, str]]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from alignkit import HHPreferenceDataModule, HHSFTDataModule
 from alignkit.callbacks import Checkpoint
-from alignkit.modules import DPOModule, SFTModule
+from alignkit.engine import blocks_of
+from alignkit.modules import DPOModule, SFTModule, sharding
+from alignkit.modules.strategy import ShardedStrategy
 from tests.modules.helpers import trainer
 
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -63,13 +68,31 @@ class Keep(L.Callback):
                 self.shared += same == getattr(mine, "_local_tensor", mine).data_ptr()
 
 
+def count_held_blocks(module: Any) -> list[float]:
+    """Count, whenever a block is sharded, how many are whole in this process; fills the list."""
+    counts: list[float] = []
+
+    def whole(block: Any) -> int:
+        return sum(
+            p.numel()
+            for name, p in block.named_parameters()
+            if "lora_" not in name and not p.is_meta and not isinstance(p, DTensor)
+        )
+
+    def shard(block: Any, **options: Any) -> None:
+        blocks = [b for model in sharding.models_of(module) for b in blocks_of(model)]
+        counts.append(sum(map(whole, blocks)) / whole(block))
+        fully_shard(block, **options)
+
+    sharding.fully_shard = shard  # type: ignore[assignment]
+    return counts
+
+
 def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
     kind, options, settings = CASES[case]
     ranks = RANKS
     if ranks > 1:
         os.environ["WORLD_SIZE"] = str(ranks)  # Lightning deletes it at the end of a run
-    torch.manual_seed(0)
-    module = kind(base, optimizer=adamw, schedule="linear", **options)
     source = HHPreferenceDataModule if kind is DPOModule else HHSFTDataModule
     # Small batches, so that one rank has more of them to validate on than the other.
     data = source(
@@ -79,13 +102,16 @@ def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
         tokens_per_batch=150,
         cache_dir=str(home / "cache"),
     )
+    # One kind of run asks for checkpoints without shards.
+    one_file = case == "full_dpo"
+    strategy = ShardedStrategy(save_distributed_checkpoint=False) if one_file else "fsdp2"
     keep = Keep()
     place = home / f"{case}-{ranks}{'-resumed' if resume else ''}"
     run = trainer(
         place,
         devices=ranks,
         accumulate_grad_batches=2 if ranks == 1 else 1,
-        strategy="fsdp2" if ranks > 1 else "auto",
+        strategy=strategy if ranks > 1 else "auto",
         max_epochs=2,
         callbacks=[
             Checkpoint(dirpath=str(place), every_n_train_steps=2, save_top_k=-1, save_last=True),
@@ -94,11 +120,18 @@ def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
         enable_checkpointing=True,
         **settings,
     )
+    torch.manual_seed(0)
+    with run.init_module() if ranks > 1 else nullcontext():
+        module = kind(base, optimizer=adamw, schedule="linear", **options)
+    held = count_held_blocks(module)
     run.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    state = run.strategy.lightning_module_state_dict()
+    state = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in run.strategy.lightning_module_state_dict().items()
+    }
     if run.is_global_zero:
         val = float(run.callback_metrics["val/loss"])
-        found = {"steps": keep.steps, "val": val, "shared": keep.shared}
+        found = {"steps": keep.steps, "val": val, "shared": keep.shared, "held": held}
         (place / "found.json").write_text(json.dumps(found))
         torch.save(state, place / "end.pt")
 

@@ -15,7 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from alignkit.models import shards
+from alignkit.models.archive import read_archive
 from alignkit.models.checkpoint import load_policy
+from alignkit.models.find import load_checkpoint
+from alignkit.modules import SFTModule
+from alignkit.tools.export import export
+from alignkit.utils.finite import nested_tensors
 from tests.distributed.sharded import CASES
 
 pytestmark = pytest.mark.slow
@@ -100,8 +106,47 @@ def test_the_reference_shares_the_policy_s_frozen_shards(home: tuple[Path, str])
     assert found["shared"] == one["shared"] > 0
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_process_never_holds_more_than_one_block_whole(case: str, home: tuple[Path, str]) -> None:
+    """Two blocks of the policy, and of the reference where there is one."""
+    found, _ = results(home[0], f"{case}-2")
+    assert found["held"] == [1.0] * (4 if "dpo" in case or case == "mixed" else 2)
+
+
+@pytest.mark.parametrize(("case", "divided"), [("lora", 0), ("full", 1), ("full_dpo", 0)])
+def test_checkpoints_of_whole_models_have_shards_unless_one_file_is_asked_for(
+    case: str, divided: int, home: tuple[Path, str]
+) -> None:
+    """Every file its own, those of the last one overwritten at each validation."""
+    files = list((home[0] / f"{case}-2").glob("*.ckpt"))
+    assert len(files) > 2
+    for file in files:
+        assert len(list(shards.home(file).glob("*"))) == divided
+        content = read_archive(file)
+        assert any(t.is_meta for t in content["state_dict"].values()) == bool(divided)
+    assert not list((home[0] / f"{case}-1").glob("*.shards"))
+
+
+def test_a_checkpoint_with_shards_is_written_into_one_file(
+    home: tuple[Path, str], tmp_path: Path
+) -> None:
+    source = home[0] / "full-2" / "last.ckpt"
+    export(str(source), str(tmp_path / "one"), to="checkpoint")
+    content, theirs = read_archive(tmp_path / "one" / "last.ckpt"), load_checkpoint(source)
+    assert content.keys() == theirs.keys()
+    tensors, others = (dict(nested_tensors(each)) for each in (content, theirs))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name])
+    moments = [name for name in tensors if name.endswith("exp_avg")]
+    assert len(moments) == len(content["state_dict"])
+    module = SFTModule.load_from_checkpoint(source)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, content["state_dict"][name])
+
+
 @pytest.mark.parametrize("case", ["lora", "full"])
-def test_a_checkpoint_is_one_file_that_every_command_and_any_number_of_ranks_reads(
+def test_a_checkpoint_is_read_by_every_command_and_by_any_number_of_ranks(
     case: str, home: tuple[Path, str]
 ) -> None:
     place, base = home
