@@ -28,7 +28,7 @@ def test_a_configuration_parses(
               "pairs.jsonl", "--print_config"])  # fmt: skip
     assert not stop.value.code
     trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
-    (part,) = yaml.safe_load(config)["trainer"].items()
+    part = yaml.safe_load(config)["trainer"].popitem()
     given, found = part[1], trainer[part[0]]
     for one, other in zip(*([each] if isinstance(each, dict) else each for each in (given, found)),
                           strict=False):  # fmt: skip

@@ -18,27 +18,27 @@ _CLOCK = 0.1  # seconds by which a file system's clock may be behind
 
 
 def closing_lines(
-    trainer: Trainer, log_dir: str | None, since: float, trained: bool = True
+    trainer: Trainer, folder: str | None, since: float, trained: bool = True
 ) -> Iterator[str]:
     """Yield lines about what a fit wrote, the next command and the curves.
 
     Args:
         trainer: The trainer, after training.
-        log_dir: Its ``log_dir``, which only all ranks together may ask for.
+        folder: As `logged_folder` returns it, which only all ranks together may ask for.
         since: When the fit began, in seconds since the epoch: older files are another run's.
         trained: Whether a step was left to train.
     """
     files = [Path(path) for path in _checkpoints(trainer)]
-    home = local_path(log_dir) if trainer.loggers and log_dir else None
+    home = local_path(folder) if folder else None
     files += [home / "config.yaml"] if home is not None else []
     folders: dict[Path, list[str]] = {}
     for file in files:
         known = folders.get(file.parent, ())
         if file.is_file() and file.stat().st_mtime > since - _CLOCK and file.name not in known:
             folders.setdefault(file.parent, []).append(file.name)
-    for folder, names in folders.items():
-        yield f"wrote {_shown(folder)}: {', '.join(names)}"
-    kept = next((folder for folder, names in folders.items() if _has_weights(names)), None)
+    for place, names in folders.items():
+        yield f"wrote {_shown(place)}: {', '.join(names)}"
+    kept = next((place for place, names in folders.items() if _has_weights(names)), None)
     if not trained:
         yield (
             f"nothing was left to train: the run is at step {trainer.global_step} already; give it "

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from alignkit.models.archive import local_path
+from alignkit.modules.runs import logged_folder
 from alignkit.utils.atomic import write_atomically
 
 
@@ -18,8 +19,8 @@ class SaveConfig(SaveConfigCallback):
 
     Lightning's own callback ends a second run in the same folder with an error. Here the second
     configuration is named ``config-v1.yaml``, as Lightning numbers checkpoints. Without a logger
-    the run has no folder of its own, and nothing is saved: Lightning would take the working folder,
-    among the user's own files.
+    that numbers runs this one has no folder of its own, and nothing is saved: Lightning would take
+    the working folder, among the user's own files.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -27,7 +28,7 @@ class SaveConfig(SaveConfigCallback):
         if self.already_saved or trainer.logger is None:
             return
         self.already_saved = True
-        folder = trainer.log_dir  # broadcast from rank 0, so every rank must read it
+        folder = logged_folder(trainer)
         if trainer.is_global_zero and folder is not None:
             self._save(folder)
 

@@ -189,6 +189,7 @@ def _default_flags(name: str, given: Namespace, out: str, gpu: bool) -> Iterator
         "trainer.gradient_clip_val": _CLIP,
         "trainer.log_every_n_steps": 1,
         "trainer.precision": "bf16-mixed" if gpu else "32-true",
+        "trainer.default_root_dir": out,  # for a logger that has no folder
         "trainer.logger": logger_at(out),
         "trainer.callbacks": json.dumps([checkpoint, *([final] if given.steps else [])]),
         "model.dtype": "bfloat16" if gpu and not given.full else "float32",

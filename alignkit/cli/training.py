@@ -25,7 +25,12 @@ from alignkit.models.find import find_checkpoint
 from alignkit.models.weights import deferred_blocks
 from alignkit.modules import AlignmentModule
 from alignkit.modules.precision import refuse_precision_name
-from alignkit.modules.runs import CHECKPOINT_NAMES, asked_checkpoint, discard_empty_folders
+from alignkit.modules.runs import (
+    CHECKPOINT_NAMES,
+    asked_checkpoint,
+    discard_empty_folders,
+    logged_folder,
+)
 from alignkit.utils.phases import is_quiet
 
 log = logging.getLogger(__name__)
@@ -166,7 +171,7 @@ class AlignCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Tell what was written and what to do next."""
-        folder = self.trainer.log_dir  # broadcast from rank 0, so every rank must read it
+        folder = logged_folder(self.trainer)
         if self.trainer.is_global_zero and not is_quiet():
             trained = self.trainer.global_step > self.model._steps_before
             for line in closing_lines(self.trainer, folder, self._began, trained):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from alignkit.engine import PackedBatch, response_lengths
+from alignkit.modules.losses_first import LossesFirst
 
 _STATS = ("examples", "truncated_frac")  # of the training split
 _FIRST = ("loss", "perplexity", "rewards/accuracies")  # of the paired charts
@@ -23,9 +23,9 @@ Plain = bool | int | float | str
 class Dashboard(Callback):
     """Write a run's settings to its loggers, and lay out TensorBoard's pages.
 
-    - SCALARS holds no ``epoch``, which TensorBoard's alphabet would put before every loss.
-    - HPARAMS holds model, optimizer, data and trainer settings beside the validation's last values,
-      instead of a made-up ``hp_metric``.
+    - TIME SERIES and SCALARS open on the losses of each stage, see `LossesFirst`.
+    - HPARAMS holds model, optimizer, data and trainer settings beside the last value of every
+      metric, instead of a made-up ``hp_metric``.
     - CUSTOM SCALARS draws training and validation of one quantity as one chart.
     - HISTOGRAMS holds the margins of each validation's pairs and the lengths of its answers, of
       rank 0's part.
@@ -42,8 +42,9 @@ class Dashboard(Callback):
         self._told = False
         for logger in _tensorboards(trainer):
             logger._default_hp_metric = False
-            if not isinstance(logger.log_metrics, partial):
-                logger.log_metrics = partial(_without_epoch, logger.log_metrics)  # type: ignore[method-assign]
+            before = logger.log_metrics
+            write = before.write if isinstance(before, LossesFirst) else before
+            logger.log_metrics = LossesFirst(write, stage_name(pl_module))  # type: ignore[method-assign]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the settings that Lightning leaves out: those of optimizer, data and trainer."""
@@ -84,16 +85,17 @@ class Dashboard(Callback):
             return
         self._told = True
         own = _flat({k: v for k, v in module.hparams_initial.items() if not k.startswith("_")})
-        parameters = {**own, **_extra(trainer, module)}
-        measured = [name for name in trainer.callback_metrics if name.startswith("val/")]
-        quantities = _losses_first(name.removeprefix("val/") for name in measured)
+        settings = _readable({**own, **_extra(trainer, module)})
+        stage = stage_name(module)
+        charts = paired_charts(stage, trainer.callback_metrics)
         for logger in _tensorboards(trainer):
-            results = dict.fromkeys(["train/loss", *measured], 0.0)
-            for summary in hparams_summaries(parameters, results):  # type: ignore[no-untyped-call]
-                # The page looks up the values of these tags; a value here would be one more point.
+            # Without a list of this run's columns: TensorBoard would take the first run's for all
+            # runs of a folder. Where there is none it makes one of everything that they have.
+            _, start, end = hparams_summaries(settings, {})  # type: ignore[no-untyped-call]
+            for summary in (start, end):
                 logger.experiment._get_file_writer().add_summary(summary)
-            if quantities:
-                logger.experiment.add_custom_scalars({"training and validation": quantities})
+            if charts:
+                logger.experiment.add_custom_scalars({f"{stage}: training and validation": charts})
 
 
 def _extra(trainer: Trainer, module: LightningModule) -> dict[str, Plain]:
@@ -141,15 +143,36 @@ def _is_setting(name: str, value: Any) -> bool:
     return given and not name.startswith(("_", "prepare_data", "allow_"))
 
 
-def _losses_first(quantities: Iterable[str]) -> dict[str, list[Any]]:
-    ordered = sorted(quantities, key=lambda name: (name not in _FIRST, name))
-    return {name: ["Multiline", [f"^train/{name}$", f"^val/{name}$"]] for name in ordered}
+def paired_charts(stage: str, names: Iterable[str]) -> dict[str, list[Any]]:
+    """Return the charts of CUSTOM SCALARS, as `SummaryWriter.add_custom_scalars` takes them.
+
+    Losses come first, then what both training and validation measure, then the rest.
+
+    Example:
+        >>> list(paired_charts("DPO", ["train/kl", "val/kl", "val/displacement", "val/loss"]))
+        ['loss', 'kl', 'displacement']
+
+    Args:
+        stage: As `stage_name` returns it.
+        names: Those of all metrics.
+    """
+    names = set(names)
+    measured = {name.removeprefix("val/") for name in names if name.startswith("val/")}
+    ordered = sorted(measured, key=lambda n: (n not in _FIRST, f"train/{n}" not in names, n))
+    tags = {name: (f"^train/{name}$", f"^val/{name}$") for name in ordered}
+    if "loss" in tags:
+        tags["loss"] = (f"^loss/{stage}/train$", f"^loss/{stage}/val$")
+    return {name: ["Multiline", list(pair)] for name, pair in tags.items()}
 
 
-def _without_epoch(
-    log: Callable[..., None], metrics: Mapping[str, Any], step: int | None = None
-) -> None:
-    log({name: value for name, value in metrics.items() if name != "epoch"}, step)
+def stage_name(module: LightningModule) -> str:
+    """Return the name of a module's stage, such as ``DPO``."""
+    return type(module).__name__.removesuffix("Module")
+
+
+def _readable(settings: Mapping[str, Plain]) -> dict[str, Plain]:
+    """Return settings in which a switch is a word: HPARAMS shows one as 0.0000 otherwise."""
+    return {name: str(v) if isinstance(v, bool) else v for name, v in settings.items()}
 
 
 def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:

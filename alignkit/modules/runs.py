@@ -85,6 +85,18 @@ def run_folder(trainer: Trainer) -> str:
     return os.path.join(root, "version_0") if place is None else str(_new_folder(place))
 
 
+def logged_folder(trainer: Trainer) -> str | None:
+    """Return the folder of this run if a logger numbers it; every rank must call it.
+
+    Lightning's ``trainer.log_dir`` is the folder of all runs for a logger other than TensorBoard's
+    and CSV's, and nothing for MLflow's.
+    """
+    folder = None
+    if trainer.is_global_zero and trainer.logger is not None and trainer.logger.version is not None:
+        folder = run_folder(trainer)
+    return trainer.strategy.broadcast(folder)
+
+
 def runs_folder(trainer: Trainer) -> str:
     """Return the folder that holds the folders of this run and of earlier ones."""
     logger = trainer.logger

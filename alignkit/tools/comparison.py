@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html as htmllib
-import re
 from dataclasses import asdict, dataclass, field
 from math import isnan
 from typing import Any
@@ -13,6 +11,7 @@ from rich.table import Table
 from alignkit.tools.generate.gauges import Gauges
 from alignkit.tools.generate.request import printable
 from alignkit.tools.judge.rating import Rating, share
+from alignkit.tools.markdown import markdown_cell, markdown_table
 
 
 @dataclass
@@ -48,13 +47,10 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Return a Markdown table with a row a prompt and a column a model, and the failures."""
-        header = ["Prompt", *self.answers]
-        rows = [[_markdown_cell(text) for text in row] for row in (header, *self._rows())]
-        rows.insert(1, ["---"] * len(header))
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines += [f"\n{_markdown_cell(f'{name}: {v}')}" for name, v in self.verdicts().items()]
+        lines = [markdown_table(["Prompt", *self.answers], self._rows())]
+        lines += [f"\n{markdown_cell(f'{name}: {v}')}" for name, v in self.verdicts().items()]
         lines += [
-            f"\n{_markdown_cell(name)} failed: {_markdown_cell(why)}"
+            f"\n{markdown_cell(name)} failed: {markdown_cell(why)}"
             for name, why in self.failures.items()
         ]
         return "\n".join(lines) + "\n"
@@ -105,9 +101,3 @@ class Comparison:
 def _values(numbers: Gauges | Rating) -> dict[str, float | None]:
     """Return numbers by name; one that is not defined, as a single answer's error, is ``None``."""
     return {k: None if isnan(value) else value for k, value in numbers._asdict().items()}
-
-
-def _markdown_cell(text: str) -> str:
-    """Return a Markdown table cell that shows exactly the text."""
-    escaped = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", htmllib.escape(text, quote=False))
-    return escaped.replace("\r", "").replace("\n", "<br>")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,6 +18,7 @@ from alignkit.tools.generate.gauges import Gauges
 from alignkit.tools.generate.prompts import Question, gather_prompts, shown
 from alignkit.tools.generate.request import answer_questions
 from alignkit.tools.generate.sampling import Sampling
+from alignkit.tools.markdown import markdown_table
 
 log = logging.getLogger(__name__)
 
@@ -130,23 +130,11 @@ class SampleAnswers(Callback):
                 pass
         gauges = {f"samples/{name}": value for name, value in Gauges.of(heard)._asdict().items()}
         rows = [[shown(q), a.text] for q, a in zip(self.questions, heard, strict=True)]
+        table = markdown_table(["Prompt", "Answer"], [[q, a or "(empty)"] for q, a in rows])
         for logger in trainer.loggers:
             logger.log_metrics(gauges, step)
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", _markdown(rows), step)
+                logger.experiment.add_text("samples", table, step)
             elif (log_text := getattr(logger, "log_text", None)) is not None:
                 log_text("samples", columns=["prompt", "answer"], data=rows, step=step)
         module.window.restart_clock()
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return the text of a TensorBoard page that shows prompts and answers as they are."""
-    return "\n\n---\n\n".join(
-        f"**Prompt**\n\n{_quoted(prompt)}\n\n**Answer**\n\n{_quoted(answer)}"
-        for prompt, answer in rows
-    )
-
-
-def _quoted(text: str) -> str:
-    """Return a text as an indented block, in which Markdown has no meaning."""
-    return "\n".join(f"    {line}" for line in (text or "(empty)").split("\n"))

@@ -35,8 +35,16 @@ def dpo(alignkit: Callable, model_dir: Callable, hh: Path, text: Path) -> Path:
 def test_tensorboard(dpo: Path) -> None:
     accumulator = EventAccumulator(str(dpo), size_guidance={"scalars": 0}).Reload()
     scalars = accumulator.Tags()["scalars"]
-    assert "train/loss" in scalars
-    assert {tag.partition("/")[0] for tag in scalars} == {"train", "val"}
+    assert {"train/loss", "val/loss"} <= set(scalars)
+    assert sorted(scalars)[:2] == ["loss/DPO/train", "loss/DPO/val"], "what TensorBoard opens on"
+    for split in ("train", "val"):
+        copied, loss = (
+            [(point.step, point.value) for point in accumulator.Scalars(tag)]
+            for tag in (f"loss/DPO/{split}", f"{split}/loss")
+        )
+        assert copied == loss
+    assert {tag.partition("/")[0] for tag in scalars} == {"loss", "train", "val"}
+    assert not [tag for tag in scalars if tag.endswith("_epoch")], "one point is no curve"
     assert "train/peak_memory_gib" in scalars
     drawn = {tag: accumulator.Histograms(tag)[-1] for tag in accumulator.Tags()["histograms"]}
     assert drawn.keys() == {"val/margins", "val/answer_tokens"}
@@ -56,19 +64,38 @@ def test_tensorboard(dpo: Path) -> None:
     assert start["lora/r"].number_value == 8
     assert {"data/path", "base", "trainer/precision"} <= held.keys()
     assert any(name.startswith("loss") and "beta" in name for name in held), held
-    experiment = plugin_data_pb2.HParamsPluginData.FromString(
-        plugin(accumulator, "_hparams_/experiment", "hparams")
-    ).experiment
-    shown = {info.name.tag for info in experiment.metric_infos}
-    assert {"train/loss", "val/loss", "val/rewards/accuracies"} <= shown
-    assert shown <= set(scalars)  # so that the page finds each one's last value
+    assert start["activation_checkpointing"].string_value == "False"
+    assert "_hparams_/experiment" not in accumulator.Tags()["tensors"], (
+        "TensorBoard would take this run's columns for those of every run"
+    )
 
     layout = layout_pb2.Layout()
     (packed,) = accumulator.Tensors("custom_scalars__config__")
     layout.ParseFromString(packed.tensor_proto.string_val[0])
     charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-    assert charts["loss"] == ["^train/loss$", "^val/loss$"]
-    assert {"rewards/margins", "rewards/accuracies"} <= charts.keys()
+    assert layout.category[0].title == "DPO: training and validation"
+    assert charts["loss"] == ["^loss/DPO/train$", "^loss/DPO/val$"]
+    assert charts["rewards/margins"] == ["^train/rewards/margins$", "^val/rewards/margins$"]
+    assert [*charts][:2] == ["loss", "rewards/accuracies"]
+    assert [*charts].index("rewards/margins") < [*charts].index("accuracy_se"), "pairs, then gauges"
+
+
+def test_means_over_epochs_are_a_curve(
+    alignkit: Callable, model_dir: Callable, hh: Path, text: Path
+) -> None:
+    """From the second epoch on, with the first one's mean at its own step."""
+    status, _, err = alignkit(
+        *quick("demo/sft.yaml", model_dir, hh, text),
+        *("--trainer.max_steps", -1, "--trainer.max_epochs", 3),
+        *("--trainer.val_check_interval", 1.0, "--trainer.check_val_every_n_epoch", 1),
+    )
+    assert status == 0, err
+    accumulator = EventAccumulator("runs/demo/sft/version_0", size_guidance={"scalars": 0}).Reload()
+    means = accumulator.Scalars("train/loss_epoch")
+    assert len({point.step for point in means}) == 3
+    losses = {point.step for point in accumulator.Scalars("train/loss")}
+    assert {point.step for point in means} <= losses
+    assert accumulator.Scalars("loss/SFT/train")
 
 
 def test_the_settings_are_in_hparams_yaml(dpo: Path) -> None:

@@ -193,7 +193,8 @@ def test_calls_are_calls() -> None:
 REFUSED: list[tuple[Any, Row, str]] = [
     # What it is nearest to, what is missing, and how to name it.
     (sft_sides, {"problem": "q", "generated_solution": "a", "expected_answer": "4"},
-     r"no `answer` .* to be read as questions with answers; .*--data.columns '{\"answer\": \"…\"}'"),
+     r"no `answer` .* to be read as questions with answers; .*--data.columns '{\"answer\": \"…\"}' "
+     r"\(--columns of audit and judge\)"),
     (sft_sides, {"prompt": "q", "output": "a"},
      r"no `completion` .*prompts with completions; .*--data.columns '{\"completion\""),
     (preference_sides, {"prompt": "q", "response_a": "a", "response_b": "b", "preference": "A"},

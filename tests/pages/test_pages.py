@@ -7,7 +7,7 @@ import http.server
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,6 @@ from alignkit.tools.compare import compare
 from alignkit.tools.report import report
 from tests.pages.browser import Seen, look
 
-pytest.importorskip(
-    "PyQt6.QtWebEngineCore", reason="the extra browser is not installed", exc_type=ImportError
-)
 ROOT = Path(__file__).parents[2]
 WIDTHS = (1280, 390)
 """A laptop's window and a phone's."""
@@ -48,27 +45,27 @@ def compared(moved_models: dict[str, str], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_compare(compared: Path, tmp_path: Path, width: int) -> None:
-    seen = look(compared.as_uri(), tmp_path / "compare.png", width)
+def test_compare(compared: Path, screenshot: Callable[[str], Path], width: int) -> None:
+    seen = look(compared.as_uri(), screenshot("compare"), width)
     check(seen)
     assert "Who are <b>you</b>?" in seen.text and "dpo" in seen.text
     assert "at equal length" in seen.text
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_report(tmp_path: Path, width: int) -> None:
+def test_report(tmp_path: Path, screenshot: Callable[[str], Path], width: int) -> None:
     for name, count in (("sft", 40), ("dpo", 1)):
         with SummaryWriter(str(tmp_path / name / "version_0")) as writer:
             for step in range(count):
                 writer.add_scalar("train/loss", 3 / (step + 1), step)
     folder = report([str(tmp_path / "sft"), str(tmp_path / "dpo")], str(tmp_path / "out"))
-    seen = look((folder / "index.html").as_uri(), tmp_path / "report.png", width)
+    seen = look((folder / "index.html").as_uri(), screenshot("report"), width)
     check(seen)
     assert "sft" in seen.text and "dpo" in seen.text
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_audit(tmp_path: Path, width: int) -> None:
+def test_audit(tmp_path: Path, screenshot: Callable[[str], Path], width: int) -> None:
     rows = [
         f'{{"prompt": "Question {n} <i>?", "chosen": "Yes {"because " * n}", "rejected": "No"}}'
         for n in range(30)
@@ -76,7 +73,7 @@ def test_audit(tmp_path: Path, width: int) -> None:
     (tmp_path / "pairs.jsonl").write_text("\n".join([*rows, "{broken", '{"prompt": "' + "y" * 400]))
     page = tmp_path / "audit.html"
     audit(str(tmp_path / "pairs.jsonl"), html=str(page))
-    seen = look(page.as_uri(), tmp_path / "audit.png", width)
+    seen = look(page.as_uri(), screenshot("audit"), width)
     check(seen)
     assert "pairs.jsonl" in seen.text and "bad" in seen.text
 
@@ -104,7 +101,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["", "quickstart/", "objectives/", "results/", "reference/"])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_site(site: str, tmp_path: Path, page: str, width: int) -> None:
-    seen = look(f"{site}/{page}", tmp_path / "page.png", width)
+def test_site(site: str, screenshot: Callable[[str], Path], page: str, width: int) -> None:
+    seen = look(f"{site}/{page}", screenshot(f"site_{page.strip('/')}"), width)
     check(seen)
     assert "alignkit" in seen.text

@@ -191,7 +191,7 @@ def test_markdown_shows_the_text_and_nothing_else() -> None:
     comparison = Comparison(["a|b"], {"m": ["x\n<b>*y*</b> $1$ `z`"]})
     assert comparison.to_markdown() == (
         "| Prompt | m |\n| --- | --- |\n"
-        "| a\\|b | x<br>&lt;b&gt;\\*y\\*&lt;/b&gt; \\$1\\$ \\`z\\` |\n"
+        "| a\\|b | x<br>&lt;b&gt;\\*y\\*&lt;/b&gt; &#36;1&#36; \\`z\\` |\n"
     )
 
 

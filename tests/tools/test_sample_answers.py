@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,14 +45,17 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return dict(torch.load(path, weights_only=True)["state_dict"])
 
 
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated")  # in TensorBoard
 def test_answers_are_logged_and_training_is_the_same(
     model_dir: Callable,
     pairs: Path,
     tmp_path: Path,
 ) -> None:
+    from tensorboard.plugin_util import markdown_to_safe_html
+
     base = model_dir("llama")
     more = ["--trainer.callbacks+=alignkit.SampleAnswers", "--trainer.callbacks.prompts",
-            '["Why is *the* sky blue?", "How?"]', "--trainer.callbacks.max_new_tokens", 5,
+            '["Why is *the* sky ~blue~ | $2$?", "How?"]', "--trainer.callbacks.max_new_tokens", 5,
             "--trainer.callbacks.temperature", 1]  # fmt: skip
     plain, asked = fit(base, pairs, "plain"), fit(base, pairs, "asked", *more)
     without, found = weights(plain), weights(asked)
@@ -66,8 +70,9 @@ def test_answers_are_logged_and_training_is_the_same(
     texts = [each.tensor_proto.string_val[0].decode() for each in
              events.Tensors("samples/text_summary")]  # fmt: skip
     assert len(texts) == 2
-    assert "    Why is *the* sky blue?" in texts[0], "shown as it is, not as Markdown"
-    assert texts[0].count("**Answer**") == 2
+    shown = html.unescape(markdown_to_safe_html(texts[0]))
+    assert "<td>Why is *the* sky ~blue~ | $2$?</td>" in shown, "as it is, not as Markdown"
+    assert shown.count("<td>") == 4 and "<pre>" not in shown, "long answers are wrapped"
     assert texts[0] != texts[1], "the model has moved"
     assert "samples/text_summary" not in EventAccumulator(str(plain)).Reload().Tags()["tensors"]
 

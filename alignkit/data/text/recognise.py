@@ -188,7 +188,7 @@ def _missing(row: Columns, shapes: tuple[Shape, ...]) -> str:
     if not there.isdisjoint(TEXT_COLUMNS):
         return f"{told}; as a document it is for a text data module"
     example = ", ".join(f'"{name}": "…"' for name in nearest.needs if name not in there)
-    return f"{told}; data.columns may name others: --data.columns '{{{example}}}'"
+    return f"{told}; name yours by --data.columns '{{{example}}}' (--columns of audit and judge)"
 
 
 def _elsewhere(row: Columns, shapes: tuple[Shape, ...], kind: str) -> str:
