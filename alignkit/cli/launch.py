@@ -115,7 +115,7 @@ def check_processes(trainer: Trainer) -> None:
         # Lightning starts the other processes of a machine, so one on each machine is right.
         expected = trainer.num_nodes
         started, told_by = _external_processes(total) or (expected, "")
-        _check_rendezvous(trainer.num_nodes)
+        _check_rendezvous(trainer.num_nodes, environment.node_rank())
     if started != expected:
         raise AlignkitError(
             f"trainer.devices={trainer.num_devices} on trainer.num_nodes={trainer.num_nodes} makes "
@@ -197,8 +197,14 @@ def _external_processes(total: int) -> tuple[int, str] | None:
     return None
 
 
-def _check_rendezvous(nodes: int) -> None:
-    """Refuse several machines without a common address to connect at."""
+def _check_rendezvous(nodes: int, node: int) -> None:
+    """Refuse several machines without a common address, or one beyond the trainer's number."""
+    if node >= nodes:
+        name = "NODE_RANK" if os.environ.get("NODE_RANK") else "GROUP_RANK"
+        raise AlignkitError(
+            f"{name}={node} with trainer.num_nodes={nodes}: this machine would train the run by "
+            f"itself; give trainer.num_nodes the number of machines, or unset {name}"
+        )
     wanted = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     missing = [name for name in wanted if not os.environ.get(name)]
     if nodes > 1 and missing:

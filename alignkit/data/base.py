@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.deal.samplers import TokenBudgetBatchSampler
 from alignkit.data.deal.workers import start_worker
+from alignkit.data.encode.workers import workers_for
 from alignkit.data.keep.cache import cache_root
 from alignkit.data.keep.position import SETTINGS, Plan
 from alignkit.data.keep.splits import RowEncoder, open_splits
@@ -54,6 +55,7 @@ class AlignmentDataModule(LightningDataModule):
             path has no split for either.
         seed: Seeds that share and every epoch's order.
         num_workers: Processes that collate ahead of the step.
+        num_proc: Processes that encode what is not cached; any number makes the same files.
         cache_dir: Where encoded sets are kept; default ``$ALIGNKIT_CACHE`` or
             ``~/.cache/alignkit``.
         max_train_examples: Use only the first ones of each training source.
@@ -82,6 +84,7 @@ class AlignmentDataModule(LightningDataModule):
         val_fraction: float = 0.05,
         seed: int = 0,
         num_workers: int = 0,
+        num_proc: int = 1,
         cache_dir: str | None = None,
         max_train_examples: int | None = None,
         max_val_examples: int | None = None,
@@ -89,8 +92,9 @@ class AlignmentDataModule(LightningDataModule):
         super().__init__()
         if not 0 < val_fraction < 1:
             raise AlignkitError(f"data.val_fraction={val_fraction}: give a share between 0 and 1")
-        if num_workers < 0:
-            raise AlignkitError(f"data.num_workers={num_workers}: must be 0 or more")
+        for name, count, least in (("num_workers", num_workers, 0), ("num_proc", num_proc, 1)):
+            if count < least:
+                raise AlignkitError(f"data.{name}={count}: must be {least} or more")
         self.tokenizer = str(tokenizer)
         self.path = path
         parse_splits(splits)  # refuses what it cannot read, before any work
@@ -100,6 +104,7 @@ class AlignmentDataModule(LightningDataModule):
         self.val_fraction = val_fraction
         self.seed = seed
         self.num_workers = num_workers
+        self.num_proc = num_proc
         self.max_train_examples = max_train_examples
         self.max_val_examples = max_val_examples
         self.stats: dict[str, float] = {}
@@ -267,25 +272,26 @@ class AlignmentDataModule(LightningDataModule):
         self.setup()
         if split not in self._sets:
             places = [] if self.splits else weights_of(self.path)
-            others = [told for place in places if (told := not_read(place))]
-            told = "; ".join([f"data.path {self.path}: it has no {split} split", *others])
-            raise AlignkitError(told)
+            others = filter(None, map(not_read, places))
+            raise AlignkitError("; ".join([f"data.path {self.path}: no {split} split", *others]))
         return self._sets[split]
 
     def _load(self) -> None:
-        tokenizer = self._loaded = load_tokenizer(self.tokenizer)
-        opened = open_splits(
-            self.path,
-            self.find_splits,
-            self.row_encoder(tokenizer),
-            cache=self._cache,
-            val_fraction=self.val_fraction,
-            seed=self.seed,
-            max_train_examples=self.max_train_examples,
-            max_val_examples=self.max_val_examples,
-            announce=self._rank == 0,
-            named=self.splits is not None,
-        )
+        self._loaded = tokenizer = load_tokenizer(self.tokenizer)
+        with workers_for(encoder := self.row_encoder(tokenizer), self.num_proc) as workers:
+            opened = open_splits(
+                self.path,
+                self.find_splits,
+                encoder,
+                cache=self._cache,
+                val_fraction=self.val_fraction,
+                seed=self.seed,
+                max_train_examples=self.max_train_examples,
+                max_val_examples=self.max_val_examples,
+                announce=self._rank == 0,
+                named=self.splits is not None,
+                workers=workers,
+            )
         self._sets, self._quotas, self.stats = opened.sets, opened.quotas, opened.stats
         self.text_format = opened.text_format
         settings = {**opened.content[SETTINGS], "splits": self.splits}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, MutableMapping
+from inspect import signature
 from typing import Any, Literal, Self
 
 from lightning.pytorch import Callback
@@ -159,10 +160,8 @@ class AlignmentModule(TrainerSupport):
                 quantize=quantize, residual=residual, embeddings=rows,
             )  # fmt: skip
         self._keep_hyperparameter("lora", self.lora)  # what "auto" came to
-        resized = rows_before(self.model) is not None
-        self._keep_hyperparameter(
-            "resize_embeddings", embedding_size(self.model) if resized else False
-        )
+        rows = embedding_size(self.model) if rows_before(self.model) is not None else False
+        self._keep_hyperparameter("resize_embeddings", rows)
         if activation_checkpointing:
             checkpoint_activations(self.model)
         with phase(f"checking how {base} is scored"):
@@ -207,12 +206,11 @@ class AlignmentModule(TrainerSupport):
         layers = adapter_layers(self.model).values()
         adapters = sum(p.numel() for layer in layers for p in layer.adapters.parameters())
         total = base_parameter_count(self.model) + adapters
-        lightened = getattr(self.model, "lightened", "no norms or MLPs lightened")
         if self.trainer.is_global_zero:
             log.info(
                 "%s: training %s of %s parameters (%.2f%%); %s",
                 type(self).__name__, f"{trainable:,}", f"{total:,}", 100 * trainable / total,
-                lightened,
+                getattr(self.model, "lightened", "no norms or MLPs lightened"),
             )  # fmt: skip
 
     # Optimizer ------------------------------------------------------------------------------
@@ -281,3 +279,8 @@ class AlignmentModule(TrainerSupport):
         for kept in (self.hparams, self._hparams_initial):  # type: ignore[assignment]
             # Adapter configurations and losses are kept as plain values.
             kept[name] = value.to_dict() if hasattr(value, "to_dict") else value
+
+
+# Spawned ranks get the module by pickle, which finds a function by its name in its module.
+default_optimizer = signature(AlignmentModule).parameters["optimizer"].default
+default_optimizer.__qualname__ = "default_optimizer"

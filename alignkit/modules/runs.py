@@ -38,7 +38,8 @@ def claim_run_folder(trainer: Trainer) -> None:
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
         return
     taken = None
-    while is_first_rank() and (folder := local_path(logger.log_dir)) not in (None, taken):
+    # The trainer's own word: a machine whose number is all it has in its environment has no rank.
+    while trainer.is_global_zero and (folder := local_path(logger.log_dir)) not in (None, taken):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:  # another run was quicker
@@ -51,7 +52,7 @@ def claim_run_folder(trainer: Trainer) -> None:
 
 def discard_empty_folders(trainer: Trainer) -> None:
     """Remove the folders that a failed run has made for itself and written nothing to."""
-    if not is_first_rank():
+    if not trainer.is_global_zero:
         return
     keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     logger = trainer.logger

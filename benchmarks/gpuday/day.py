@@ -82,7 +82,7 @@ FULL = Sizes(
     repeats=10,
 )
 TINY = Sizes(
-    contests=(("dpo", "tiny-gpt2-shape"), ("lm", "tiny-gpt2-shape")),
+    contests=tuple((task, "tiny-gpt2-shape") for task in ("dpo", "sft", "lm")),
     per_step=4,
     steps=1,
     rounds=1,

@@ -47,11 +47,12 @@ def test_steps_beside_the_peers(gpu_day: Day) -> None:
     code, figures = gpu_day("--tiny", "--parts", "steps")
     found = named(figures, "steps")
     assert code == 0, found
-    for name in ("tiny-gpt2-shape dpo", "tiny-gpt2-shape lm"):
+    for name in (f"tiny-gpt2-shape {task}" for task in ("dpo", "sft", "lm")):
         assert found[f"{name}: whole"] and isinstance(found[f"{name}: parity"], bool)
         assert found[f"{name}: alignkit: peak above the model"] > 0
         assert found[f"{name}: alignkit: MFU of useful tokens"] > 0
     assert found["tiny-gpt2-shape dpo: speed_vs_trl"] > 0
+    assert found["tiny-gpt2-shape sft: speed_vs_trl"] > 0
     assert found["tiny-gpt2-shape lm: step_vs_peft"] > 0
     assert set(figures[0]) == {
         "part", "name", "value", "unit", "settings", "device", "tiny", "versions", "at",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from alignkit.cli import main
+from tests.cli.test_fit import quick
 
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 WORDS = ["bread", "tea", "salt", "rain", "wood", "iron", "glass", "paper", "cloth", "sand"]
 
 
@@ -69,5 +73,29 @@ def alignkit(
             status = int(stop.code or 0)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def command(
+    workplace: Path, model_dir: Callable, hh: Path, text: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one step of SFT as a process of its own."""
+
+    def run(
+        start: list[str],
+        *changes: object,
+        environment: Mapping[str, str] | None = None,
+        shell: str = "",
+    ) -> subprocess.CompletedProcess[str]:
+        arguments = [*start, *quick("demo/sft.yaml", model_dir, hh, text, 1), *changes]
+        known = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
+        known |= {"OMP_NUM_THREADS": "1", **(environment or {})}
+        if shell:
+            arguments = ["bash", "-c", f'set -o pipefail; "$@" {shell}', "bash", *arguments]
+        return subprocess.run(
+            [str(a) for a in arguments], capture_output=True, text=True, timeout=300, env=known
+        )
 
     return run

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,31 +22,6 @@ MODULE = [sys.executable, "-m", "alignkit"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 TORCHRUN += ["-m", "alignkit"]
 CODE = [sys.executable, "-c", "import sys; from alignkit.cli import main; sys.exit(main())"]
-LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-
-
-@pytest.fixture
-def command(
-    workplace: Path, model_dir: Callable, hh: Path, text: Path
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run one step of SFT as a process of its own."""
-
-    def run(
-        start: list[str],
-        *changes: object,
-        environment: Mapping[str, str] | None = None,
-        shell: str = "",
-    ) -> subprocess.CompletedProcess[str]:
-        arguments = [*start, *quick("demo/sft.yaml", model_dir, hh, text, 1), *changes]
-        known = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
-        known |= {"OMP_NUM_THREADS": "1", **(environment or {})}
-        if shell:
-            arguments = ["bash", "-c", f'set -o pipefail; "$@" {shell}', "bash", *arguments]
-        return subprocess.run(
-            [str(a) for a in arguments], capture_output=True, text=True, timeout=300, env=known
-        )
-
-    return run
 
 
 @pytest.fixture
@@ -121,46 +92,6 @@ def test_a_command_that_will_shard_leaves_blocks_in_their_files(
     assert not shards_blocks("ddp")
 
 
-def machine(rank: int, port: int, launcher: str) -> tuple[list[str], dict[str, str]]:
-    """One of two machines with a process each: what is started there, and in which environment."""
-    if launcher == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank"]
-        start += [str(rank), "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
-        return [*start, "--master_port", str(port), "-m", "alignkit"], {}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if launcher == "srun":
-        slurm = SLURM | {
-            "SLURM_NNODES": "2",
-            "SLURM_NTASKS_PER_NODE": "1",
-            "SLURM_JOB_NUM_NODES": "2",
-        }
-        slurm |= {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank)}
-        return SCRIPT, address | slurm
-    return SCRIPT, address | {"NODE_RANK": str(rank)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
-def test_two_machines_train_once(launcher: str, command: Callable, tmp_path: Path) -> None:
-    """Two starts on this machine, as many as two machines of one device would have."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def start(rank: int) -> subprocess.CompletedProcess[str]:
-        arguments, environment = machine(rank, port, launcher)
-        nodes = ["--trainer.num_nodes", 2, "--trainer.devices", 1]
-        done: subprocess.CompletedProcess[str] = command(arguments, *nodes, environment=environment)
-        return done
-
-    with ThreadPoolExecutor(2) as pool:
-        ended = list(pool.map(start, range(2)))
-    assert [done.returncode for done in ended] == [0, 0], "".join(done.stderr for done in ended)
-    assert len(list(tmp_path.rglob("version_*"))) == 1
-    assert len(list(tmp_path.rglob("events.out.*"))) == 1
-    assert trained()
-
-
 @pytest.mark.slow
 def test_torchrun_does_not_train_twice(command: Callable, tmp_path: Path) -> None:
     done = command(TORCHRUN, "--trainer.devices", 1)
@@ -191,6 +122,8 @@ SLURM |= {"SLURM_NODEID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"
         ({"OMPI_COMM_WORLD_SIZE": "2"}, 1, "OMPI_COMM_WORLD_SIZE"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, 2, "OMPI_COMM_WORLD_SIZE"),
         ({"PMI_SIZE": "4"}, 1, "PMI_SIZE"),
+        ({"NODE_RANK": "1"}, 1, "NODE_RANK=1 with trainer.num_nodes=1"),
+        ({"GROUP_RANK": "1"}, 1, "GROUP_RANK=1 with trainer.num_nodes=1"),
     ],
 )
 def test_a_launcher_that_disagrees_is_refused(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.read.rows import Source
 from alignkit.data.text.defects import Dropped, Judge, Policies, Tally, choices, defects
-from alignkit.data.text.shapes import preference_sides
+from alignkit.data.text.shapes import preference_sides, sft_sides
 from alignkit.errors import AlignkitError
+from alignkit.models.load import load_tokenizer
 
 Q = "\n\nHuman: q\n\nAssistant:"
 ROWS: dict[str, Any] = {
@@ -103,11 +107,26 @@ def test_an_answer_emptied_by_repair_counts_as_empty() -> None:
 def test_repeated_prompts_keep_the_first() -> None:
     tally = Tally()
     judge = Judge("rows.jsonl", Policies(repeated_prompts="drop"), tally)
-    sides = preference_sides({"chosen": f"{Q} a", "rejected": f"{Q} b"})
-    judge.settle(sides, 1)
-    with pytest.raises(Dropped):
-        judge.settle(sides, 2)
-    assert tally.lines["repeated_prompts"] == [2]
+    assert [judge.is_repeated(judge.key(Q), line) for line in (1, 2)] == [False, True]
+    assert tally.lines == {"repeated_prompts": [2], "dropped": [2]}
+    assert not judge.is_repeated(judge.key(f"{Q} b"), 3)
+
+
+def test_a_prompt_repeats_no_row_that_was_dropped(tmp_path: Path, tokenizer_dir: Path) -> None:
+    """The only row of a prompt must not go because one before it had too long an answer."""
+    rows = [{"chosen": f"{Q} a{' b' * 90}"}, {"chosen": f"{Q} a"}, {"chosen": f"{Q} c"}]
+    policies = Policies(repeated_prompts="drop")
+    encoder = DialogueEncoder(
+        load_tokenizer(str(tokenizer_dir)), sft_sides, max_length=60, policies=policies
+    )
+    source = Source("rows.jsonl", "0", lambda: iter(enumerate(rows, start=1)))
+    tally = Tally()
+    kept = [draft.line for draft in encoder.drafts(source, tally)]
+    assert kept == [2]
+    assert tally.lines == {
+        "rows": [1, 2, 3], "too_long": [1], "repeated_prompts": [3], "dropped": [1, 3],
+        "examples": [2],
+    }  # fmt: skip
 
 
 def test_an_unknown_policy_lists_the_choices() -> None:

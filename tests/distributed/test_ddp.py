@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_gradients_of_two_uneven_ranks_equal_one_big_batch(
         torch.testing.assert_close(value, expected_value, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(end["metrics"]["train/loss"].item(), losses[-1], rtol=1e-5, atol=0)
     assert end["metrics"]["val/perplexity"] > 1
+
+
+def test_a_module_with_its_own_optimizer_reaches_spawned_ranks(model_dir: Callable) -> None:
+    """They get it by pickle, to which a function of no name is nothing."""
+    module = SFTModule(str(model_dir("gpt2")))
+    again = pickle.loads(pickle.dumps(module))
+    assert again.optimizer is module.optimizer
+    (group,) = again.optimizer(again.parameters()).param_groups
+    assert (group["lr"], group["weight_decay"]) == (2e-4, 0.0)
 
 
 def test_dpo_reference_stays_out_of_ddp(model_dir: Callable, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def run(
     return fit
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (4, 3)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (4, 3), (1, 2)])
 def test_a_fixed_number_of_examples_trains_the_same_model(
     run: Callable[..., Any], before: int, after: int, tmp_path: Path
 ) -> None:
@@ -105,19 +105,21 @@ def test_a_fixed_number_of_examples_trains_the_same_model(
         torch.testing.assert_close(resumed["state"][name], value, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_token_budget_shows_the_rest_once_and_its_schedule_ends_with_it(
-    run: Callable[..., Any], tmp_path: Path
+    run: Callable[..., Any], before: int, after: int, tmp_path: Path
 ) -> None:
     """On one rank an epoch has about twice the steps that it has on two."""
     options = {"tokens_per_batch": 60}
-    whole, seen = run(2, options)
-    resumed, rest = run(1, options, resume=tmp_path / "2-False" / f"step={SAVED}.ckpt")
+    whole, seen = run(before, options)
+    resumed, rest = run(after, options, resume=tmp_path / f"{before}-False" / f"step={SAVED}.ckpt")
     first = {line for epoch, step, line in seen if step < SAVED}
     others = [line for epoch, _, line in rest if epoch == 0]
     assert len(others) == len(set(others))
     assert not first & set(others)
     everything = {line for epoch, _, line in rest if epoch == 1}
     assert first | set(others) == everything
-    assert resumed["steps"] > 1.5 * whole["steps"] - SAVED
+    left = (resumed["steps"] - SAVED) / (whole["steps"] - SAVED)
+    assert left == pytest.approx(before / after, rel=0.3)
     assert resumed["lr"] == 0.0
     assert max(step for _, step, _ in rest) == resumed["steps"] - 1

@@ -15,8 +15,9 @@ from alignkit.data.encode.columns import named_row
 from alignkit.data.encode.draft import DraftExample, rendered_defects
 from alignkit.data.encode.draft_tokens import DraftTokenizer
 from alignkit.data.encode.tokens import TextEncoder
+from alignkit.data.encode.workers import Encoded, Workers
 from alignkit.data.encode.writer import ExampleWriter
-from alignkit.data.read.rows import BadRow, Row, Source
+from alignkit.data.read.rows import BadRow, Row, Rows, Source
 from alignkit.data.text.defects import Dropped, Judge, beyond_text
 from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.formats import Format
@@ -100,8 +101,15 @@ class DialogueEncoder:
             return None
         return Templated(self._tokenizer, specials=self._format.specials)
 
-    def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
+    def write(
+        self, source: Source, writer: ExampleWriter, workers: Workers | None = None
+    ) -> dict[str, Any]:
         """Encode a source into a store.
+
+        Args:
+            source: The rows.
+            writer: Takes the examples.
+            workers: Encode in these processes instead of here.
 
         Returns:
             The counts of its rows and their defects, as `Tally.to_dict`, with ``systems``, the
@@ -112,16 +120,18 @@ class DialogueEncoder:
             AlignkitError: A defect whose policy is ``error``; for the boundary proof, after all
                 violations have been counted.
         """
-        tally = Tally()
+        judge = Judge(source.name, self.policies, tally := Tally())
         shown = ""
         systems: set[str] = set()
         ends: set[int] = set()
-        for draft in self.drafts(source, tally):
-            systems.add(self._format.system(draft.dialogue))
-            ends.update(response[-1] for response in draft.responses)
-            if draft.violation is not None:
-                shown = shown or f"{draft.text.prompt[-20:]!r} + {draft.violation[:20]!r}"
-            writer.add(self.example(draft), draft.line)
+        for each in (workers or self).encoded(source.rows(), judge):
+            if judge.is_repeated(each.key, each.line):
+                continue
+            tally.add("examples", each.line)
+            systems.add(each.system)
+            ends.update(response[-1] for response in each.example.responses)
+            shown = shown or each.violation
+            writer.add(each.example, each.line)
         violations = tally.counts.get("boundary", 0)
         if violations and self.policies.boundary == "error":
             raise AlignkitError(
@@ -145,7 +155,25 @@ class DialogueEncoder:
     def drafts(self, source: Source, tally: Tally) -> Iterator[DraftExample]:
         """Yield the source's finished drafts, in order; ``tally`` counts rows and defects."""
         judge = Judge(source.name, self.policies, tally)
-        for drafts in one_ahead(self._tokenize, chunks(self._settled(source, judge), _CHUNK)):
+        for draft in self._finished(source.rows(), judge):
+            if not judge.is_repeated(judge.key(draft.dialogue.prompt), draft.line):
+                tally.add("examples", draft.line)
+                yield draft
+
+    def encoded(self, rows: Rows, judge: Judge) -> Iterator[Encoded]:
+        """Yield the examples of some rows; see `ChunkEncoder`."""
+        for draft in self._finished(rows, judge):
+            violation = draft.violation
+            yield Encoded(
+                draft.line,
+                self.example(draft),
+                judge.key(draft.dialogue.prompt),
+                self._format.system(draft.dialogue),
+                "" if violation is None else f"{draft.text.prompt[-20:]!r} + {violation[:20]!r}",
+            )
+
+    def _finished(self, rows: Rows, judge: Judge) -> Iterator[DraftExample]:
+        for drafts in one_ahead(self._tokenize, chunks(self._settled(rows, judge), _CHUNK)):
             for draft in drafts:
                 try:
                     self._finish(draft, judge)
@@ -163,8 +191,8 @@ class DialogueEncoder:
         scored = draft.scored if self.masked else None
         return Example(draft.prompt, draft.responses, scored, draft.label)
 
-    def _settled(self, source: Source, judge: Judge) -> Iterator[DraftExample]:
-        for line, row in source.rows():
+    def _settled(self, rows: Rows, judge: Judge) -> Iterator[DraftExample]:
+        for line, row in rows:
             judge.tally.add("rows", line)
             try:
                 row = named_row(row, self._names)
@@ -231,7 +259,6 @@ class DialogueEncoder:
             judge.tally.add("truncated", draft.line)
         if excess > 0:
             draft.prompt = draft.prompt[:start] + draft.prompt[start + excess :]
-        judge.tally.add("examples", draft.line)
 
 
 def read_row(

@@ -13,8 +13,9 @@ from alignkit.data.encode.chunks import chunks
 from alignkit.data.encode.columns import named_row
 from alignkit.data.encode.packing import Document, Packing, rows
 from alignkit.data.encode.tokens import TextEncoder
+from alignkit.data.encode.workers import Encoded, Workers
 from alignkit.data.encode.writer import ExampleWriter
-from alignkit.data.read.rows import BadRow, Row, Source
+from alignkit.data.read.rows import BadRow, Row, Rows, Source
 from alignkit.data.text.defects import Dropped, Judge, character_defects, readable
 from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.fields import unread_columns
@@ -73,10 +74,16 @@ class DocumentEncoder:
             "columns": self._names,
         }
 
-    def write(self, source: Source, writer: ExampleWriter) -> dict[str, Any]:
-        """Encode a source into a store; returns its counts as `Tally.to_dict`."""
+    def write(
+        self, source: Source, writer: ExampleWriter, workers: Workers | None = None
+    ) -> dict[str, Any]:
+        """Encode a source into a store, in the workers if there are any.
+
+        Returns:
+            The counts as `Tally.to_dict`, with ``systems`` and ``ends`` as `RowEncoder` has them.
+        """
         tally = Tally()
-        for line, example in self.examples(source, tally):
+        for line, example in self.examples(source, tally, workers):
             writer.add(example, line)
         return {**tally.to_dict(), "systems": [], "ends": [self._encode.eos]}
 
@@ -84,22 +91,33 @@ class DocumentEncoder:
         """Return what generation must know of the rows; see `TextFormat`."""
         return TextFormat("text", self._block_size, ends=(self._encode.eos,))
 
-    def examples(self, source: Source, tally: Tally) -> Iterator[tuple[int, Example]]:
+    def examples(
+        self, source: Source, tally: Tally, workers: Workers | None = None
+    ) -> Iterator[tuple[int, Example]]:
         """Yield the source's rows of tokens, each with the line of its first document."""
-        documents = self._documents(source, tally)
+        documents = self._documents(source, tally, workers)
         for line, example in rows(documents, self._block_size, self._packing):
             tally.add("examples", line)
             yield line, example
 
-    def _documents(self, source: Source, tally: Tally) -> Iterator[Document]:
-        judge = Judge(source.name, self.policies, tally)
-        for texts in chunks(self._texts(source, judge), _CHUNK):
+    def encoded(self, rows: Rows, judge: Judge) -> Iterator[Encoded]:
+        """Yield the documents of some rows, not yet packed; see `ChunkEncoder`."""
+        for texts in chunks(self._texts(rows, judge), _CHUNK):
             encoded = self._encode.prompts([text for _, text in texts], "text")
-            for (line, _), ids in zip(texts, encoded, strict=True):
-                yield line, [*ids, self._encode.eos]
+            for (line, text), ids in zip(texts, encoded, strict=True):
+                yield Encoded(line, Example([], [[*ids, self._encode.eos]]), judge.key(text))
 
-    def _texts(self, source: Source, judge: Judge) -> Iterator[tuple[int, str]]:
-        for line, row in source.rows():
+    def _documents(
+        self, source: Source, tally: Tally, workers: Workers | None
+    ) -> Iterator[Document]:
+        judge = Judge(source.name, self.policies, tally)
+        for each in (workers or self).encoded(source.rows(), judge):
+            if not judge.is_repeated(each.key, each.line):
+                (ids,) = each.example.responses
+                yield each.line, list(ids)
+
+    def _texts(self, rows: Rows, judge: Judge) -> Iterator[tuple[int, str]]:
+        for line, row in rows:
             judge.tally.add("rows", line)
             row = named_row(row, self._names)
             try:
@@ -129,7 +147,4 @@ def _text(row: Row, judge: Judge, line: int) -> str:
     judge.unread(unread_columns(row, TEXT_COLUMNS, None), line)
     for name in character_defects(text):
         judge.count(name, line)
-    text = readable(text)
-    if text.strip():
-        judge.repeated(text, line)
-    return text
+    return readable(text)

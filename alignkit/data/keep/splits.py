@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignkit.data.encode.code import PACKAGE_DIGEST, UnknownContentError, code_identity, is_own
+from alignkit.data.encode.workers import Workers
 from alignkit.data.keep.cache import cached_store
 from alignkit.data.keep.counts import count_defects, log_counts, why_empty
 from alignkit.data.keep.position import SETTINGS, SOURCES
@@ -55,7 +57,10 @@ class RowEncoder(Protocol):
         """Return everything beside the rows that decides the examples, as JSON values."""
 
     def write(self, source: Source, writer: StoreWriter) -> dict[str, Any]:
-        """Encode a source; returns its counts as `Tally.to_dict`, ``systems`` and ``ends``."""
+        """Encode a source; returns its counts as `Tally.to_dict`, ``systems`` and ``ends``.
+
+        One that also takes ``workers`` and is a `ChunkEncoder` may encode in several processes.
+        """
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,7 @@ def open_splits(
     max_val_examples: int | None = None,
     announce: bool = True,
     named: bool = False,
+    workers: Workers | None = None,
 ) -> Splits:
     """Open every split of every place of a path, encoding what is not cached yet.
 
@@ -108,12 +114,13 @@ def open_splits(
         max_val_examples: Take only the first ones of each other source.
         announce: Log what was found in each source.
         named: Whether someone said which splits are read, so that nobody misses the others.
+        workers: Encode what is not cached, if not this process.
 
     Raises:
         AlignkitError: The data is missing, empty or bad, or a policy says ``error``.
     """
     weights = weights_of(path)
-    opener = _Opener(encoder, cache, announce)
+    opener = _Opener(encoder, cache, announce, workers)
     limits = {"train": max_train_examples}
     parts: dict[str, list[_Part]] = {}
     sizes: list[int] = []
@@ -201,13 +208,18 @@ class _Opener:
         encoder: Turns rows into examples.
         cache: Where encoded sets are kept.
         announce: Log what was found in each source.
+        workers: Other processes that encode.
 
     Attributes:
         settings: How the encoder makes examples; empty where that cannot be told.
     """
 
-    def __init__(self, encoder: RowEncoder, cache: Path, announce: bool) -> None:
+    def __init__(
+        self, encoder: RowEncoder, cache: Path, announce: bool, workers: Workers | None
+    ) -> None:
         self._encoder = encoder
+        write: Callable[..., dict[str, Any]] = encoder.write
+        self._write = partial(write, workers=workers) if workers else write
         self._cache = cache
         self._announce = announce
         self.settings: dict[str, Any] = {}
@@ -226,7 +238,7 @@ class _Opener:
         def build(writer: StoreWriter) -> dict[str, Any]:
             log.info("encoding %s", source.name)
             with phase(f"encoding {source.name}"):
-                return self._encoder.write(source, writer)
+                return self._write(source, writer)
 
         store = cached_store(home, identity, build, scored=self._encoder.masked)
         store.source = source.name

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import takewhile
 from typing import NoReturn
 
@@ -101,17 +102,26 @@ class Judge:
             detail = f"{told}: not read, and would change what is trained"
             self.count("unread_fields", line, detail)
 
-    def repeated(self, text: str, line: int) -> None:
-        """Count a prompt, or a document, that an earlier row had, unless these are all kept.
+    def key(self, text: str) -> bytes:
+        """Return what `is_repeated` knows a prompt or a document by; empty where all are kept."""
+        return b"" if self.policies.repeated_prompts == "keep" else prompt_key(text)
+
+    def is_repeated(self, key: bytes, line: int) -> bool:
+        """Count a prompt, or a document, that an earlier example had, and tell whether to drop it.
+
+        It is asked of finished examples alone, in their order: what another policy drops is no
+        earlier example, and other processes may have finished them.
 
         Raises:
-            AlignkitError, Dropped: As `count`.
+            AlignkitError: The policy is ``error``.
         """
-        if self.policies.repeated_prompts != "keep":
-            key = prompt_key(text)
-            if key in self._seen:
+        if key and key in self._seen:
+            with suppress(Dropped):
                 self.count("repeated_prompts", line)
+            return True
+        if key:
             self._seen.add(key)
+        return False
 
     def drop(self, line: int) -> NoReturn:
         """Count a row as dropped and leave it.
@@ -145,7 +155,6 @@ class Judge:
             self.count("empty_answers", line)
         if len(set(answers)) < len(answers):
             self.count("identical_pairs", line)
-        self.repeated(dialogue.prompt, line)
         return dialogue
 
     def _one_prompt(self, sides: Sequence[Side], found: list[str], line: int) -> Dialogue:

@@ -4,9 +4,10 @@ Nothing is dropped or changed without being counted, and the counts are logged o
 of a run.
 """
 
+from bisect import insort
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from alignkit.errors import AlignkitError
 
@@ -121,7 +122,7 @@ class Tally:
     """Count rows by defect, with the lines where they stand and the columns not read.
 
     Args:
-        lines_kept: How many line numbers to remember for each defect; ``None`` for all.
+        lines_kept: How many line numbers to remember for each defect, the lowest; ``None`` for all.
 
     Attributes:
         columns: Names of the rows' columns that nothing is read from.
@@ -139,19 +140,31 @@ class Tally:
         """Count one row."""
         self.counts[name] = self.counts.get(name, 0) + 1
         lines = self.lines.setdefault(name, [])
-        if self._kept is None or len(lines) < self._kept:
-            lines.append(line)
+        if self._kept is None or len(lines) < self._kept or line < lines[-1]:
+            insort(lines, line)
+            if self._kept is not None:
+                del lines[self._kept :]
 
     def read_as(self, shape: str) -> None:
         """Count one row by the shape it was read as; an empty name says nothing."""
         if shape:
             self.shapes[shape] = self.shapes.get(shape, 0) + 1
 
+    def merge(self, other: Self) -> None:
+        """Add what another tally counted of the same source."""
+        for name, count in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+            lines = sorted([*self.lines.get(name, []), *other.lines[name]])
+            self.lines[name] = lines[: self._kept]
+        self.columns |= other.columns
+        for shape, count in other.shapes.items():
+            self.shapes[shape] = self.shapes.get(shape, 0) + count
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the counts, lines, columns and shapes as JSON can hold them."""
+        """Return the counts, lines, columns and shapes as JSON can hold them, sorted by name."""
         return {
-            "counts": self.counts,
-            "lines": self.lines,
+            "counts": dict(sorted(self.counts.items())),
+            "lines": dict(sorted(self.lines.items())),
             "columns": sorted(self.columns),
-            "shapes": self.shapes,
+            "shapes": dict(sorted(self.shapes.items())),
         }
