@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from alignkit.errors import AlignkitError
 from alignkit.tools.plots import COLORS, new_figure, save
@@ -99,6 +100,7 @@ def draw_curves(scalars: Mapping[str, Scalars], tags: Sequence[str]) -> Figure:
                 if tag in found:
                     _draw(axis, found[tag], tag, name if len(scalars) > 1 else "", color)
         axis.set(title=quantity, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no step 3.5
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
     return figure
 

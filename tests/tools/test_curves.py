@@ -105,3 +105,8 @@ def test_a_picture_takes_the_format_of_its_name_and_none_is_left_half_drawn(tmp_
     with pytest.raises(ValueError, match="xyz"):
         save(figure, tmp_path / "a.xyz")
     assert [p.name for p in tmp_path.iterdir()] == ["a.svg"]
+
+
+def test_a_short_run_has_whole_steps() -> None:
+    figure = draw_curves({"dpo": {"val/loss": [(3, 0.4), (7, 0.2)]}}, ["val/loss"])
+    assert all(float(tick).is_integer() for tick in figure.axes[0].get_xticks())
