@@ -100,7 +100,7 @@ def _is_first(trainer: Trainer) -> bool:
     A machine of which the environment tells nothing but the number has no rank there, and in a
     spawned process the local rank is known before the global one.
     """
-    return trainer.is_global_zero and trainer.local_rank == 0
+    return trainer.is_global_zero and not getattr(trainer.strategy, "_local_rank", 0)
 
 
 def _new_folder(root: Path) -> Path:
