@@ -46,7 +46,9 @@ class Note(L.Callback):
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        events = Path(trainer.log_dir or ".").glob("events.out.*")
+        # The trainer's own `log_dir` is a broadcast, which the other ranks would have to join.
+        assert isinstance(trainer.logger, TensorBoardLogger)
+        events = Path(trainer.logger.log_dir).glob("events.out.*")
         self.notes.append(
             {
                 "step": trainer.global_step,

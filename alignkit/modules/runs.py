@@ -38,8 +38,7 @@ def claim_run_folder(trainer: Trainer) -> None:
     if not isinstance(logger, TensorBoardLogger | CSVLogger) or logger._version is not None:
         return
     taken = None
-    # The trainer's own word: a machine whose number is all it has in its environment has no rank.
-    while trainer.is_global_zero and (folder := local_path(logger.log_dir)) not in (None, taken):
+    while _is_first(trainer) and (folder := local_path(logger.log_dir)) not in (None, taken):
         try:
             folder.mkdir(parents=True)
         except FileExistsError:  # another run was quicker
@@ -52,7 +51,7 @@ def claim_run_folder(trainer: Trainer) -> None:
 
 def discard_empty_folders(trainer: Trainer) -> None:
     """Remove the folders that a failed run has made for itself and written nothing to."""
-    if not trainer.is_global_zero:
+    if not _is_first(trainer):
         return
     keepers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     logger = trainer.logger
@@ -106,6 +105,15 @@ def runs_folder(trainer: Trainer) -> str:
     if logger is None:
         return os.path.join(trainer.default_root_dir, "checkpoints")
     return os.path.join(logger.save_dir or trainer.default_root_dir, logger.name or "")
+
+
+def _is_first(trainer: Trainer) -> bool:
+    """Tell whether a trainer is the first rank's, by its own word.
+
+    A machine of which the environment tells nothing but the number has no rank there, and in a
+    spawned process the local rank is known before the global one.
+    """
+    return trainer.is_global_zero and not getattr(trainer.strategy, "_local_rank", 0)
 
 
 def _new_folder(root: Path) -> Path:

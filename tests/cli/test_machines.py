@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,11 +84,12 @@ def test_two_machines_train_once(launcher: str, machines: Machines, tmp_path: Pa
 def test_a_machine_that_fails_stops_the_other(
     launcher: str, machines: Machines, tmp_path: Path
 ) -> None:
-    """In far less than the process group's time-out, with the line of the one that failed."""
+    """Long before the process group's time-out, with the line of the one that failed.
+
+    A start that takes longer than the fixture allows fails.
+    """
     Path("mine.py").write_text(MINE)
-    began = time.monotonic()
     first, second = machines(launcher, "--model", "mine.Mine", FAILING="1")
-    assert time.monotonic() - began < 240
     assert first.returncode not in (0, None) and second.returncode not in (0, None)
     assert "this row cannot be read; mend it" in second.stderr
     if launcher != "torchrun":  # whose agents tell each other, and may be quicker
@@ -110,28 +110,25 @@ def test_machines_that_the_trainer_does_not_count_are_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("told", ["1", "0 1"], ids=["the second alone", "both"])
 def test_slurm_requeues_a_job_of_two_machines_once(
-    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    told: str, machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The signal may reach one task or all: one file, one ``scontrol requeue``, and both go on."""
+    """Whichever task the signal reaches: one file, one ``scontrol requeue``, and both go on."""
     Path("mine.py").write_text(SIGNALLED)
     Path("bin").mkdir()
     Path("bin/scontrol").write_text('#!/bin/sh\necho "$@" >> requeued\n')
     Path("bin/scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", str(Path("bin").absolute()), prepend=":")
     job = ["--model", "mine.Mine", "--trainer.max_steps", 4, "--data.tokens_per_batch", 256]
-    for count, told in enumerate(("1", "0 1"), start=1):
-        ended = machines("srun", *job, TOLD=told)
-        assert [done.returncode for done in ended] == [138, 138], ended
-        assert Path("requeued").read_text() == count * "requeue 4711\n"
-        assert [path.name for path in tmp_path.rglob("hpc_ckpt_*")] == ["hpc_ckpt_1.ckpt"]
-        saved = torch.load("hpc_ckpt_1.ckpt", weights_only=True)
-        assert saved["global_step"] == 3
-        if count == 1:
-            Path("hpc_ckpt_1.ckpt").unlink()
+    ended = machines("srun", *job, TOLD=told)
+    assert [done.returncode for done in ended] == [138, 138], ended
+    assert Path("requeued").read_text() == "requeue 4711\n"
+    assert [path.name for path in tmp_path.rglob("hpc_ckpt_*")] == ["hpc_ckpt_1.ckpt"]
+    assert torch.load("hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 3
     first, second = machines("srun", *job)
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert "ckpt_path hpc: taking " in first.stderr
-    assert len(list(tmp_path.rglob("version_*"))) == 3
+    assert len(list(tmp_path.rglob("version_*"))) == 2
     last = max(tmp_path.rglob("last.ckpt"), key=lambda path: path.parent.name)
     assert torch.load(last, weights_only=True)["global_step"] == 4
