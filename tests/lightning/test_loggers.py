@@ -1,6 +1,6 @@
 """docs/watching.md: other loggers get losses, metrics and settings by configuration alone.
 
-MLflow and Weights & Biases are tried where they are installed, without a network.
+MLflow, trackio and Weights & Biases are tried where they are installed, without a network.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import sqlite3
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ import pytest
 import yaml
 from lightning.pytorch.loggers import Logger
 
+from alignkit.errors import AlignkitError
+from alignkit.tools.trackio_logger import TrackioLogger
+
 PAGE = (Path(__file__).parents[2] / "docs" / "watching.md").read_text(encoding="utf-8")
 STEPS = 4
 
@@ -26,7 +30,7 @@ STEPS = 4
 def config_of(logger: str) -> str:
     """Return the page's configuration of a logger."""
     (found,) = (text for text in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
-                if f"loggers.{logger}" in text)  # fmt: skip
+                if re.search(rf"\.{logger}\b", text))  # fmt: skip
     return found
 
 
@@ -175,6 +179,32 @@ def test_wandb(train: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) ->
     answers = [json.loads(path.read_text()) for path in Path("runs").rglob("*.table.json")]
     assert answers and answers[0]["columns"] == ["prompt", "answer"]
     assert answers[0]["data"][0][0] == "Name three rivers."
+
+
+def test_a_logger_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(AlignkitError, match="pip install trackio"):
+        TrackioLogger()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # its own
+def test_trackio(
+    train: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
+    pytest.importorskip("trackio", reason="trackio is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    folder = train(config_of("TrackioLogger"))
+    assert folder.parent == Path("runs/alignkit")
+    assert SQLiteStorage.get_runs("alignkit") == [folder.name]
+    curves: dict[str, dict[int, float]] = {}
+    for row in SQLiteStorage.get_logs("alignkit", folder.name):
+        for name, value in row.items():
+            if isinstance(value, int | float):
+                curves.setdefault(name, {})[row["step"]] = value
+    check(curves, flat(SQLiteStorage.get_run_config("alignkit", folder.name)))
 
 
 def records(stored: bytes) -> Iterator[bytes]:
