@@ -108,12 +108,12 @@ def runs_folder(trainer: Trainer) -> str:
 
 
 def _is_first(trainer: Trainer) -> bool:
-    """Tell whether a trainer is the first rank's, by its own word.
+    """Tell whether a trainer is the first rank's, by its own word and by the environment.
 
-    A machine of which the environment tells nothing but the number has no rank there, and in a
-    spawned process the local rank is known before the global one.
+    A machine of which the environment tells nothing but the number has no rank there. In a spawned
+    or forked process the environment has the rank before the trainer has it.
     """
-    return trainer.is_global_zero and not getattr(trainer.strategy, "_local_rank", 0)
+    return trainer.is_global_zero and is_first_rank()
 
 
 def _new_folder(root: Path) -> Path:

@@ -44,11 +44,12 @@ def test_a_file_in_the_folders_place_does_not_hang(tmp_path: Path) -> None:
 
 
 def test_other_ranks_claim_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A spawned one, and the first process of a second machine: no variable tells their rank."""
+    """A spawned or forked one, and the first process of a machine whose number alone is known."""
     logger = TensorBoardLogger(tmp_path)
     spawned = trainer(tmp_path, devices=2, strategy="ddp_spawn", logger=logger)
-    spawned.strategy._local_rank = 1  # as its launcher sets it, in the process that it starts
+    monkeypatch.setenv("LOCAL_RANK", "1")  # all that its launcher sets in the process it starts
     claim_run_folder(spawned)
+    monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("NODE_RANK", "1")
     machine = trainer(tmp_path, num_nodes=2, strategy="ddp", logger=logger)
     claim_run_folder(machine)
