@@ -79,7 +79,9 @@ def test_every_config_trains_logs_and_saves(
 
     tags = read_scalars(run)
     wanted = ["train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "val/loss"]
-    assert {tag.partition("/")[0] for tag in tags} == {"train", "val"}  # losses come first
+    assert {tag.partition("/")[0] for tag in tags} == {"loss", "train", "val"}  # losses come first
+    named = {tag.rpartition("/")[2]: tags[tag] for tag in tags if tag.startswith("loss/")}
+    assert named == {split: tags[f"{split}/loss"] for split in ("train", "val")}
     if stage_of(config) == "dpo":
         names = ["rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"]
         names += ["logps/chosen", "logps/rejected"]
