@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from alignkit.errors import AlignkitError
 
