@@ -244,7 +244,7 @@ def test_the_package_is_known_by_its_source(tmp_path: Path, tokenizer_dir: Path)
 def test_the_package_digest_covers_all_that_makes_token_ids() -> None:
     """Every module that the data side loads, but for what deals examples or concerns weights."""
     home = Path(alignkit.__file__).parent
-    weights = {"__init__", "fingerprint", "lean", "lean_proof", "quantize", "settings"}
+    weights = {"__init__", "fingerprint", "lean", "lean_proof", "quantize", "settings", "weights"}
     aside = {str(home / "models" / f"{name}.py") for name in weights}
     program = (
         "import sys, alignkit.data; print(*(module.__file__ for name, module in "
