@@ -109,6 +109,7 @@ def test_nothing_in_the_package_writes_files_in_another_way() -> None:
         "data/keep/store.py",
         "utils/memory.py",
         "models/archive.py",
+        "models/find.py",  # in memory
     }
     for source in SOURCE.rglob("*.py"):
         if source.relative_to(SOURCE).as_posix() not in allowed:
