@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -15,6 +17,7 @@ from transformers import AutoConfig
 
 from alignkit import AlignmentModule, DPOModule, HHPreferenceDataModule
 from alignkit.data import AlignmentDataModule
+from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.objectives.pairs import PreferenceLoss
 from alignkit.objectives.preference import (
@@ -93,6 +96,34 @@ class Budget:
     def steps(self) -> int:
         """Return the optimizer steps."""
         return max(1, self.pairs // self.per_step)
+
+
+def add_run_flags(flags: ArgumentParser) -> None:
+    """Add the options that say what every run trains, on what and for how long."""
+    add = flags.add_argument
+    add("--model", required=True, help="directory of the base, with its tokenizer")
+    add("--data", required=True, help="a folder of pairs with train and test files")
+    add("--seeds", type=int, default=3, help="runs of what is measured, each from a seed")
+    add("--pairs", type=int, default=640, help="pairs that each run trains on")
+    add("--per-step", type=int, default=16, help="pairs of an optimizer step")
+    add("--tokens-per-batch", type=int, default=4096, help="most tokens of a packed row")
+    add("--precision", default="32-true", help="of the trainer")
+
+
+def budget_of(options: Namespace) -> Budget:
+    """Return the budget of a command line, once what every run needs is there.
+
+    Raises:
+        AlignkitError: A folder or a file is missing, or a number is out of its range.
+    """
+    if not (Path(options.model) / "config.json").is_file():
+        raise AlignkitError(f"--model {options.model}: holds no config.json")
+    if not Path(options.data).exists():
+        raise AlignkitError(f"--data {options.data}: is not there")
+    for name in ("trials", "seeds", "pairs", "per_step", "tokens_per_batch"):
+        if getattr(options, name, 1) < 1:
+            raise AlignkitError(f"--{name.replace('_', '-')}: must be 1 or more")
+    return Budget(options.pairs, options.per_step, options.tokens_per_batch, options.precision)
 
 
 def run_recipe(

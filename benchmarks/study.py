@@ -30,7 +30,16 @@ from statistics import mean, stdev
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
-from recipes import HELD_OUT, Budget, adapter_of, batches_of, pairs_of, trained
+from recipes import (
+    HELD_OUT,
+    Budget,
+    adapter_of,
+    add_run_flags,
+    batches_of,
+    budget_of,
+    pairs_of,
+    trained,
+)
 from rich.console import Console
 from rich.table import Table
 from sidebyside import machine, output
@@ -212,16 +221,10 @@ def parse() -> argparse.Namespace:
     flags = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    add_run_flags(flags)
     add = flags.add_argument
-    add("--model", required=True, help="directory of the base, with its tokenizer")
-    add("--data", required=True, help="a folder of pairs with a train file")
     add("--out", type=Path, required=True, help="folder for the runs' lines and the picture")
     add("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    add("--seeds", type=int, default=3, help="runs of each arm")
-    add("--pairs", type=int, default=640, help="pairs that each stage trains on")
-    add("--per-step", type=int, default=16, help="pairs of an optimizer step")
-    add("--tokens-per-batch", type=int, default=4096, help="most tokens of a packed row")
-    add("--precision", default="32-true", help="of the trainer")
     add("--beta", type=float, default=0.1, help="of DPO")
     add("--lr", type=float, default=2e-4, help="of adapters")
     add("--full-lr", type=float, default=1e-5, help="of all parameters")
@@ -234,17 +237,7 @@ def main() -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     options = parse()
     try:
-        for name in ("seeds", "pairs", "per_step", "tokens_per_batch"):
-            if getattr(options, name) < 1:
-                raise AlignkitError(f"--{name.replace('_', '-')}: must be 1 or more")
-        if not (Path(options.model) / "config.json").is_file():
-            raise AlignkitError(f"--model {options.model}: holds no config.json")
-        if not Path(options.data).exists():
-            raise AlignkitError(f"--data {options.data}: is not there")
-        budget = Budget(
-            options.pairs, options.per_step, options.tokens_per_batch, options.precision
-        )
-        return run(options, budget, Console())
+        return run(options, budget_of(options), Console())
     except AlignkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

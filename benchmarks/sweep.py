@@ -26,7 +26,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from recipes import JUDGED, KINDS, RANKS, RATES, SCALES, TOLD, Budget, Recipe, run_recipe
+from recipes import (
+    JUDGED,
+    KINDS,
+    RANKS,
+    RATES,
+    SCALES,
+    TOLD,
+    Budget,
+    Recipe,
+    add_run_flags,
+    budget_of,
+    run_recipe,
+)
 from rich.console import Console
 from rich.table import Table
 from sidebyside import machine, output
@@ -182,18 +194,12 @@ def parse() -> argparse.Namespace:
     flags = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    add_run_flags(flags)
     add = flags.add_argument
     add("what", choices=["search", "final"])
-    add("--model", required=True, help="directory of the base, with its tokenizer")
-    add("--data", required=True, help="a folder of pairs with train and test files")
     add("--study", type=Path, required=True, help="the file that holds the trials")
     add("--losses", nargs="+", choices=list(KINDS), default=list(KINDS))
     add("--trials", type=int, default=12, help="of each loss, those of earlier searches counted")
-    add("--seeds", type=int, default=3, help="runs of each loss on the test pairs")
-    add("--pairs", type=int, default=640, help="pairs that each trial trains on")
-    add("--per-step", type=int, default=16, help="pairs of an optimizer step")
-    add("--tokens-per-batch", type=int, default=4096, help="most tokens of a packed row")
-    add("--precision", default="32-true", help="of the trainer")
     add("--seed", type=int, default=0, help="of the choices")
     add("--json", help="a file for the results of final")
     return flags.parse_args()
@@ -206,32 +212,25 @@ def main() -> int:
         "ignore", message=".*(does not have many workers|ExperimentalWarning).*"
     )
     options = parse()
-    budget = Budget(options.pairs, options.per_step, options.tokens_per_batch, options.precision)
     try:
-        check(options)
+        budget = check(options)
         return {"search": search, "final": final}[options.what](options, budget, Console())
     except AlignkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse what would fail after the first run, or with a trace.
+def check(options: argparse.Namespace) -> Budget:
+    """Refuse what would fail after the first run, or with a trace; returns the budget.
 
     Raises:
         AlignkitError: Optuna, a folder or a file is missing, or a number is out of its range.
     """
     if importlib.util.find_spec("optuna") is None:
         raise AlignkitError("optuna is not installed; run pip install 'alignkit[sweep]'")
-    if not (Path(options.model) / "config.json").is_file():
-        raise AlignkitError(f"--model {options.model}: holds no config.json")
-    if not Path(options.data).exists():
-        raise AlignkitError(f"--data {options.data}: is not there")
     if not options.study.parent.is_dir():
         raise AlignkitError(f"--study {options.study}: its folder is missing")
-    for name in ("trials", "seeds", "pairs", "per_step", "tokens_per_batch"):
-        if getattr(options, name) < 1:
-            raise AlignkitError(f"--{name.replace('_', '-')}: must be 1 or more")
+    return budget_of(options)
 
 
 if __name__ == "__main__":

@@ -71,3 +71,29 @@ def run_script(
         return int(ended.value.code or 0), found
 
     return run
+
+
+@pytest.fixture
+def run_on_pairs(
+    monkeypatch: pytest.MonkeyPatch, model_dir: Callable[[str], Path], tmp_path: Path
+) -> Callable[..., int]:
+    """``run_on_pairs(name, *arguments)``: a script's exit code on forty training and eight test
+    pairs of ``tmp_path``, steps of eight.
+    """
+    rows = [
+        {"prompt": f"Say {n}.", "chosen": f"{n}, of course.", "rejected": f"No {n % 3}."}
+        for n in range(48)
+    ]
+    for name, part in (("train", rows[:40]), ("test", rows[40:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
+
+    def run(name: str, *arguments: str) -> int:
+        fixed = ["--model", str(model_dir("llama")), "--data", str(tmp_path), "--per-step", "8"]
+        monkeypatch.setattr(sys, "argv", [name, *arguments[:1], *fixed, *arguments[1:]])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return int(ended.value.code or 0)
+
+    return run

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "study.py"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def study(
-    monkeypatch: pytest.MonkeyPatch, model_dir: Callable[[str], Path], tmp_path: Path
-) -> Callable[..., int]:
-    """``study(*flags)``: the exit code, on forty training pairs."""
-    rows = [
-        {"prompt": f"Say {n}.", "chosen": f"{n}, of course.", "rejected": f"No {n % 3}."}
-        for n in range(48)
-    ]
-    for name, part in (("train", rows[:40]), ("test", rows[40:])):
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-
-    def run(*flags: str) -> int:
-        fixed = ["--model", str(model_dir("llama")), "--data", str(tmp_path)]
-        fixed += ["--out", str(tmp_path / "out"), "--pairs", "32", "--per-step", "8"]
-        fixed += ["--lr", "0.01", "--full-lr", "0.001", *flags]
-        monkeypatch.setattr(sys, "argv", ["study.py", *fixed])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(ended.value.code or 0)
-
-    return run
+def study(run_on_pairs: Callable[..., int], tmp_path: Path) -> Callable[..., int]:
+    """``study(*flags)``: the exit code, at rates at which a tiny model learns."""
+    return partial(
+        run_on_pairs, "study.py", "--pairs=32", "--out", str(tmp_path / "out"), "--lr", "0.01",
+        "--full-lr", "0.001",
+    )  # fmt: skip
 
 
 def test_every_kind_of_arm_learns_and_no_run_is_done_twice(

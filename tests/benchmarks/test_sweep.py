@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("optuna", reason="the extra sweep is not installed")
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sweep.py"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def sweep(
-    monkeypatch: pytest.MonkeyPatch, model_dir: Callable[[str], Path], tmp_path: Path
-) -> Callable[..., int]:
-    """``sweep(what, *flags)``: the exit code, on twenty training pairs and eight test pairs."""
-    rows = [
-        {"prompt": f"Say {n}.", "chosen": f"{n}, of course.", "rejected": f"No {n % 3}."}
-        for n in range(28)
-    ]
-    for name, part in (("train", rows[:20]), ("test", rows[20:])):
-        text = "".join(json.dumps(row) + "\n" for row in part)
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+def sweep(run_on_pairs: Callable[..., int], tmp_path: Path) -> Callable[..., int]:
+    """``sweep(what, *flags)``: the exit code, for two losses."""
 
     def run(what: str, *flags: str) -> int:
-        fixed = ["--model", str(model_dir("llama")), "--data", str(tmp_path), "--study"]
-        fixed += [str(tmp_path / "study.log"), "--pairs", "16", "--per-step", "4"]
-        monkeypatch.setattr(
-            sys, "argv", ["sweep.py", what, *fixed, "--losses", "DPO", "SimPO", *flags]
-        )
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(ended.value.code or 0)
+        fixed = [
+            "--study",
+            str(tmp_path / "study.log"),
+            "--pairs",
+            "16",
+            "--losses",
+            "DPO",
+            "SimPO",
+        ]
+        return run_on_pairs("sweep.py", what, *fixed, *flags)
 
     return run
 
