@@ -206,6 +206,12 @@ def test_trackio(
                 curves.setdefault(name, {})[row["step"]] = value
     check(curves, flat(SQLiteStorage.get_run_config("alignkit", folder.name)))
 
+    logger = TrackioLogger(run="two-stages")
+    for step in range(2):  # fit, then test, by one trainer
+        logger.log_metrics({"loss": 0.5}, step)
+        logger.finalize("success")
+    assert [row["step"] for row in SQLiteStorage.get_logs("alignkit", "two-stages")] == [0, 1]
+
 
 def records(stored: bytes) -> Iterator[bytes]:
     """Yield the records of a file of W&B: LevelDB's log format after a header of seven bytes."""
