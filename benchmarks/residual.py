@@ -1,9 +1,11 @@
-"""What a DPO step with `model.residual: float32` costs in time, beside the default.
+"""What a DPO step with `model.residual: float32`, or a part of it, costs in time.
 
     python benchmarks/residual.py --base DIR --data DIR --pairs 8 --rounds 5 --json residual.json
 
-Both arms take the same step, forward and backward, of the same adapter over the same bf16 base, in
-turns. Where the processor has bf16 units, whole steps are timed and the ratio is theirs.
+All arms take the same step, forward and backward, of the same adapter over the same bf16 base, in
+turns: `today` without the option, `residual` with the residual stream in fp32, `logits` with logits
+that are not rounded, `both` with the option. Ratios are to `today`. Where the processor has bf16
+units, whole steps are timed.
 
 A CPU without such units takes many times as long for a bf16 product, and a whole step would tell of
 that alone. There each operator is timed by itself. Matrix products are computed in fp32 and rounded
@@ -25,7 +27,7 @@ from typing import Any
 import torch
 from precision import PRODUCTS, EmulatedProducts, has_bf16_units, read_pairs
 
-ARMS = ("weights", "float32")
+ARMS = ("today", "residual", "logits", "both")
 
 
 class Clock(EmulatedProducts):
@@ -43,19 +45,24 @@ class Clock(EmulatedProducts):
         return out
 
 
-def step_of(arm: Any, base: str, batch: Any) -> Any:
-    """Return a function that takes one step of an arm and returns its seconds by kind."""
-    from alignkit.engine import response_sums, score
+def model_of(arm: str, base: str) -> Any:
+    """Return a base in bf16 with adapters, and with what an arm changes."""
     from alignkit.lora import LoRAConfig
     from alignkit.models.policy import build_policy
 
-    policy, _, _ = build_policy(
-        base, LoRAConfig(), dtype="bfloat16", random_init=False, dropout=False, residual=arm
-    )
-    reference, _, _ = build_policy(
-        base, LoRAConfig(), dtype="bfloat16", random_init=False, dropout=False, residual=arm
-    )
-    reference.requires_grad_(False)
+    model, _, _ = build_policy(
+        base, LoRAConfig(), dtype="bfloat16", random_init=False, dropout=False,
+        residual="float32" if arm in ("residual", "both") else "weights",
+    )  # fmt: skip
+    model._alignkit_exact_logits = arm in ("logits", "both")
+    return model
+
+
+def step_of(arm: str, base: str, batch: Any) -> Any:
+    """Return a function that takes one step of an arm and returns its seconds by kind."""
+    from alignkit.engine import response_sums, score
+
+    policy, reference = model_of(arm, base), model_of(arm, base).requires_grad_(False)
 
     def step() -> dict[str, float]:
         clock = nullcontext() if has_bf16_units() else Clock()
@@ -76,7 +83,7 @@ def step_of(arm: Any, base: str, batch: Any) -> Any:
 
 
 def main() -> None:
-    """Measure both arms in turns and print the medians."""
+    """Measure all arms in turns and print the medians."""
     from alignkit.engine import collate
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,13 +103,16 @@ def main() -> None:
             if number:  # the first step allocates
                 found[arm].append(taken)
     result: dict[str, Any] = {"tokens": batch.num_tokens, "emulated": not has_bf16_units()}
-    for kind in found["weights"][0]:
-        pairs = zip(found["float32"], found["weights"], strict=True)
-        ratios = [wide[kind] / plain[kind] for wide, plain in pairs]
+    for kind in found["today"][0]:
+        taken = {arm: [each[kind] for each in found[arm]] for arm in ARMS}
+        ratios = {
+            arm: [one / plain for one, plain in zip(taken[arm], taken["today"], strict=True)]
+            for arm in ARMS[1:]
+        }
         result[kind] = {
-            "seconds": {arm: median(each[kind] for each in found[arm]) for arm in ARMS},
-            "ratio": median(ratios),
-            "ratios": [min(ratios), max(ratios)],
+            "seconds": {arm: median(taken[arm]) for arm in ARMS},
+            "ratio": {arm: median(each) for arm, each in ratios.items()},
+            "ratios": {arm: [min(each), max(each)] for arm, each in ratios.items()},
         }
     print(json.dumps(result, indent=1))
     if options.json:

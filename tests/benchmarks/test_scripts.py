@@ -152,8 +152,9 @@ def test_what_a_wide_residual_stream_costs(
     assert code == 0 and found["tokens"] > 0
     for kind in ("products", "outside") if found["emulated"] else ("whole",):
         assert min(found[kind]["seconds"].values()) > 0
-        low, high = found[kind]["ratios"]
-        assert low <= found[kind]["ratio"] <= high
+        assert set(found[kind]["ratio"]) == {"residual", "logits", "both"}
+        for arm, (low, high) in found[kind]["ratios"].items():
+            assert low <= found[kind]["ratio"][arm] <= high
 
 
 def test_mistakes_are_one_line(run_script: Run, capsys: pytest.CaptureFixture[str]) -> None:
