@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -44,10 +45,11 @@ def tiny_config(family: str) -> PretrainedConfig:
 
 @pytest.fixture(autouse=True)
 def _leave_no_process_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """End what a DDP run in this process began: its group and the address it chose."""
+    """End what a DDP run in this process began: its group, the address it chose and its rank."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)  # and forget what the test sets
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Trainers set it, and loggers obey it
     yield
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
