@@ -117,8 +117,9 @@ def test_a_token_budget_shows_the_rest_once_and_its_schedule_ends_with_it(
     others = [line for epoch, _, line in rest if epoch == 0]
     assert len(others) == len(set(others))
     assert not first & set(others)
-    everything = {line for epoch, _, line in rest if epoch == 1}
-    assert first | set(others) == everything
+    epochs = first | set(others), {line for epoch, _, line in rest if epoch == 1}
+    for shown in epochs:  # each may leave out one example fewer than it has ranks
+        assert len(set.union(*epochs) - shown) < after
     left = (resumed["steps"] - SAVED) / (whole["steps"] - SAVED)
     assert left == pytest.approx(before / after, rel=0.3)
     assert resumed["lr"] == 0.0
