@@ -84,12 +84,14 @@ class Budget:
         pairs: Pairs that it trains on, passes over the data counted.
         per_step: Pairs of an optimizer step.
         tokens: Most tokens of a packed row.
+        max_length: Most tokens of a prompt with one answer; old turns go first.
         precision: Of the trainer.
     """
 
     pairs: int
     per_step: int
     tokens: int
+    max_length: int
     precision: str
 
     @property
@@ -107,6 +109,7 @@ def add_run_flags(flags: ArgumentParser) -> None:
     add("--pairs", type=int, default=640, help="pairs that each run trains on")
     add("--per-step", type=int, default=16, help="pairs of an optimizer step")
     add("--tokens-per-batch", type=int, default=4096, help="most tokens of a packed row")
+    add("--max-length", type=int, default=512, help="most tokens of a prompt with one answer")
     add("--precision", default="32-true", help="of the trainer")
 
 
@@ -120,10 +123,16 @@ def budget_of(options: Namespace) -> Budget:
         raise AlignkitError(f"--model {options.model}: holds no config.json")
     if not Path(options.data).exists():
         raise AlignkitError(f"--data {options.data}: is not there")
-    for name in ("trials", "seeds", "pairs", "per_step", "tokens_per_batch"):
+    for name in ("trials", "seeds", "pairs", "per_step", "tokens_per_batch", "max_length"):
         if getattr(options, name, 1) < 1:
             raise AlignkitError(f"--{name.replace('_', '-')}: must be 1 or more")
-    return Budget(options.pairs, options.per_step, options.tokens_per_batch, options.precision)
+    return Budget(
+        options.pairs,
+        options.per_step,
+        options.tokens_per_batch,
+        options.max_length,
+        options.precision,
+    )
 
 
 def run_recipe(
@@ -187,7 +196,11 @@ def pairs_of(model: str, data: str, budget: Budget, seed: int) -> HHPreferenceDa
 
 def batches_of(budget: Budget) -> dict[str, Any]:
     """Return a data module's settings of batches."""
-    return {"examples_per_batch": budget.per_step, "tokens_per_batch": budget.tokens}
+    return {
+        "examples_per_batch": budget.per_step,
+        "tokens_per_batch": budget.tokens,
+        "max_length": budget.max_length,
+    }
 
 
 @contextmanager

@@ -94,6 +94,8 @@ def run_arm(arm: Arm, budget: Budget, options: argparse.Namespace, seed: int) ->
         "optimizer": partial(AdamW, lr=lr, weight_decay=0.0),
         "warmup_steps": 0.1,
     }
+    # The base as it is, whose log-probs are kept from one run to the next.
+    compared = {"reference": options.model, "reference_cache": str(options.out / "references")}
     place = options.out / "policy.ckpt"
     start: str | None = None
     if arm.sft:
@@ -107,13 +109,12 @@ def run_arm(arm: Arm, budget: Budget, options: argparse.Namespace, seed: int) ->
     loss: PreferenceLoss = DPO(beta=options.beta)
     if arm.preference:
         objective = WeightedSum((loss, ChosenNLL()), (1.0, arm.nll)) if arm.nll else loss
-        module = DPOModule(options.model, loss=objective, init_from=start, **shared)
+        against = {} if start else compared
+        module = DPOModule(options.model, loss=objective, init_from=start, **against, **shared)
         with trained(module, pairs, budget, 0) as trainer:
             trainer.save_checkpoint(place)
     # However it was trained, the policy is read back and compared with the base under one loss.
-    policy = DPOModule(
-        options.model, loss=loss, init_from=str(place), reference=options.model, **shared
-    )
+    policy = DPOModule(options.model, loss=loss, init_from=str(place), **compared, **shared)
     judge = Trainer(
         accelerator="auto", devices=1, precision=budget.precision,  # type: ignore[arg-type]
         logger=False, enable_progress_bar=False, enable_model_summary=False,

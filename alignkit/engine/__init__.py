@@ -14,6 +14,7 @@ from alignkit.engine.score import (
     states_at,
 )
 from alignkit.engine.verify import Packing, needs_no_probe
+from alignkit.engine.whole import call_as_one
 
 bound_caches()
 
@@ -24,6 +25,7 @@ __all__ = [
     "Span",
     "TokenScores",
     "blocks_of",
+    "call_as_one",
     "check_engine",
     "collate",
     "compile_blocks",

@@ -21,6 +21,7 @@ from alignkit.engine.lengths import longest_position
 from alignkit.engine.row import PackedRow, row_in_flight
 from alignkit.engine.tail import head_scores
 from alignkit.engine.verify import Packing, Scorers, fits_a_row, set_packing, verify_scores
+from alignkit.engine.whole import in_one_call
 from alignkit.errors import AlignkitError
 from alignkit.utils.autocast import compute_dtype
 from alignkit.utils.exact import exact
@@ -58,11 +59,13 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
         `TokenScores` of N tokens.
     """
     _check_positions(model, batch)
-    if fits_a_row(model, _SCORERS, batch):
-        hidden_ND = last_hidden_state(model, batch)[batch.score_from]
-    else:
-        hidden_ND = hidden_alone(model, batch)
-    return head_scores(model, hidden_ND, batch.target_ids, stats)
+    score_batch = _packed if fits_a_row(model, _SCORERS, batch) else _alone
+
+    def compute() -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        found = score_batch(model, batch, stats)
+        return found.logps, found.correct, found.entropy, found.collision
+
+    return TokenScores(*in_one_call(model, compute))
 
 
 def states_at(model: PreTrainedModel, batch: PackedBatch, place_R: Tensor) -> Tensor:
@@ -75,9 +78,10 @@ def states_at(model: PreTrainedModel, batch: PackedBatch, place_R: Tensor) -> Te
     """
     _check_positions(model, batch)
     if fits_a_row(model, _SCORERS, batch):
-        return last_hidden_state(model, batch)[place_R]
+        return in_one_call(model, lambda: last_hidden_state(model, batch)[place_R])
     index_R = torch.arange(len(place_R), device=place_R.device)
-    return hidden_alone(model, replace(batch, score_from=place_R, response_index=index_R))
+    there = replace(batch, score_from=place_R, response_index=index_R)
+    return in_one_call(model, lambda: hidden_alone(model, there))
 
 
 def last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -158,13 +162,16 @@ def check_engine(model: PreTrainedModel, packing: Packing = "auto") -> None:
     verify_scores(model, _SCORERS)
 
 
-def _packed_logps(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def _packed(model: PreTrainedModel, batch: PackedBatch, stats: bool = False) -> TokenScores:
     hidden_ND = last_hidden_state(model, batch)[batch.score_from]
-    return head_scores(model, hidden_ND, batch.target_ids).logps
+    return head_scores(model, hidden_ND, batch.target_ids, stats)
 
 
-def _logps_alone(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    return head_scores(model, hidden_alone(model, batch), batch.target_ids).logps
+def _alone(model: PreTrainedModel, batch: PackedBatch, stats: bool = False) -> TokenScores:
+    return head_scores(model, hidden_alone(model, batch), batch.target_ids, stats)
 
 
-_SCORERS = Scorers(packed=_packed_logps, alone=_logps_alone)
+_SCORERS = Scorers(
+    packed=lambda model, batch: _packed(model, batch).logps,
+    alone=lambda model, batch: _alone(model, batch).logps,
+)

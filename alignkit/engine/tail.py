@@ -90,7 +90,8 @@ def _own_logits(model: PreTrainedModel, hidden_nD: Tensor) -> Tensor | None:
     # The forward may read the shape of the ids, but not the ids.
     ids = torch.zeros(1, len(hidden_nD), dtype=torch.int64, device=hidden_nD.device)
     with _replaced(_hidden_state_modules(model), model, given):
-        output = model(input_ids=ids, use_cache=False)
+        # Without the model's own hooks: a strategy's may be at work on this very call.
+        output = model.forward(input_ids=ids, use_cache=False)
     logits_nV: Tensor = output.logits[0]
     return logits_nV if given.taken else None
 

@@ -1,7 +1,7 @@
 """Let every rank start from the weights of rank 0.
 
 Adapters and random bases are drawn by each process for itself, which differ without a seed. DDP
-broadcasts what it trains, and neither the reference nor what sharded blocks leave whole.
+broadcasts what it trains and not the reference; sharding broadcasts nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def start_alike(module: Any, device: Any) -> None:
     """Copy what may have been drawn at random from rank 0, the reference's part of it included.
 
     Args:
-        module: The module, on the CPU or on its device; blocks that are sharded stay as they are.
+        module: The module, on the CPU or on its device; what is sharded stays as it is.
         device: Where the process group's backend takes tensors.
     """
     if not (dist.is_available() and dist.is_initialized()) or units(module):

@@ -168,7 +168,7 @@ def _locate_nonfinite(module: HasLoss, micro_batches: list[MicroBatch]) -> str:
     Every rank must call it.
     """
     if units(module):  # computing again would need all ranks to compute as often
-        return "its rows are not sought in sharded blocks; ddp would name them"
+        return "its rows are not sought in a sharded model; ddp would name them"
     found = [m for m in micro_batches if not _has_finite_loss(module, m.batch)]
     place = Path(module.trainer.log_dir or module.trainer.default_root_dir)  # broadcasts
     told = [_describe_batch(module, micro, place) for micro in found[:1]]

@@ -121,7 +121,7 @@ class RefreshedModule(ReferencedModule):
         """Restore the reference's parameters, once the checkpoint is found to fit.
 
         Raises:
-            AlignkitError: There is a cache, which is of another reference, or sharded blocks.
+            AlignkitError: There is a cache, which is of another reference, or the model is sharded.
         """
         super().on_load_checkpoint(checkpoint)
         state: dict[str, Tensor] | None = checkpoint.get(KEY)

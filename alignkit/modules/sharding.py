@@ -1,10 +1,10 @@
 """Divide a model's blocks among processes: FSDP2, through Lightning's `ModelParallelStrategy`.
 
-Each decoder block is a unit of PyTorch's `fully_shard`. The parameters outside of blocks
-(embedding, last norm, head) stay whole in every process, because the engine reads the head's
-weight without calling the head; their gradients are averaged here. The root is no unit either: the
-engine calls the backbone below it. Checkpoints hold whole tensors, as under every other strategy,
-so any command and any number of processes reads them.
+Each decoder block is a unit of PyTorch's `fully_shard`, and so is an embedding that shares nothing
+with the head. The model around them is the root, which holds the rest: last norm, head, a tied
+embedding. The engine calls the backbone below the root and reads the head's weight without calling
+the head; `alignkit.engine.whole` therefore lets the root gather its part for a whole scoring, and
+once a scoring, however many chunks a rank's head takes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from alignkit.engine import PackedBatch, blocks_of, needs_no_probe
+from alignkit.engine import PackedBatch, blocks_of, call_as_one, needs_no_probe
 from alignkit.errors import AlignkitError
 from alignkit.modules.strategy import NAME, ShardedStrategy, refuse_strategy
 from alignkit.utils.deferred import hold
@@ -42,7 +42,7 @@ _REFUSED_CALLBACKS = (
 
 
 def set_up_sharding(module: LightningModule, trainer: Trainer) -> None:
-    """Let a module's blocks be sharded when Lightning configures its model, if its trainer shards.
+    """Let a module's models be sharded when Lightning configures its model, if its trainer shards.
 
     Raises:
         AlignkitError: The strategy is not supported, or something that does not work with it.
@@ -104,9 +104,9 @@ def models_of(module: Any) -> list[Any]:
 
 
 def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
-    """Divide the blocks of the policy and of its reference, which share frozen shards too."""
+    """Divide the policy and its reference, which share frozen shards too."""
     models = models_of(module)
-    if any(isinstance(each, FSDPModule) for each in models[0].modules()):
+    if units(module):
         return
     policy, *references = models
     owner = {id(p): (part, name) for part, name, p in _parameters(policy)}
@@ -120,21 +120,34 @@ def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
         for block in blocks_of(model):
             hold(block)  # read whole, one after the other
             fully_shard(block, mesh=mesh)
+        if (embedding := _own_embedding(model)) is not None:
+            fully_shard(embedding, mesh=mesh)
+        # Only the policy's root is needed again, by the backward pass.
+        fully_shard(model, mesh=mesh, reshard_after_forward=model is not policy)
+        call_as_one(model, register_fsdp_forward_method)
     for part, name, (theirs, their_name) in shared:
         # A unit takes over what its modules hold when it first runs.
         part.register_parameter(name, theirs._parameters[their_name])
 
 
+def _own_embedding(model: Any) -> nn.Module | None:
+    """Return a model's embedding, unless the head or another part shares its parameters."""
+    embedding: nn.Module = model.get_input_embeddings()
+    inside = {id(part) for part in embedding.modules()}
+    own = {id(p) for p in embedding.parameters()}
+    others = {id(p) for part, _, p in _parameters(model) if id(part) not in inside}
+    return embedding if own and not own & others else None
+
+
 def _parameters(model: Any) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for block in blocks_of(model):
-        for part in block.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    yield part, name, parameter
+    for part in model.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                yield part, name, parameter
 
 
 def units(module: Any) -> list[FSDPModule]:
-    """Return the sharded blocks of a module's models; none under other strategies."""
+    """Return the sharded parts of a module's models, outer before inner; none if not sharded."""
     return [
         each
         for model in models_of(module)
@@ -146,7 +159,7 @@ def units(module: Any) -> list[FSDPModule]:
 def refuse_probe(module: Any, batch: PackedBatch) -> None:
     """Refuse a batch that would be scored by another number of forward passes on each rank.
 
-    Each pass gathers the blocks from all ranks, which would wait for one another forever.
+    Each pass gathers weights from all ranks, which would wait for one another forever.
 
     Raises:
         AlignkitError: The batch does not fit a packed row as far as is known.
@@ -154,22 +167,22 @@ def refuse_probe(module: Any, batch: PackedBatch) -> None:
     if units(module) and not needs_no_probe(module.model, batch.longest):
         raise AlignkitError(
             f"trainer.strategy={NAME}: {type(module.model).__name__} is not scored in one packed "
-            f"row for sequences of {batch.longest} tokens, and sharded blocks need as many passes "
+            f"row for sequences of {batch.longest} tokens, and sharded weights need as many passes "
             "on every rank; use ddp, or lower data.max_length"
         )
 
 
-def gather_blocks(module: Any) -> None:
-    """Hold whole blocks from here on: in an evaluation ranks may differ by a batch."""
+def gather_weights(module: Any) -> None:
+    """Hold whole weights from here on: in an evaluation ranks may differ by a batch."""
     for unit in units(module):
-        unit.set_reshard_after_forward(False)
+        unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
 
 
-def release_blocks(module: Any) -> None:
-    """Hold shards alone again, after `gather_blocks`."""
+def release_weights(module: Any) -> None:
+    """Hold shards alone again, after `gather_weights`."""
     for unit in units(module):
-        unit.set_reshard_after_forward(True)
+        unit.set_reshard_after_forward(unit is not module.model, recurse=False)
         unit.reshard()
 
 
@@ -185,7 +198,8 @@ def local_gradients(parameters: list[Tensor]) -> list[Tensor]:
 def average_whole_gradients(parameters: list[Tensor]) -> None:
     """Make the gradients of whole parameters their means over ranks, where others are sharded.
 
-    FSDP2 averages those of its units; every rank must call it.
+    FSDP2 averages those of the models; a subclass may train parameters beside them. Every rank must
+    call it.
     """
     if not any(isinstance(p, DTensor) for p in parameters):
         return

@@ -22,10 +22,10 @@ from alignkit.modules.position import Position
 from alignkit.modules.precision import unscale_gradients
 from alignkit.modules.sharding import (
     average_whole_gradients,
-    gather_blocks,
+    gather_weights,
     gradient_norm,
     local_gradients,
-    release_blocks,
+    release_weights,
 )
 from alignkit.modules.tuning import mean_with_gradient_of_sum
 from alignkit.modules.window import LossOutput, Window, scale_gradients
@@ -156,22 +156,22 @@ class ExactSteps(HasLoss):
     def on_validation_epoch_start(self) -> None:
         """Begin the validation means."""
         self.val_metrics.reset()
-        gather_blocks(self)
+        gather_weights(self)
 
     def on_test_epoch_start(self) -> None:
         """Begin the test means."""
         self.val_metrics.reset()
-        gather_blocks(self)
+        gather_weights(self)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means as ``val/…``."""
-        release_blocks(self)
+        release_weights(self)
         self._log_evaluation("val")
         self.position.after_validation(self.trainer)
 
     def on_test_epoch_end(self) -> None:
         """Log the test means as ``test/…``."""
-        release_blocks(self)
+        release_weights(self)
         self._log_evaluation("test")
 
     def on_train_epoch_start(self) -> None:

@@ -31,7 +31,7 @@ USABLE = f"ddp, ddp_fork, ddp_notebook, {NAME} or auto"
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Train with sharded blocks.
+    """Train a sharded model.
 
     Checkpoints of adapters are one file of whole tensors. Those of a model that trains as a whole
     have shards beside the file, which all ranks write, unless ``save_distributed_checkpoint`` is

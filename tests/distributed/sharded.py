@@ -20,8 +20,8 @@ from torch.optim import AdamW
 
 from alignkit import HHPreferenceDataModule, HHSFTDataModule
 from alignkit.callbacks import Checkpoint
-from alignkit.engine import blocks_of
-from alignkit.modules import DPOModule, SFTModule, sharding
+from alignkit.engine import blocks_of, head
+from alignkit.modules import DPOModule, RewardModule, SFTModule, sharding
 from alignkit.modules.strategy import ShardedStrategy
 from tests.modules.helpers import trainer
 
@@ -35,20 +35,25 @@ def adamw(parameters: Any) -> AdamW:
 
 CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "lora": (SFTModule, {"lora": LORA}, {}),
-    "full": (SFTModule, {"lora": None}, {"gradient_clip_val": 0.5}),
+    "full": (SFTModule, {"lora": None}, {"gradient_clip_val": 0.5, "num_sanity_val_steps": 0}),
     "dpo": (DPOModule, {"lora": LORA}, {"gradient_clip_val": 0.01}),
     "mixed": (DPOModule, {"lora": LORA, "dtype": "bfloat16"}, {"precision": "bf16-mixed"}),
     "full_dpo": (DPOModule, {"lora": None, "activation_checkpointing": True}, {}),
+    "reward": (RewardModule, {"lora": LORA}, {"num_sanity_val_steps": 0}),
 }
+# Heads that are trained take a row in chunks; ranks have different numbers of them.
+head.CHUNK = 8
 
 
 class Keep(L.Callback):
-    """Keeps the loss and the norm of every step, and how much of the blocks this rank holds."""
+    """Keeps the loss and the norm of every step, and what this rank holds whole."""
 
     def __init__(self) -> None:
         self.steps: list[list[float]] = []
         self.shared = 0
         self.taken = 0
+        self.whole: set[int] = set()
+        self.parted: list[str] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         if not trainer.is_global_zero or trainer.global_step == self.taken:
@@ -57,8 +62,15 @@ class Keep(L.Callback):
         logged = trainer.callback_metrics
         self.steps.append([float(logged["train/loss"]), float(logged["train/grad_norm"])])
 
+    def on_before_backward(self, trainer: L.Trainer, module: Any, loss: Any) -> None:
+        """Between the two passes no block is whole, of the policy or of the reference."""
+        blocks = [b for model in sharding.models_of(module) for b in blocks_of(model)]
+        self.whole.add(sum(map(count_whole, blocks)))
+
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.taken = trainer.global_step
+        named = module.model.named_parameters()
+        self.parted = [name for name, p in named if isinstance(p, DTensor)]
         reference = getattr(module, "reference", None)
         if reference is not None:
             own = dict(module.model.named_parameters())
@@ -68,21 +80,24 @@ class Keep(L.Callback):
                 self.shared += same == getattr(mine, "_local_tensor", mine).data_ptr()
 
 
+def count_whole(block: Any) -> int:
+    """Count a block's weights that this process holds whole."""
+    return sum(
+        p.numel()
+        for name, p in block.named_parameters()
+        if "lora_" not in name and not p.is_meta and not isinstance(p, DTensor)
+    )
+
+
 def count_held_blocks(module: Any) -> list[float]:
     """Count, whenever a block is sharded, how many are whole in this process; fills the list."""
     counts: list[float] = []
 
-    def whole(block: Any) -> int:
-        return sum(
-            p.numel()
-            for name, p in block.named_parameters()
-            if "lora_" not in name and not p.is_meta and not isinstance(p, DTensor)
-        )
-
-    def shard(block: Any, **options: Any) -> None:
+    def shard(part: Any, **options: Any) -> None:
         blocks = [b for model in sharding.models_of(module) for b in blocks_of(model)]
-        counts.append(sum(map(whole, blocks)) / whole(block))
-        fully_shard(block, **options)
+        if any(part is block for block in blocks):
+            counts.append(sum(map(count_whole, blocks)) / count_whole(part))
+        fully_shard(part, **options)
 
     sharding.fully_shard = shard  # type: ignore[assignment]
     return counts
@@ -93,7 +108,7 @@ def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
     ranks = RANKS
     if ranks > 1:
         os.environ["WORLD_SIZE"] = str(ranks)  # Lightning deletes it at the end of a run
-    source = HHPreferenceDataModule if kind is DPOModule else HHSFTDataModule
+    source = HHSFTDataModule if kind is SFTModule else HHPreferenceDataModule
     # Small batches, so that one rank has more of them to validate on than the other.
     data = source(
         base,
@@ -132,6 +147,7 @@ def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
     if run.is_global_zero:
         val = float(run.callback_metrics["val/loss"])
         found = {"steps": keep.steps, "val": val, "shared": keep.shared, "held": held}
+        found |= {"whole": sorted(keep.whole), "parted": keep.parted}
         (place / "found.json").write_text(json.dumps(found))
         torch.save(state, place / "end.pt")
 

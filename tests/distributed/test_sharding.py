@@ -8,7 +8,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,26 @@ def launch(ranks: int, *arguments: object) -> None:
     assert not any(process.returncode for process in started), "\n".join(errors)
 
 
+TIED = ("lora", "full", "dpo")
+
+
 @pytest.fixture(scope="module")
 def home(
     model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
     """Every case trained by one process and by two."""
-    place = tmp_path_factory.mktemp("sharded")
+    return train(tmp_path_factory.mktemp("sharded"), str(model_dir("llama")), CASES)
+
+
+@pytest.fixture(scope="module")
+def tied(
+    model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """Three cases with a model whose head is its embedding."""
+    return train(tmp_path_factory.mktemp("tied"), str(model_dir("gpt2")), TIED)
+
+
+def train(place: Path, base: str, cases: Iterable[str]) -> tuple[Path, str]:
     (place / "data").mkdir()
     draw = random.Random(0)
 
@@ -71,9 +85,8 @@ def home(
         prompts = [f"\n\nHuman: {i} {words()}?\n\nAssistant:" for i in range(count)]
         rows = [{"chosen": f"{p} {words()}!", "rejected": f"{p} {words()}."} for p in prompts]
         (place / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    base = str(model_dir("llama"))
-    launch(1, ",".join(CASES), place, base)
-    launch(2, ",".join(CASES), place, base)
+    for ranks in (1, 2):
+        launch(ranks, ",".join(cases), place, base)
     return place, base
 
 
@@ -84,9 +97,13 @@ def results(place: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.Ten
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_ranks_that_shard_train_as_one_process_does(case: str, home: tuple[Path, str]) -> None:
-    place, _ = home
+@pytest.mark.parametrize(
+    ("base", "case"), [("home", case) for case in CASES] + [("tied", case) for case in TIED]
+)
+def test_two_ranks_that_shard_train_as_one_process_does(
+    base: str, case: str, request: pytest.FixtureRequest
+) -> None:
+    place, _ = request.getfixturevalue(base)
     (one, whole), (two, gathered) = results(place, f"{case}-1"), results(place, f"{case}-2")
     tolerance = {"rtol": 1e-6, "atol": 2e-6} if case != "mixed" else {"rtol": 2e-2, "atol": 1e-3}
     assert len(two["steps"]) == 8
@@ -97,6 +114,10 @@ def test_two_ranks_that_shard_train_as_one_process_does(case: str, home: tuple[P
     assert gathered.keys() == whole.keys()
     for name, value in whole.items():
         torch.testing.assert_close(gathered[name], value, **tolerance)
+    # Embedding, norms and head are divided too, and no block stays whole between the two passes.
+    own = {name.removeprefix("model.") for name in whole}
+    assert own <= set(two["parted"]) if case.startswith("full") else two["parted"]
+    assert two["whole"] == [0]
 
 
 def test_the_reference_shares_the_policy_s_frozen_shards(home: tuple[Path, str]) -> None:
