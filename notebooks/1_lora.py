@@ -43,8 +43,7 @@ base = os.environ.get("ALIGNKIT_BASE") or str(prepare_model(RUNS / "model"))
 # ## The table
 #
 # `profile` trains the whole model and then the adapter, each in a process of its own, and takes the
-# median of a few steps. The stored table is of a machine that was busy with other work: read its
-# memory and parameters, not its times. `alignkit profile` is the same on the command line.
+# median of a few steps, here on two CPU cores. `alignkit profile` is the same on the command line.
 
 # %%
 lora = LoRAConfig(r=8, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"))

@@ -39,7 +39,7 @@ from alignkit.tools.demo.short_run import short_run
 
 # Another model, or fewer steps, for those who want them.
 RUNS = Path(os.environ.get("ALIGNKIT_RUNS", "runs"))
-STEPS = int(os.environ.get("ALIGNKIT_STEPS", "10"))
+STEPS = int(os.environ.get("ALIGNKIT_STEPS", "8"))
 base = os.environ.get("ALIGNKIT_BASE") or str(prepare_model(RUNS / "model"))
 
 # %% [markdown]
