@@ -8,7 +8,6 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
@@ -65,7 +64,7 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
             "keep it in fp32, and set trainer.precision to bf16-mixed"
         )
     try:
-        optimizer = make(_uniform([p for p in model.parameters() if p.requires_grad]))
+        optimizer = make([p for p in model.parameters() if p.requires_grad])
     except ValueError as error:
         raise AlignkitError(f"{error}; change --model.optimizer") from error
     if lora_plus_ratio != 1:
@@ -75,24 +74,8 @@ def make_optimizer(model: nn.Module, make: OptimizerCallable, lora_plus_ratio: f
         )
         if not any(group["lr"] != chosen["lr"] for group in groups):
             _refuse_plus_without_adapters(lora_plus_ratio)
-        optimizer = make([g for group in groups for g in _split(group)])
+        optimizer = make(groups)
     return optimizer
-
-
-def _uniform(parameters: list[Any]) -> list[Any]:
-    """Return parameters, in groups where some are sharded and some are whole.
-
-    Optimizers take the parameters of a group at once, which fails for a mixture.
-    """
-    groups = _split({"params": parameters})
-    return parameters if len(groups) < 2 else groups
-
-
-def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
-    kinds: list[list[Any]] = [[], []]
-    for parameter in group["params"]:
-        kinds[isinstance(parameter, DTensor)].append(parameter)
-    return [{**group, "params": kind} for kind in kinds if kind]
 
 
 def total_steps(trainer: Trainer, taken: int = 0) -> int | None:

@@ -1,4 +1,4 @@
-"""Divide a model's blocks among processes: FSDP2, through Lightning's `ModelParallelStrategy`.
+"""Divide models among processes: FSDP2, through Lightning's `ModelParallelStrategy`.
 
 Each decoder block is a unit of PyTorch's `fully_shard`, and so is an embedding that shares nothing
 with the head. The model around them is the root, which holds the rest: last norm, head, a tied

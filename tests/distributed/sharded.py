@@ -9,11 +9,13 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
@@ -33,12 +35,29 @@ def adamw(parameters: Any) -> AdamW:
     return AdamW(parameters, lr=1e-3, weight_decay=0.01, fused=True)
 
 
+class Beside(SFTModule):
+    """Trains a parameter beside the model, which every process holds whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def compute_loss(self, batch: Any) -> Any:
+        output = super().compute_loss(batch)
+        return replace(output, loss_sum=output.loss_sum * self.scale)
+
+    def configure_optimizers(self) -> Any:
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        return AdamW([{"params": own}, {"params": [self.scale]}], lr=1e-3)
+
+
 CASES: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "lora": (SFTModule, {"lora": LORA}, {}),
     "full": (SFTModule, {"lora": None}, {"gradient_clip_val": 0.5, "num_sanity_val_steps": 0}),
     "dpo": (DPOModule, {"lora": LORA}, {"gradient_clip_val": 0.01}),
     "mixed": (DPOModule, {"lora": LORA, "dtype": "bfloat16"}, {"precision": "bf16-mixed"}),
     "full_dpo": (DPOModule, {"lora": None, "activation_checkpointing": True}, {}),
+    "beside": (Beside, {"lora": LORA}, {}),
     "reward": (RewardModule, {"lora": LORA}, {"num_sanity_val_steps": 0}),
 }
 # Heads that are trained take a row in chunks; ranks have different numbers of them.
@@ -108,7 +127,7 @@ def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
     ranks = RANKS
     if ranks > 1:
         os.environ["WORLD_SIZE"] = str(ranks)  # Lightning deletes it at the end of a run
-    source = HHSFTDataModule if kind is SFTModule else HHPreferenceDataModule
+    source = HHSFTDataModule if issubclass(kind, SFTModule) else HHPreferenceDataModule
     # Small batches, so that one rank has more of them to validate on than the other.
     data = source(
         base,
