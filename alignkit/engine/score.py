@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from alignkit.batch import PackedBatch
 from alignkit.engine.attention import make_plan
+from alignkit.engine.compare import Score
 from alignkit.engine.compile import padded_for
 from alignkit.engine.fallback import hidden_alone
 from alignkit.engine.head import TokenScores
@@ -59,13 +60,9 @@ def score_with_stats(model: PreTrainedModel, batch: PackedBatch, stats: bool = T
         `TokenScores` of N tokens.
     """
     _check_positions(model, batch)
-    score_batch = _packed if fits_a_row(model, _SCORERS, batch) else _alone
-
-    def compute() -> tuple[Tensor, *tuple[Tensor | None, ...]]:
-        found = score_batch(model, batch, stats)
-        return found.logps, found.correct, found.entropy, found.collision
-
-    return TokenScores(*in_one_call(model, compute))
+    return in_one_call(
+        model, lambda: head_scores(model, _hidden_states(model, batch), batch.target_ids, stats)
+    )
 
 
 def states_at(model: PreTrainedModel, batch: PackedBatch, place_R: Tensor) -> Tensor:
@@ -77,11 +74,17 @@ def states_at(model: PreTrainedModel, batch: PackedBatch, place_R: Tensor) -> Te
         place_R: [R] int64, indices in the row.
     """
     _check_positions(model, batch)
-    if fits_a_row(model, _SCORERS, batch):
-        return in_one_call(model, lambda: last_hidden_state(model, batch)[place_R])
     index_R = torch.arange(len(place_R), device=place_R.device)
     there = replace(batch, score_from=place_R, response_index=index_R)
-    return in_one_call(model, lambda: hidden_alone(model, there))
+    return in_one_call(model, lambda: _hidden_states(model, there))
+
+
+def _hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    return (_hidden_in_row if fits_a_row(model, _SCORERS, batch) else hidden_alone)(model, batch)
+
+
+def _hidden_in_row(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    return last_hidden_state(model, batch)[batch.score_from]
 
 
 def last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -110,11 +113,10 @@ def last_hidden_state(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 def _check_positions(model: PreTrainedModel, batch: PackedBatch) -> None:
     limit = longest_position(model)
-    longest = batch.longest
-    if limit is not None and longest > limit:
+    if limit is not None and batch.longest > limit:
         raise AlignkitError(
-            f"data: a sequence of {longest} tokens exceeds the model's {limit} positions; lower "
-            "data.max_length (or data.block_size)"
+            f"data: a sequence of {batch.longest} tokens exceeds the model's {limit} positions; "
+            "lower data.max_length (or data.block_size)"
         )
 
 
@@ -162,16 +164,8 @@ def check_engine(model: PreTrainedModel, packing: Packing = "auto") -> None:
     verify_scores(model, _SCORERS)
 
 
-def _packed(model: PreTrainedModel, batch: PackedBatch, stats: bool = False) -> TokenScores:
-    hidden_ND = last_hidden_state(model, batch)[batch.score_from]
-    return head_scores(model, hidden_ND, batch.target_ids, stats)
+def _logps(hidden: Score) -> Score:
+    return lambda model, batch: head_scores(model, hidden(model, batch), batch.target_ids).logps
 
 
-def _alone(model: PreTrainedModel, batch: PackedBatch, stats: bool = False) -> TokenScores:
-    return head_scores(model, hidden_alone(model, batch), batch.target_ids, stats)
-
-
-_SCORERS = Scorers(
-    packed=lambda model, batch: _packed(model, batch).logps,
-    alone=lambda model, batch: _alone(model, batch).logps,
-)
+_SCORERS = Scorers(packed=_logps(_hidden_in_row), alone=_logps(hidden_alone))

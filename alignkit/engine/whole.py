@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from alignkit.engine.head import TokenScores
 
 _METHOD = "_alignkit_call"
 """Attribute of a model whose scorings count as calls."""
 
-Result = TypeVar("Result")
+Result = TypeVar("Result", Tensor, TokenScores)
 
 
 def call_as_one(model: nn.Module, register: Callable[[nn.Module, str], Any]) -> None:
@@ -33,11 +35,21 @@ def in_one_call(model: nn.Module, compute: Callable[[], Result]) -> Result:
 
     Args:
         model: The model whose parts and weights are used.
-        compute: Returns a tensor, or a tuple of tensors and ``None``.
+        compute: Returns a tensor or `TokenScores`.
     """
-    call: Callable[[Callable[[], Result]], Result] = getattr(model, _METHOD, _compute)
-    return call(compute)
+    call: Callable[[Callable[[], Any]], Any] | None = getattr(model, _METHOD, None)
+    if call is None:
+        return compute()
+    # FSDP2 finds the tensors of an output in containers, and not in dataclasses of ours.
+    found = call(lambda: _as_tuple(compute()))
+    return TokenScores(*found) if isinstance(found, tuple) else found  # type: ignore[return-value]
 
 
-def _compute(compute: Callable[[], Result]) -> Result:
+def _compute(compute: Callable[[], Any]) -> Any:
     return compute()
+
+
+def _as_tuple(found: Any) -> Any:
+    if isinstance(found, TokenScores):
+        return found.logps, found.correct, found.entropy, found.collision
+    return found

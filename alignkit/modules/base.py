@@ -183,8 +183,7 @@ class AlignmentModule(TrainerSupport):
         super().setup(stage)
         seal_checkpoints(self.trainer)
         self.text_format = format_of_run(self.trainer, self.model, self.base, self.text_format)
-        self._settings = None
-        self._steps_before = 0
+        self._settings, self._steps_before = None, 0
 
     def on_before_batch_transfer(self, batch: PackedBatch, dataloader_idx: int) -> PackedBatch:
         """Refuse token ids beyond the model's embedding, while they are still on the CPU."""

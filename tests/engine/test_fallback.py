@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,9 @@ def test_what_even_this_does_not_score_is_refused_in_one_line(kind: str) -> None
 
 
 def test_a_wrong_fallback_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        SCORE_MODULE, "hidden_alone", lambda model, batch: hidden_alone(model, batch) * 1.5
-    )
+    scorers = SCORE_MODULE._SCORERS
+    wrong = replace(scorers, alone=lambda model, batch: scorers.alone(model, batch) * 1.5)
+    monkeypatch.setattr(SCORE_MODULE, "_SCORERS", wrong)
     with pytest.raises(AlignkitError, match="one sequence a forward scores are off"):
         check_engine(tiny_family("mamba"))
 

@@ -98,7 +98,7 @@ def test_bad_requests(base: str, tmp_path: Path) -> None:
         sample(base, output=output, prompts=["Why?"], **{**FEW, "temperature": 0})
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "Why?"}\n')
-    with pytest.raises(AlignkitError, match="has no split test; it has train"):
+    with pytest.raises(AlignkitError, match=r"p\.jsonl#test.*has no split test, only train"):
         sample(base, output=output, data=f"{path}#test", **FEW)
 
 
@@ -118,6 +118,7 @@ def test_prompts_of_a_data_set(tmp_path: Path) -> None:
     single = [{"role": "user", "content": "Why?"}]
     assert list(data_prompts(str(tmp_path))) == [single, chat, hh]
     assert len(list(data_prompts(f"{tmp_path}#train"))) == 1
+    assert list(data_prompts(f"{tmp_path}#test[1:3]")) == [single, chat]
     path.write_text('{"prompt": "Why?"}\n{"prompt": 3}\n')
     with pytest.raises(AlignkitError, match=r"test\.jsonl:2: "):
         list(data_prompts(str(tmp_path)))

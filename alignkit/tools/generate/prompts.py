@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from alignkit.data.encode.tokens import TextEncoder
-from alignkit.data.read.rows import BadRow, Row
+from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.dialogue import HUMAN, Dialogue, RowError
 from alignkit.data.text.formats import Format
@@ -169,23 +169,30 @@ def data_prompts(path: str) -> Iterator[Question]:
     """Yield each prompt of a data set once: of its test or validation split, if it has one.
 
     Args:
-        path: A file, a directory or a Hub id, followed by ``#SPLIT`` for another split.
+        path: A file, a directory or a Hub id, followed by ``#SPLIT`` for another split, or rows of
+            one as in `alignkit.data.read.slices`: ``#test[:100]``.
 
     Raises:
         AlignkitError: There is no such data or split, or a row without a prompt, by its place.
     """
-    place, _, wanted = path.partition("#")
-    splits = find_splits(place)
-    split = wanted or next(name for name in ("test", "validation", "train") if name in splits)
-    if split not in splits:
-        raise AlignkitError(f"data '{path}': has no split {split}; it has {', '.join(splits)}")
     met: set[str] = set()
-    for source in splits[split]:
+    for source in _sources_of(path):
         for line, row in source.rows():
             question = _question_of(row, f"{source.name}:{line}")
             if (key := json.dumps(question)) not in met:
                 met.add(key)
                 yield question
+
+
+def _sources_of(path: str) -> list[Source]:
+    place, _, wanted = path.partition("#")
+    if not wanted:
+        splits = find_splits(place)
+        return next(splits[name] for name in ("test", "validation", "train") if name in splits)
+    try:
+        return find_splits(place, splits={"test": wanted})["test"]
+    except AlignkitError as error:
+        raise AlignkitError(f"data '{path}': {str(error).removeprefix('data.splits: ')}") from error
 
 
 def _question_of(row: Row, where: str) -> Question:
