@@ -72,7 +72,7 @@ class Keep(L.Callback):
         self.shared = 0
         self.taken = 0
         self.whole: set[int] = set()
-        self.parted: list[str] = []
+        self.undivided: list[str] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         if not trainer.is_global_zero or trainer.global_step == self.taken:
@@ -89,7 +89,7 @@ class Keep(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         self.taken = trainer.global_step
         named = module.model.named_parameters()
-        self.parted = [name for name, p in named if isinstance(p, DTensor)]
+        self.undivided = [name for name, p in named if not isinstance(p, DTensor)]
         reference = getattr(module, "reference", None)
         if reference is not None:
             own = dict(module.model.named_parameters())
@@ -166,7 +166,7 @@ def run(case: str, home: Path, base: str, resume: str | None = None) -> None:
     if run.is_global_zero:
         val = float(run.callback_metrics["val/loss"])
         found = {"steps": keep.steps, "val": val, "shared": keep.shared, "held": held}
-        found |= {"whole": sorted(keep.whole), "parted": keep.parted}
+        found |= {"whole": sorted(keep.whole), "undivided": keep.undivided}
         (place / "found.json").write_text(json.dumps(found))
         torch.save(state, place / "end.pt")
 
