@@ -1,4 +1,4 @@
-"""What runs on SmolLM2 itself: unpacking it, and the notebook from top to bottom."""
+"""What runs on SmolLM2 itself: unpacking it, and the notebooks from top to bottom."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 from alignkit.errors import AlignkitError
 from alignkit.models import load_model, load_tokenizer
 from alignkit.tools.demo.model import find_gguf, prepare_model
+from tests.test_notebooks import SHOWN, shown
 
 NOTEBOOKS = Path(__file__).parents[3] / "notebooks"
 
@@ -52,6 +53,21 @@ def test_a_notebook_is_what_its_script_says(script: Path) -> None:
     stored = nbformat.read(script.with_suffix(".ipynb"), as_version=4).cells
     assert [(c.cell_type, c.source) for c in stored] == [(c.cell_type, c.source) for c in written]
     assert not any(out.output_type == "error" for c in stored for out in c.get("outputs", []))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_small_notebook_runs_on_it(
+    name: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").symlink_to(runs / "model")
+    monkeypatch.setenv("ALIGNKIT_RUNS", str(tmp_path))
+    monkeypatch.setenv("ALIGNKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ALIGNKIT_STEPS", "2")
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=900, kernel_name="python3").execute()
+    found = shown(notebook)
+    assert not [text for text in SHOWN[name] if text not in found]
 
 
 @pytest.mark.slow
