@@ -68,6 +68,7 @@ def _gauges(answers: Mapping[str, Sequence[Answer]], ratings: Mapping[str, Ratin
         for name in (
             "mean tokens",
             "ended by itself",
+            "empty",
             "repeated 3-grams",
             "runs on into the human's turn",
             *judged,
@@ -79,6 +80,7 @@ def _gauges(answers: Mapping[str, Sequence[Answer]], ratings: Mapping[str, Ratin
         values = [
             f"{gauges.tokens:.1f}",
             f"{gauges.ended:.0%}",
+            f"{gauges.empty:.0%}",
             f"{gauges.repetition:.1%}",
             f"{gauges.run_on:.0%}",
             *(

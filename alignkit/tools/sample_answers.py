@@ -27,10 +27,10 @@ class SampleAnswers(Callback):
     """Ask the policy the same prompts at every validation, or every few steps, and log its answers.
 
     Answers go to TensorBoard's TEXT page as ``samples``, and to loggers that have ``log_text``,
-    such as Weights & Biases. ``samples/repetition``, ``samples/run_on``, ``samples/ended`` and
-    ``samples/tokens`` go to every logger; see `Gauges`. Prompts are formatted as in training.
-    Rank 0 answers while the others wait. Training takes the same steps with this callback as
-    without it.
+    such as Weights & Biases. ``samples/repetition``, ``samples/run_on``, ``samples/ended``,
+    ``samples/empty`` and ``samples/tokens`` go to every logger; see `Gauges`. Prompts are formatted
+    as in training. Rank 0 answers while the others wait. Training takes the same steps with this
+    callback as without it.
 
     Example:
         >>> SampleAnswers(prompts=["How do I boil an egg?"], every_n_steps=50).every_n_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.models import load_model, load_tokenizer
 from alignkit.tools.compare import compare
+from alignkit.tools.compare_page import comparison_page
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.gauges import Gauges
 from alignkit.tools.judge import scoring
@@ -204,6 +206,15 @@ def test_scores_that_are_not_finite_are_refused(
 def test_an_answer_beyond_the_judge_is_one_line(moved_models: dict[str, str]) -> None:
     with pytest.raises(AlignkitError, match=r"--judge .*cannot score an answer: .* tokens exceed"):
         Judge(moved_models["dpo"]).scores(["Hi"], {"a": ["q" * 3000]}, torch.device("cpu"))
+
+
+def test_an_answer_without_a_text_is_counted() -> None:
+    """It counts as ended by itself, and would pass for a short one."""
+    answers = [Answer("", (), ended=True, end=(0,)), Answer("Yes.", (5, 6), ended=True, end=(0,))]
+    gauges = Gauges.of(answers)
+    assert gauges.empty == 0.5 and gauges.ended == 1.0 and "50% empty" in str(gauges)
+    page = comparison_page(["Why?", "How?"], {"sft": answers}, {"sft": [[], []]}, {})
+    assert re.search(r"<th[^>]*>empty</th>", page) and "<td class=n>50%</td>" in page
 
 
 def test_an_answer_stopped_at_the_human_s_turn_ran_on() -> None:

@@ -63,7 +63,7 @@ def test_answers_are_logged_and_training_is_the_same(
     assert all(torch.equal(without[name], found[name]) for name in found)
 
     events = EventAccumulator(str(asked), size_guidance={"tensors": 0}).Reload()
-    for name in ("repetition", "run_on", "ended", "tokens"):
+    for name in ("repetition", "run_on", "ended", "empty", "tokens"):
         points = events.Scalars(f"samples/{name}")
         assert [point.step for point in points] == [2, 4]
     assert all(0 <= point.value <= 5 for point in events.Scalars("samples/tokens"))

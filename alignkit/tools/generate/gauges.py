@@ -1,4 +1,4 @@
-"""Measure how often answers end, repeat themselves or run on into the human's turn."""
+"""Measure how often answers are empty, end, repeat themselves or run on into the human's turn."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ class Gauges(NamedTuple):
 
     Example:
         >>> Gauges.of([Answer("Yes.\n\nHuman: And?", (5, 6, 7, 8), ended=False)])
-        Gauges(repetition=0.0, run_on=1.0, ended=0.0, tokens=4.0)
+        Gauges(repetition=0.0, run_on=1.0, ended=0.0, empty=0.0, tokens=4.0)
 
     Attributes:
         repetition: The mean share of three-token sequences that occurred before in an answer.
         run_on: The share of answers that go on to write the human's next turn, whether they were
             stopped there or not.
         ended: The share that the model ended by itself, by its end token.
+        empty: The share without a text.
         tokens: The mean number of tokens.
     """
 
     repetition: float
     run_on: float
     ended: float
+    empty: float
     tokens: float
 
     @classmethod
@@ -45,14 +47,14 @@ class Gauges(NamedTuple):
     def __str__(self) -> str:
         """Return the gauges as a line."""
         return (
-            f"{self.tokens:.1f} tokens, {self.ended:.0%} ended by itself, {self.repetition:.1%} "
-            f"repeated, {self.run_on:.0%} run on into the human's turn"
+            f"{self.tokens:.1f} tokens, {self.ended:.0%} ended by itself, {self.empty:.0%} empty, "
+            f"{self.repetition:.1%} repeated, {self.run_on:.0%} run on into the human's turn"
         )
 
 
 def _columns(answers: Sequence[Answer]) -> list[list[float]]:
     rows = [
-        (a.repetition, a.ran_on or TURN in f"\n\n{a.text}", bool(a.end), len(a.ids))
+        (a.repetition, a.ran_on or TURN in f"\n\n{a.text}", bool(a.end), not a.text, len(a.ids))
         for a in answers
     ]
     return [[float(value) for value in column] for column in zip(*rows, strict=True)]
