@@ -52,8 +52,6 @@ _ATTENTION = {
 _APART = ["q_proj", "k_proj", "v_proj", "o_proj"]
 JUDGED = "rewards/accuracies"
 TOLD = ("loss", JUDGED, "rewards/margins")
-_LOOKS = 4
-"""How often a trial is validated, and may be pruned."""
 HELD_OUT = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
 
 
@@ -123,7 +121,7 @@ def budget_of(options: Namespace) -> Budget:
         raise AlignkitError(f"--model {options.model}: holds no config.json")
     if not Path(options.data).exists():
         raise AlignkitError(f"--data {options.data}: is not there")
-    for name in ("trials", "seeds", "pairs", "per_step", "tokens_per_batch", "max_length"):
+    for name in ("trials", "seeds", "pairs", "per_step", "tokens_per_batch", "max_length", "looks"):
         if getattr(options, name, 1) < 1:
             raise AlignkitError(f"--{name.replace('_', '-')}: must be 1 or more")
     return Budget(
@@ -143,6 +141,7 @@ def run_recipe(
     *,
     seed: int,
     references: str,
+    looks: int = 1,
     look: Callable[[int, float], None] = lambda step, value: None,
     test: bool = False,
 ) -> dict[str, float]:
@@ -155,8 +154,9 @@ def run_recipe(
         data: Pairs with a test split.
         seed: Of the order and the adapters.
         references: Directory that keeps the reference's log-probs from one run to the next.
+        looks: How often it is validated, at the end included.
         look: Is given the step and the held-out accuracy at each validation; may raise to stop.
-        test: Measure the test pairs, instead of those held out from training.
+        test: Measure the test pairs, and not those held out from training.
     """
     seed_everything(seed, verbose=False)
     loss = KINDS[recipe.loss](beta=recipe.beta)
@@ -169,7 +169,7 @@ def run_recipe(
         reference_cache=references if loss.uses_reference else None,
     )
     pairs = pairs_of(model, data, budget, seed)
-    every = max(1, budget.steps // _LOOKS)
+    every = 0 if test else max(1, budget.steps // looks)
     with trained(module, pairs, budget, every, Looks(look)) as trainer:
         found = trainer.callback_metrics
         if test:

@@ -40,6 +40,7 @@ from recipes import (
     pairs_of,
     trained,
 )
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from sidebyside import machine, output
@@ -184,8 +185,10 @@ def told(runs: list[dict[str, Any]], name: str) -> tuple[float, float | None]:
 
 
 def table(results: Mapping[str, list[dict[str, Any]]]) -> Table:
-    """Return the arms for a person."""
-    shown = Table(title="held-out pairs against the base, mean over seeds ± standard error")
+    """Return the arms as a table of Markdown."""
+    shown = Table(
+        title="held-out pairs against the base, mean over seeds ± standard error", box=box.MARKDOWN
+    )
     for header in ("arm", "seeds", "accuracy", "loss", "margin", "displaced", "KL", "trained"):
         shown.add_column(header)
     for name, runs in results.items():

@@ -39,6 +39,7 @@ from recipes import (
     budget_of,
     run_recipe,
 )
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from sidebyside import machine, output
@@ -98,7 +99,7 @@ def search(options: argparse.Namespace, budget: Budget, console: Console) -> int
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        found = run(recipe, budget, options, seed=0, look=look)
+        found = run(recipe, budget, options, seed=0, looks=options.looks, look=look)
         for name, value in found.items():
             trial.set_user_attr(name, value)
         return found[JUDGED]
@@ -173,8 +174,8 @@ def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
 
 
 def table(found: Mapping[str, Any]) -> Table:
-    """Return the results for a person."""
-    shown = Table(title="test pairs, mean over seeds ± standard error")
+    """Return the results as a table of Markdown."""
+    shown = Table(title="test pairs, mean over seeds ± standard error", box=box.MARKDOWN)
     for header in ("loss", "β", "lr", "r", "targets", "accuracy", "loss on pairs", "margin"):
         shown.add_column(header)
     for loss, each in found.items():
@@ -200,6 +201,7 @@ def parse() -> argparse.Namespace:
     add("--study", type=Path, required=True, help="the file that holds the trials")
     add("--losses", nargs="+", choices=list(KINDS), default=list(KINDS))
     add("--trials", type=int, default=12, help="of each loss, those of earlier searches counted")
+    add("--looks", type=int, default=4, help="validations of a trial, which may be pruned at each")
     add("--seed", type=int, default=0, help="of the choices")
     add("--json", help="a file for the results of final")
     return flags.parse_args()
