@@ -82,7 +82,7 @@ def run(chosen: Chosen, console: Console, work: Path) -> dict[str, Any]:
         for batch in together:
             loss = dpo.compute_loss(batch).loss_sum
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         dpo.zero_grad()
         return total
 
@@ -136,7 +136,7 @@ def separate(dpo: DPOModule, batches: Sequence[PackedBatch], sizes: Sequence[int
         base = torch.cat([response_sums(score(dpo.reference.model, e), e) for e in batches])
     loss = plackett_luce(policy - base, sizes, dpo.loss.beta)
     loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss)
+    return float(loss.detach())
 
 
 def plackett_luce(ratios_R: Tensor, sizes: Sequence[int], beta: float) -> Tensor:
