@@ -168,6 +168,31 @@ def test_dropped_rows_are_told(
     assert "1 row, first" in out and "nan" not in out and "±" not in out
 
 
+def test_an_empty_answer_does_not_cost_its_row(
+    model_dir: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of sampled rows alone: in anyone else's, an empty answer is for a policy to judge."""
+    rows = [
+        {"prompt": "Say 1.", "candidates": ["One.", "", "1.", " "]},
+        {"prompt": "Say 2.", "candidates": ["", "Two."]},
+        {"prompt": "Say 3.", "candidates": ["Three.", "3."]},
+    ]
+    drawn, ranked = tmp_path / "drawn.jsonl", tmp_path / "ranked.jsonl"
+    drawn.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = model_dir("gpt2")
+    command = ("judge", drawn, "--model", base, "--reference", model_dir("llama"))
+    assert run(*command, "--output", ranked) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 rows, 2 empty answers left out, dropped 1 (line 2;" in told
+    assert [sorted(row["responses"]) for row in rows_of(ranked)] == [
+        ["1.", "One."],
+        ["3.", "Three."],
+    ]
+    drawn.write_text(drawn.read_text().replace("candidates", "responses"))
+    assert run(*command, "--output", ranked) == 0
+    assert "1 row, dropped 2 (line 1, 2;" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--beta", -1), ("--beta", 0), ("--tokens_per_batch", 0)],

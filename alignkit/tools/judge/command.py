@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import DraftExample
-from alignkit.data.read.rows import BadRow, Source
+from alignkit.data.read.rows import BadRow, Rows, Source
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.defects import DefectError
 from alignkit.data.text.policies import Tally
@@ -61,6 +62,8 @@ def judge(
         tokens_per_batch: Most tokens in one batch.
         device: Such as cpu or cuda:0; auto takes a GPU if there is one.
 
+    Empty answers of rows that ``alignkit sample`` wrote are left out where two others remain.
+
     Returns:
         The verdict on the order in which the file had the answers.
 
@@ -76,7 +79,10 @@ def judge(
     if split is not None and split not in offered:
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
-    columns = columns or _sampled(sources)
+    empty: dict[tuple[str, int], int] = {}
+    if columns is None and _is_sampled(sources):
+        columns = {"responses": SAMPLED}
+        sources = [_without_empty(source, empty) for source in sources]
     scorer, tokenizer = load_scorer(found, target)
     encoder = row_encoder(
         sources,
@@ -105,7 +111,8 @@ def judge(
         raise AlignkitError(f"{path}: has no row to judge{_dropped(dropped)}")
     verdict = Verdict.of(margins)
     error = f" (± {verdict.error:.1%})" if verdict.rows > 1 else ""
-    rows = f"{verdict.rows:,} row{'s' if verdict.rows > 1 else ''}{_dropped(dropped)}"
+    rows = f"{verdict.rows:,} row{'s' if verdict.rows > 1 else ''}"
+    rows += _left_out(empty) + _dropped(dropped)
     print(
         f"{path}: {rows}, first answer above the last in {verdict.accuracy:.1%}{error}, by "
         f"{verdict.margin:.4g} on average"
@@ -149,11 +156,34 @@ def _drafts(
         dropped += sorted(set(tally.lines.get("rows", ())) - kept)
 
 
-def _sampled(sources: Sequence[Source]) -> dict[str, str] | None:
-    """Return how the rows of ``alignkit sample`` are read, ``None`` for rows of others."""
+def _is_sampled(sources: Sequence[Source]) -> bool:
+    """Tell whether rows are those of ``alignkit sample``."""
     first = next((row for source in sources for _, row in source.rows()), {})
-    is_sampled = not isinstance(first, BadRow) and SAMPLED in first
-    return {"responses": SAMPLED} if is_sampled else None
+    return not isinstance(first, BadRow) and SAMPLED in first
+
+
+def _without_empty(source: Source, empty: dict[tuple[str, int], int]) -> Source:
+    """Leave empty answers out where two others remain, and count them by file and line.
+
+    A model that ends some of its answers at once would lose most of its rows otherwise.
+    """
+
+    def rows() -> Rows:
+        for line, row in source.rows():
+            if not isinstance(row, BadRow) and isinstance(drawn := row.get(SAMPLED), list):
+                said = [answer for answer in drawn if str(answer).strip()]
+                if 2 <= len(said) < len(drawn):
+                    empty[source.name, line] = len(drawn) - len(said)
+                    row = {**row, SAMPLED: said}
+            yield line, row
+
+    return replace(source, rows=rows)
+
+
+def _left_out(empty: Mapping[tuple[str, int], int]) -> str:
+    """Return what a sentence says about empty answers, nothing where there are none."""
+    count = sum(empty.values())
+    return f", {count:,} empty answer{'s' if count > 1 else ''} left out" if count else ""
 
 
 def _dropped(lines: Sequence[int]) -> str:
