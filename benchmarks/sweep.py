@@ -89,7 +89,7 @@ def search(options: argparse.Namespace, budget: Budget, console: Console) -> int
         recipe = Recipe(
             loss=loss,
             beta=trial.suggest_float("beta", low, high, log=True),
-            lr=trial.suggest_float("lr", *RATES, log=True),
+            lr=trial.suggest_float("lr", *options.rates, log=True),
             r=trial.suggest_categorical("r", RANKS),
             targets=trial.suggest_categorical("targets", ("attention", "all-linear")),
         )
@@ -201,6 +201,7 @@ def parse() -> argparse.Namespace:
     add("--study", type=Path, required=True, help="the file that holds the trials")
     add("--losses", nargs="+", choices=list(KINDS), default=list(KINDS))
     add("--trials", type=int, default=12, help="of each loss, those of earlier searches counted")
+    add("--rates", type=float, nargs=2, default=RATES, help="least and largest learning rate")
     add("--looks", type=int, default=4, help="validations of a trial, which may be pruned at each")
     add("--seed", type=int, default=0, help="of the choices")
     add("--json", help="a file for the results of final")
@@ -230,6 +231,10 @@ def check(options: argparse.Namespace) -> Budget:
     """
     if importlib.util.find_spec("optuna") is None:
         raise AlignkitError("optuna is not installed; run pip install 'alignkit[sweep]'")
+    if not 0 < options.rates[0] < options.rates[1]:
+        raise AlignkitError(
+            f"--rates {' '.join(map(str, options.rates))}: give a least and a larger rate"
+        )
     if not options.study.parent.is_dir():
         raise AlignkitError(f"--study {options.study}: its folder is missing")
     return budget_of(options)

@@ -72,6 +72,8 @@ def test_mistakes_are_one_line(
         (["--data", str(tmp_path / "nope")], "--data"),
         (["--study", str(tmp_path / "no" / "study.log")], "its folder is missing"),
         (["--seeds", "0"], "--seeds: must be 1 or more"),
+        (["--looks", "0"], "--looks: must be 1 or more"),
+        (["--rates", "1e-3", "1e-4"], "--rates 0.001 0.0001: give a least"),
     ):
         assert sweep("search", *flags) == 2
         line = capsys.readouterr().err.strip()
