@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.optim import AdamW
 from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
 
 from alignkit import AlignmentModule, DPOModule, HHPreferenceDataModule
+from alignkit.cli.logs import configure_logs
 from alignkit.data import AlignmentDataModule
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
@@ -96,6 +99,15 @@ class Budget:
     def steps(self) -> int:
         """Return the optimizer steps."""
         return max(1, self.pairs // self.per_step)
+
+
+def quiet() -> None:
+    """Keep what libraries say of every run out of the way of the results."""
+    configure_logs(quiet=True)
+    disable_progress_bar()
+    warnings.filterwarnings(
+        "ignore", message=".*(does not have many workers|ExperimentalWarning).*"
+    )
 
 
 def add_run_flags(flags: ArgumentParser) -> None:

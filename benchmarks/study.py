@@ -21,7 +21,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,6 +37,7 @@ from recipes import (
     batches_of,
     budget_of,
     pairs_of,
+    quiet,
     trained,
 )
 from rich import box
@@ -46,7 +46,6 @@ from rich.table import Table
 from sidebyside import machine, output
 from sidebyside.options import resolve_device
 from torch.optim import AdamW
-from transformers.utils.logging import disable_progress_bar
 
 from alignkit import DPOModule, HHSFTDataModule, SFTModule
 from alignkit.errors import AlignkitError
@@ -237,8 +236,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Run the study; returns 2 for a user's mistake."""
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    quiet()
     options = parse()
     try:
         return run(options, budget_of(options), Console())

@@ -18,7 +18,6 @@ import argparse
 import importlib.util
 import json
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -37,6 +36,7 @@ from recipes import (
     Recipe,
     add_run_flags,
     budget_of,
+    quiet,
     run_recipe,
 )
 from rich import box
@@ -44,7 +44,6 @@ from rich.console import Console
 from rich.table import Table
 from sidebyside import machine, output
 from sidebyside.options import resolve_device
-from transformers.utils.logging import disable_progress_bar
 
 from alignkit.errors import AlignkitError
 from alignkit.utils.atomic import check_output, write_atomically
@@ -210,10 +209,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     """Search or measure; returns 2 for a user's mistake."""
-    disable_progress_bar()
-    warnings.filterwarnings(
-        "ignore", message=".*(does not have many workers|ExperimentalWarning).*"
-    )
+    quiet()
     options = parse()
     try:
         budget = check(options)

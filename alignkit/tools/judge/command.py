@@ -163,7 +163,7 @@ def _is_sampled(sources: Sequence[Source]) -> bool:
 
 
 def _without_empty(source: Source, empty: dict[tuple[str, int], int]) -> Source:
-    """Leave empty answers out where two others remain, and count them by file and line.
+    """Return the rows without empty answers where two others remain; count these by file and line.
 
     A model that ends some of its answers at once would lose most of its rows otherwise.
     """
