@@ -73,7 +73,7 @@ def test_gauges_cuts_and_failures() -> None:
     page = Page(text)
     assert [kind for kind, _ in page.answers] == ["answer cut", "answer"]
     cells = re.findall(r"<td class=n>(.*?)</td>", text)
-    assert cells == ["6.0", "0%", "25.0%", "100%", "2.0", "100%", "0.0%", "0%"]
+    assert cells == ["6.0", "0%", "0%", "25.0%", "100%", "2.0", "100%", "0%", "0.0%", "0%"]
     assert "no such &lt;file&gt;" in text
     assert 'title="-9.00"' in text
 
