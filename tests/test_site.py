@@ -99,10 +99,6 @@ def test_commands_parse(command: list[str]) -> None:
     assert parser.parse_args(command[1:])
 
 
-# Not tried: DIR is for the reader to fill in, and nothing has trained here.
-READS_A_RUN = re.compile(r"--config runs/")
-
-
 def training_commands(page: Path) -> list[list[str]]:
     """Return a page's lines that train or copy a configuration, in their order."""
     lines = "\n".join(blocks(page, "(?:sh)?")).replace("\\\n", " ").splitlines()
@@ -130,7 +126,7 @@ def test_what_a_page_trains_by_works_as_it_is_printed(
     for command in training_commands(page):
         if command[0] == "configs":
             assert main(command) == 0
-        elif not {"--help", "DIR"} & {*command} and not READS_A_RUN.search(" ".join(command)):
+        elif "--help" not in command and "DIR" not in command:  # what the reader has to fill in
             with pytest.raises(SystemExit) as ended:
                 main([*command, "--print_config"])
             told = capsys.readouterr()

@@ -45,6 +45,8 @@ def judge(
 ) -> Verdict:
     """Score the answers of a file by a reward model, or by DPO's implicit reward, and rank them.
 
+    Empty answers of rows that ``alignkit sample`` wrote are left out where two others remain.
+
     Args:
         path: Pairs, ranked answers or what ``alignkit sample`` wrote: a file, a directory or a Hub
             id, as the data modules take it.
@@ -61,8 +63,6 @@ def judge(
             data modules choose.
         tokens_per_batch: Most tokens in one batch.
         device: Such as cpu or cuda:0; auto takes a GPU if there is one.
-
-    Empty answers of rows that ``alignkit sample`` wrote are left out where two others remain.
 
     Returns:
         The verdict on the order in which the file had the answers.
