@@ -1,13 +1,22 @@
-"""Give ``--model.loss NAME`` on the command line the default parameters of that loss."""
+"""Give a loss that is named on the command line or in a file the default parameters of its class.
+
+Where a new class replaces another, the parser keeps the values of the parameters that both have:
+SimPO in the place of the default, DPO, would silently run at DPO's β.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
+import yaml
+
+from alignkit.cli.config_file import named_configs, read_config_file
 from alignkit.errors import AlignkitError
 from alignkit.objectives.preference import PreferenceLoss, known_losses, unknown_loss
 
@@ -17,19 +26,28 @@ _NO_CLASS = re.compile(r'key "(?:\S+\.)?loss".*?import path string: (\S+)', re.D
 
 
 def spell_out_losses(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with a loss's own defaults added after each ``--model.loss NAME``.
+    """Return the arguments with all parameters of each loss, those of the losses inside as well.
 
-    Where a new class replaces another, the parser keeps the values of the parameters that both
-    have: SimPO would silently run at DPO's β.
+    A loss may be named by ``--model.loss``, by a parameter of it such as ``--model.loss.of``, and
+    by a configuration file, after which a flag repeats it.
     """
-    fresh: list[str] = []
-    for previous, argument in zip(["", *arguments], arguments, strict=False):
-        fresh.append(argument)
-        if previous == _FLAG:
-            fresh += _default_flags(argument)
-        elif argument.startswith(f"{_FLAG}="):
-            fresh += _default_flags(argument.removeprefix(f"{_FLAG}="))
-    return fresh
+    spelled: list[str] = []
+    flag = ""
+    for argument in arguments:
+        name, inline, value = argument.partition("=")
+        if inline and name.startswith("-"):
+            spelled.append(f"{name}={_spelled_value(name, value)}")
+            spelled += _losses_of_file(name, value)
+            flag = ""
+        elif flag:
+            spelled.append(_spelled_value(flag, argument))
+            spelled += _losses_of_file(flag, argument)
+            flag = ""
+        else:
+            spelled.append(argument)
+        if argument.startswith("-") and not inline:
+            flag = argument
+    return spelled
 
 
 def unknown_loss_in(message: str) -> AlignkitError | None:
@@ -38,17 +56,69 @@ def unknown_loss_in(message: str) -> AlignkitError | None:
     return unknown_loss(found[1]) if found else None
 
 
-def _default_flags(name: str) -> Iterator[str]:
-    """Yield the flags that give a loss's parameters the values of its own class."""
+def _spelled_value(flag: str, value: str) -> str:
+    """Return a flag's value; a loss as JSON with all of its parameters."""
+    if flag != _FLAG and not flag.startswith(f"{_FLAG}."):
+        return value
+    try:
+        given = yaml.safe_load(value)
+    except yaml.YAMLError:  # the parser reports it
+        return value
+    spelled = _spelled(given)
+    return value if spelled == given else json.dumps(spelled)
+
+
+def _losses_of_file(flag: str, value: str) -> Iterator[str]:
+    """Yield the flag that repeats the loss of a file of options, with all of its parameters."""
+    for path in _files(flag, value):
+        content = read_config_file(path)
+        options = content if flag == "--model" else content.get("model")
+        given = options.get("init_args") if isinstance(options, Mapping) else None
+        loss = given.get("loss") if isinstance(given, Mapping) else None
+        if (spelled := _spelled(loss)) != loss:
+            yield f"{_FLAG}={json.dumps(spelled)}"
+
+
+def _files(flag: str, value: str) -> Iterator[Path]:
+    if flag == "--model" and Path(value).is_file():
+        yield Path(value)
+    yield from named_configs(flag, value)
+
+
+def _spelled(given: Any) -> Any:
+    """Return a loss by name or by class and parameters with the defaults of its class.
+
+    What is no loss, or one whose parameters are not known, stays; a list has each spelled out.
+    """
+    if isinstance(given, list):
+        return [_spelled(each) for each in given]
+    named = {"class_path": given} if isinstance(given, str) else given
+    if not isinstance(named, Mapping) or not isinstance(named.get("class_path"), str):
+        return given
+    kind = _class_of(named["class_path"])
+    if kind is None or not is_dataclass(kind):
+        return given
+    given_values = named.get("init_args")
+    values = dict(given_values) if isinstance(given_values, Mapping) else {}
+    for field in fields(kind):
+        if field.name in values:
+            if PreferenceLoss.__name__ in str(field.type):
+                values[field.name] = _spelled(values[field.name])
+        elif field.init and field.default is not MISSING:
+            default = field.default
+            values[field.name] = (
+                default.to_dict() if isinstance(default, PreferenceLoss) else default
+            )
+    return {**named, "init_args": values} if values else given
+
+
+def _class_of(name: str) -> type | None:
+    """Return the loss of a name or an import path, ``None`` where there is none."""
     kind = {known.__name__: known for known in known_losses()}.get(name)
     if kind is None:
         module, _, attribute = name.rpartition(".")
         try:
             kind = getattr(import_module(module), attribute)
         except Exception:  # a user's file may raise anything; the parser reports what is wrong
-            return
-    for field in fields(kind) if is_dataclass(kind) else ():
-        if field.init and field.default is not MISSING:
-            default = field.default
-            plain = default.to_dict() if isinstance(default, PreferenceLoss) else default
-            yield f"{_FLAG}.{field.name}={json.dumps(plain)}"
+            return None
+    return kind if isinstance(kind, type) and issubclass(kind, PreferenceLoss) else None

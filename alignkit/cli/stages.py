@@ -86,7 +86,7 @@ def fit_arguments(
     """Return the arguments of ``fit`` that a stage's command stands for.
 
     Defaults come first, then the flags of ``fit`` as they were given, then the short ones, so that
-    each may change what precedes it.
+    each may change what precedes it. The parameters of a loss follow its name.
 
     Args:
         name: A key of `STAGES`.
@@ -115,6 +115,9 @@ def fit_arguments(
     out = run_place(f"runs/{name}" if given.out is None else given.out)
     defaults = [*_class_flags(name), *_default_flags(name, given, out, gpu)]
     placed = [] if given.out is None else out_flags(out, others)
+    if getattr(given, "loss", None) is not None:
+        parameters, others = _loss_parameters(others)
+        others += [f"--model.loss={given.loss}", *parameters]
     return ["fit", *defaults, *others, *_short_flags(given), *placed]
 
 
@@ -211,7 +214,6 @@ def _short_flags(given: Namespace) -> Iterator[str]:
         "base": "model.base",
         "data": "data.path",
         "init_from": "model.init_from",
-        "loss": "model.loss",
         "beta": "model.loss.beta",
         "lr": "model.optimizer.lr",
         "epochs": "trainer.max_epochs",
@@ -231,6 +233,18 @@ def _short_flags(given: Namespace) -> Iterator[str]:
         yield "--model.lora=null"
     if given.rank is not None:
         yield f"--model.lora.alpha={2 * _whole(given.rank)}"
+
+
+def _loss_parameters(others: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the flags of a loss's parameters with their values, and the other arguments."""
+    parameters: list[str] = []
+    rest: list[str] = []
+    place = rest
+    for argument in others:
+        if argument.startswith("-") and not _NUMBER.match(argument):
+            place = parameters if argument.startswith("--model.loss.") else rest
+        place.append(argument)
+    return parameters, rest
 
 
 def _whole(rank: str) -> int:

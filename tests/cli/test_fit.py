@@ -164,18 +164,6 @@ class Simple(PreferenceLoss):
     assert read_scalars(run)["train/loss"][0][1] == pytest.approx(1.70, abs=0.2)
 
 
-def test_a_loss_keeps_nothing_of_the_one_it_replaces(alignkit: Callable, workplace: Path) -> None:
-    """SimPO over a file's DPO has SimPO's own beta, not the file's."""
-    config = ["fit", "--config", CONFIGS / "dpo_hh_pythia.yaml"]
-    simpo = ["--model.loss", "SimPO", "--model.loss.gamma", 0.7]
-    for given in ([], ["--model.loss.beta", 0.3]):
-        status, out, err = alignkit(*config, *given, *simpo, "--print_config")
-        assert status == 0, err
-        loss = yaml.safe_load(out)["model"]["init_args"]["loss"]
-        assert loss["class_path"] == "alignkit.objectives.reference_free.SimPO"
-        assert loss["init_args"] == {"beta": 2.0, "gamma": 0.7, "label_smoothing": 0.0}
-
-
 def test_a_weighted_sum_from_the_command_line(
     alignkit: Callable, workplace: Path, model_dir: Callable[[str], Path], hh: Path, text: Path
 ) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 
 from alignkit.errors import AlignkitError
 from alignkit.models import load_tokenizer
+from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.prompts import TURN
 from alignkit.tools.generate.sampling import Sampling, _GumbelNoise, _RepetitionPenalty, complete
 
@@ -97,6 +98,27 @@ def test_an_answer_does_not_depend_on_its_batch(
     }
     assert found[1] == found[2] == found[5]
     assert len(set(found[1])) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("stopped", [{"stop": "e"}, {"generation": {"stop_strings": ["e", "o"]}}])
+@pytest.mark.parametrize("pad", ["eos", "own", "of the vocabulary"])
+def test_an_answer_ends_where_it_was_stopped(
+    tiny_model: Callable[..., PreTrainedModel],
+    tokenizer_dir: Path,
+    pad: str,
+    stopped: dict[str, Any],
+) -> None:
+    """What is known of it does not depend on how long the others of its batch go on."""
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    model = tiny_model()
+    if pad != "eos":
+        tokenizer.pad_token = "x" if pad == "of the vocabulary" else tokenizer.decode([3])
+    sampling = Sampling(temperature=1.0, top_p=1, max_new_tokens=16, seed=3, **stopped)
+    heard: dict[int, list[Answer]] = {1: [], 5: []}
+    for size, answers in heard.items():
+        list(complete(model, tokenizer, PROMPTS, sampling, batch_size=size, heard=answers.append))
+    assert heard[1] == heard[5]
+    assert len({len(answer.ids) for answer in heard[5]}) > 1, "one was stopped before another"
 
 
 def test_the_seed_decides(

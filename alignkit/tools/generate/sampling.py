@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -42,7 +41,7 @@ from alignkit.tools.generate.options import (
     warpers,
 )
 from alignkit.tools.generate.pieces import Pieces
-from alignkit.tools.generate.stopping import StopText
+from alignkit.tools.generate.stopping import drawn_tokens, stopping_at
 
 _GenerationConfig: Any = GenerationConfig  # upstream's signature is untyped
 
@@ -158,35 +157,35 @@ def _complete_batch(
     mask_BL = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     ids_BL, mask_BL = ids_BL.to(model.device), mask_BL.to(model.device)
     eos = _eos_ids(model, tokenizer) | set(ends)
+    options = passed(sampling.generation)
+    strings = options.pop("stop_strings", None)
     config = _GenerationConfig(
         do_sample=False,  # the last processor adds the noise that makes the argmax a draw
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=pad,
         eos_token_id=sorted(eos),
-        **passed(sampling.generation),
+        **options,
     )
 
     def text(ids: list[int]) -> str:
         return _text(tokenizer, ids, eos, sampling.stop)
 
-    stopping = [] if sampling.stop is None else [StopText(tokenizer, sampling.stop, width)]
     generator: Any = model  # `generate` is mixed in where type checkers cannot see it
     given = dict(sampling.generation)
     refused = readable("generation", given) if given else nullcontext()
     with _as_generator(model), refused:
+        stops = stopping_at(tokenizer, sampling.stop, strings, width)
         output_BL = generator.generate(
             ids_BL,
             attention_mask=mask_BL,
             generation_config=config,
             logits_processor=_processors(sampling, mask_BL, first),
-            stopping_criteria=StoppingCriteriaList(stopping),
+            stopping_criteria=stops,
             streamer=None if told is None else Pieces(text, told, sampling.stop),
-            tokenizer=tokenizer,  # which finds stop strings
+            tokenizer=tokenizer,  # which heals tokens
         )
-    return [
-        _answer(tokenizer, row, eos, sampling.stop, text(row))
-        for row in output_BL[:, width:].tolist()
-    ]
+    drawn = [drawn_tokens(row, width, pad, eos, stops) for row in output_BL.tolist()]
+    return [_answer(tokenizer, row, eos, sampling.stop, text(row)) for row in drawn]
 
 
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
