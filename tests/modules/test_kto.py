@@ -6,12 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from alignkit.cli import main
 from alignkit.data import UnpairedDataModule
+from alignkit.data.keep.mismatched import _others
 from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import read_checkpoint
@@ -224,6 +228,64 @@ def test_each_row_has_an_answer_of_another_prompt(tmp_path: Path, tokenizer_dir:
     assert batch.take([1]).labels.tolist() == batch.labels[[1]].tolist()
     again = data(tmp_path, tokenizer_dir, ROWS, max_length=40)._set("train")
     assert [e.label for e in again] == [e.label for e in examples]
+
+
+def paired(n: int, good: bool) -> dict:
+    return {"prompt": f"Say {n}, then rest.", "completion": f"{n}, {good}.", "label": good}
+
+
+GOOD, BAD = ([paired(n, good) for n in range(20)] for good in (True, False))
+
+
+@pytest.mark.parametrize("order", ["good, then bad", "neighbours", "two files", "a folder"])
+def test_no_order_of_rows_brings_answers_back_to_their_prompts(
+    order: str, tmp_path: Path, tokenizer_dir: Path
+) -> None:
+    """Pairs taken apart lie half the set from each other, or side by side."""
+    rows = {
+        "neighbours": [row for both in zip(GOOD, BAD, strict=True) for row in both],
+        "good, then bad": [*GOOD, *BAD],
+    }
+    path: str | list[str] = str(write(tmp_path / "rows.jsonl", rows.get(order, GOOD)))
+    if order == "two files":
+        path = [path, str(write(tmp_path / "bad.jsonl", BAD))]
+    elif order == "a folder":
+        path = str(tmp_path / "both")
+        (tmp_path / "both").mkdir()
+        write(tmp_path / "both" / "train.jsonl", [*GOOD, *BAD])
+        write(tmp_path / "both" / "validation.jsonl", [*GOOD[:3], *BAD[:3]])
+    options = {} if order == "a folder" else {"val_fraction": 0.2}
+    module = UnpairedDataModule(str(tokenizer_dir), path, cache_dir=str(tmp_path / "c"), **options)
+    module.setup()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    for name in ("train", "validation"):
+        examples = module._set(name)
+        assert len(examples) >= 6
+        for index in range(len(examples)):
+            prompt, own, other = map(
+                tokenizer.decode, (examples[index].prompt, *examples[index].responses)
+            )
+            asked = prompt.split("Say ")[1].split(",")[0]
+            assert own.startswith(f" {asked},"), own
+            assert not other.startswith(f" {asked},"), other
+            assert examples.lengths[index] == examples[index].num_tokens
+
+
+def test_rows_of_one_prompt_are_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+    rows = [{**row, "prompt": "Say it."} for row in ROWS]
+    with pytest.raises(AlignkitError, match="the train split holds one prompt alone; mismatched"):
+        data(tmp_path, tokenizer_dir, rows)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_another_prompt_for_every_row(prompts: list[int]) -> None:
+    found = _others(np.array(prompts, np.uint64)).tolist()
+    assert len(found) == (len(prompts) if len(set(prompts)) > 1 else 0)
+    half = len(prompts) // 2
+    for index, other in enumerate(found):
+        away = (index + half) % len(prompts)
+        turned = [*range(away, len(prompts)), *range(away)]
+        assert other == next(i for i in turned if prompts[i] != prompts[index])
 
 
 @pytest.mark.parametrize(
