@@ -30,7 +30,7 @@ from alignkit.models.fingerprint import base_fingerprint
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
 from alignkit.tools.generate.options import gather_options
-from alignkit.tools.generate.prompts import Question, encode_prompts
+from alignkit.tools.generate.prompts import Question, encode_prompts, with_system
 from alignkit.tools.generate.request import Request, answer_questions, describe_format
 from alignkit.utils.atomic import PARTIAL, check_output, write_atomically
 from alignkit.utils.progress import counting
@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path:
     """Draw several answers to each prompt, and write them with their log-probabilities.
 
-    A row is ``prompt``, ``candidates`` (the answers) and ``drawn`` (for each answer its ``logp``,
+    A row is ``prompt`` (with the system message that it was asked with, if there was one),
+    ``candidates`` (the answers) and ``drawn`` (for each answer its ``logp``,
     in nats, its number of ``tokens`` and whether the model ``ended`` it). ``logp`` is the model's
     log-probability of the tokens that were drawn, the one that ended the answer included, without
     temperature and the other options. ``alignkit judge`` ranks the answers.
@@ -80,7 +81,8 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
         "options": {**request.to_dict(), "answers": answers},
         "prompts": digest_of(json.dumps(request.questions).encode()),
     }
-    with _Part(target, identity, request.questions) as part:
+    prompts = [with_system(question, asked) for question in request.questions]
+    with _Part(target, identity, prompts) as part:
         begun = len(part.rows)
         left = request.questions[begun:]
         heard: list[Answer] = []
@@ -101,7 +103,8 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
                     next(given)
                 drawn, heard[:] = heard[:answers], heard[answers:]
                 (prompt,) = encode_prompts([question], asked, tokenizer, encoder)
-                part.add(_row(question, drawn, log_probs(policy, prompt, drawn)))
+                row = _row(prompts[len(part.rows)], drawn, log_probs(policy, prompt, drawn))
+                part.add(row)
                 count.reach(len(part.rows))
         part.finish()
     several = "s" if len(part.rows) > 1 else ""
@@ -153,7 +156,7 @@ class _Part:
     Args:
         target: The output.
         identity: What decides its rows.
-        questions: The prompts of all of them.
+        prompts: The prompts of all of them.
 
     Attributes:
         rows: The lines that there are, in the order of the prompts.
@@ -163,14 +166,14 @@ class _Part:
     """
 
     def __init__(
-        self, target: Path, identity: Mapping[str, Any], questions: Sequence[Question]
+        self, target: Path, identity: Mapping[str, Any], prompts: Sequence[Question]
     ) -> None:
         self._target = target
         self._path = target.with_name(f".{target.name}{PARTIAL}")
         head = json.dumps(identity)
-        self.rows = [*self._read(head, questions)]
+        self.rows = [*self._read(head, prompts)]
         if self.rows:
-            log.info("%s: going on after %d of %d prompts", target, len(self.rows), len(questions))
+            log.info("%s: going on after %d of %d prompts", target, len(self.rows), len(prompts))
         write_atomically(self._path, "".join(f"{line}\n" for line in (head, *self.rows)))
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -192,20 +195,20 @@ class _Part:
         self._file.close()
         self._path.unlink()
 
-    def _read(self, head: str, questions: Sequence[Question]) -> Iterator[str]:
+    def _read(self, head: str, prompts: Sequence[Question]) -> Iterator[str]:
         """Yield the whole rows that a run with the same identity has left."""
         if not self._path.exists():
             return
         first, *lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
-        if first != head:
+        if first != head and any(lines):
             raise AlignkitError(
                 f"{self._path}: was begun with another model, other prompts or other options; "
                 "delete it, or name another output"
             )
-        for line, question in zip(lines, questions, strict=False):
+        for line, prompt in zip(lines, prompts, strict=False):
             found = None
             with suppress(ValueError):
                 found = json.loads(line)
-            if not isinstance(found, dict) or found.get("prompt") != question:
+            if not isinstance(found, dict) or found.get("prompt") != prompt:
                 return
             yield line

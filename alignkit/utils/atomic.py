@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from alignkit.errors import AlignkitError
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 """Suffix of a file that is still being written, or that a killed process left behind."""
@@ -55,6 +58,20 @@ def write_atomically(path: Path, content: bytes | str | Callable[[BinaryIO], obj
         if not special:
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
+
+
+def write_beside(path: Path, content: str) -> None:
+    """Write what a command had made when it was stopped, and tell where.
+
+    It becomes the output, unless there is a file already, which may be whole: then it lies beside.
+
+    Args:
+        path: The output.
+        content: What there is of it.
+    """
+    place = path.with_name(f"{path.name}{PARTIAL}") if path.is_file() else path
+    write_atomically(place, content)
+    log.warning("stopped: %s holds what there was", place)
 
 
 def output_path(path: str, argument: str) -> Path:

@@ -313,6 +313,11 @@ def test_a_stop_leaves_the_answers_so_far(
     with pytest.raises(KeyboardInterrupt):
         generate(base, prompts=["Who?", "Why?"], jsonl=str(lines), device="cpu")
     assert json.loads(lines.read_text()) == {"prompt": "Who?", "answer": "one"}
+    lines.write_text("whole\n")
+    with pytest.raises(KeyboardInterrupt):
+        generate(base, prompts=["Who?", "Why?"], jsonl=str(lines), device="cpu")
+    assert lines.read_text() == "whole\n", "it may be whole, and stays"
+    assert json.loads(Path(f"{lines}.partial").read_text())["answer"] == "one"
     with pytest.raises(KeyboardInterrupt):
         compare([f"a={base}"], prompts=["Who?", "Why?"], json=str(table), device="cpu")
     found = json.loads(table.read_text())

@@ -193,6 +193,105 @@ def test_an_empty_answer_does_not_cost_its_row(
     assert "1 row, dropped 2 (line 1, 2;" in capsys.readouterr().out
 
 
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_repeated_answer_does_not_cost_its_row(
+    model_dir: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of each text is judged; a row of one text alone is dropped, and audit can read it."""
+    rows = [
+        {"prompt": "Say 1.", "candidates": ["Fig.", "Fig. ", "Oak.", " ", "Ash."]},
+        {"prompt": "Say 2.", "candidates": ["Fig.", "Fig."]},
+        {"prompt": "Say 3.", "candidates": ["Three.", "3."]},
+    ]
+    drawn, ranked = write(tmp_path / "drawn.jsonl", rows), tmp_path / "ranked.jsonl"
+    command = ("judge", drawn, "--model", model_dir("gpt2"), "--reference", model_dir("llama"))
+    assert run(*command, "--output", ranked) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 rows, 1 empty answer left out, 1 repeated answer left out, dropped 1 (line 2;" in told
+    judged = [sorted(row["responses"]) for row in rows_of(ranked)]
+    assert judged == [["Ash.", "Fig.", "Oak."], ["3.", "Three."]]
+    assert run("audit", drawn, "--columns.responses", "candidates") == 0
+    assert "alignkit audit --columns.responses candidates says why" in told
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda answers, scores: {"responses": answers, "scores": scores},
+        lambda answers, scores: {"completions": answers, "ranks": [-score for score in scores]},
+        lambda answers, scores: {
+            "answers": [
+                {"text": each, "score": score} for each, score in zip(answers, scores, strict=True)
+            ]
+        },
+    ],
+)
+def test_scores_of_the_file_drop_no_answer(
+    shape: Callable, model_dir: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ties, too: a judge is there to break them."""
+    scored = [(["a one", "b two", "c three"], [1, 2, 1]), (["a", "b"], [2, 2])]
+    rows = [{"prompt": "Say it.", **shape(*each)} for each in scored]
+    path, ranked = write(tmp_path / "tied.jsonl", rows), tmp_path / "ranked.jsonl"
+    command = ("judge", path, "--model", model_dir("gpt2"), "--reference", model_dir("llama"))
+    assert run(*command, "--output", ranked) == 0
+    assert "2 rows, first answer" in " ".join(capsys.readouterr().out.split())
+    judged = [dict(zip(row["responses"], row["scores"], strict=True)) for row in rows_of(ranked)]
+    assert [sorted(each) for each in judged] == [["a one", "b two", "c three"], ["a", "b"]]
+    # First above last is by the order of the file's scores: "b two" is the first, "c three" last.
+    verdict = judge(str(path), model=str(command[3]), reference=str(command[5]))
+    expected = [judged[0]["b two"] - judged[0]["c three"], judged[1]["a"] - judged[1]["b"]]
+    assert verdict.margin == pytest.approx(sum(expected) / 2, abs=1e-5)
+
+
+def test_scored_columns_by_other_names(model_dir: Callable, tmp_path: Path) -> None:
+    rows = [{"prompt": "Say it.", "texts": ["a", "b", "c"], "marks": [1, 1, 3]}]
+    path, ranked = write(tmp_path / "tied.jsonl", rows), tmp_path / "ranked.jsonl"
+    names = ("--columns.responses", "texts", "--columns.scores", "marks")
+    judges = ("--model", model_dir("gpt2"), "--reference", model_dir("llama"))
+    assert run("judge", path, *judges, *names, "--output", ranked) == 0
+    assert sorted(rows_of(ranked)[0]["responses"]) == ["a", "b", "c"]
+
+
+def test_cut_prompts_are_told(
+    model_dir: Callable, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many tokens as the judge was trained with are the default."""
+    checkpoint = fit("RewardModule", model_dir("gpt2"), pairs, "--data.max_length", 48)
+    rows = [{**ROWS[0], "prompt": "Keep to the rule. " * 20 + "Say 1."}, ROWS[1]]
+    path = write(tmp_path / "long.jsonl", rows)
+    for flags, cut in (((), 48), (("--max_length", 64), 64), (("--max_length", 2000), 0)):
+        capsys.readouterr()
+        assert run("judge", path, "--model", checkpoint, *flags) == 0
+        told = " ".join(capsys.readouterr().out.split())
+        assert (f"2 rows, 1 prompt cut to max_length={cut}, first" in told) == bool(cut), told
+        assert ("2 rows, first" in told) != bool(cut)
+
+
+def test_no_file_is_lost(
+    model_dir: Callable, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither that of the rows nor an output that is there, where a row cannot be read."""
+    judges = ("--model", model_dir("gpt2"), "--reference", model_dir("llama"))
+    before = pairs.read_text()
+    (tmp_path / "link.jsonl").symlink_to(pairs)
+    for output in (pairs, tmp_path / "link.jsonl"):
+        assert run("judge", pairs, *judges, "--output", output) == 2
+        assert "is the file that is judged; name another" in capsys.readouterr().err
+    assert pairs.read_text() == before
+    bad = write(tmp_path / "bad.jsonl", [*ROWS * 40, {"prompt": "Say it.", "chosen": "a"}])
+    whole = write(tmp_path / "whole.jsonl", [{"prompt": "a", "responses": ["b", "c"]}])
+    for output, kept in ((whole, f"{whole}.partial"), (tmp_path / "new.jsonl", "")):
+        assert run("judge", bad, *judges, "--output", output, "--tokens_per_batch", 500) == 2
+        assert "bad.jsonl:641" in capsys.readouterr().err
+        assert 0 < len(rows_of(Path(kept or output))) < 641
+    assert len(rows_of(whole)) == 1
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--beta", -1), ("--beta", 0), ("--tokens_per_batch", 0)],

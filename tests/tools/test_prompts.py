@@ -64,6 +64,15 @@ def test_bad_files_name_the_line(tmp_path: Path, content: bytes, message: str) -
     assert "\n" not in str(error.value)
 
 
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    """JSON and prose may hold characters that end a line elsewhere."""
+    rows, text = tmp_path / "p.jsonl", tmp_path / "p.txt"
+    rows.write_text('{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}\n', encoding="utf-8")
+    text.write_text("a\u2028b\x0bc\n\nd", encoding="utf-8")
+    assert gather_prompts(None, str(rows)) == ["a\u2028b\u0085c", "d"]
+    assert gather_prompts(None, str(text)) == ["a\u2028b\x0bc", "d"]
+
+
 def test_missing_file_none_and_empty(tmp_path: Path) -> None:
     with pytest.raises(AlignkitError, match="No such file or directory"):
         gather_prompts(None, str(tmp_path / "none.txt"))

@@ -10,11 +10,16 @@ import pytest
 import torch
 
 from alignkit.cli import main
+from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.read.rows import Source
+from alignkit.data.text.policies import Tally
+from alignkit.data.text.shapes import preference_sides
 from alignkit.errors import AlignkitError
 from alignkit.models import load_model, load_tokenizer
+from alignkit.models.text_format import TextFormat
 from alignkit.tools import sample as sample_module
 from alignkit.tools.generate.answer import Answer
-from alignkit.tools.generate.prompts import data_prompts
+from alignkit.tools.generate.prompts import data_prompts, encode_prompts
 from alignkit.tools.sample import log_probs, sample
 
 FEW = {"max_new_tokens": 6, "device": "cpu", "answers": 3, "temperature": 1.0, "top_p": 1.0}
@@ -88,6 +93,41 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_file(
     assert len(drawn) == 2, "the first two prompts were not answered again"
     assert output.read_bytes() == whole.read_bytes()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["again.jsonl", "whole.jsonl"]
+
+
+def test_a_row_holds_the_system_message(base: str, tmp_path: Path) -> None:
+    """Whoever judges and trains on it reads the prompt that was answered, in any shape."""
+    text = "\n\nHuman: Why?\n\nAssistant:"
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
+    prompts = tmp_path / "prompts.jsonl"
+    given = ["Why?", text, chat]
+    prompts.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in given))
+
+    def of(system: str | None, name: str) -> list[dict]:
+        path = tmp_path / name
+        sample(base, output=str(path), data=str(prompts), system=system, **FEW)
+        return rows_of(path)
+
+    plain, told = of(None, "plain.jsonl"), of("Be brief.", "told.jsonl")
+    assert [row["prompt"] for row in plain] == [chat[1:], text, chat]
+    brief = [{"role": "system", "content": "Be brief."}, chat[1]]
+    assert [row["prompt"] for row in told] == [brief, f"Be brief.{text}", chat]
+    tokenizer = load_tokenizer(base)
+    encoder = DialogueEncoder(tokenizer, preference_sides, max_length=512)
+    rows = [{"prompt": row["prompt"], "responses": ["Yes.", "No."]} for row in told]
+    source = Source("told", "", lambda: iter(enumerate(rows, start=1)))
+    asked = TextFormat("boundary", max_length=0, system="Be brief.")
+    for draft, question in zip(encoder.drafts(source, Tally()), given, strict=True):
+        (ids,) = encode_prompts([question], asked, tokenizer)
+        assert list(draft.prompt) == ids
+
+
+def test_a_refused_request_leaves_nothing_in_the_way(base: str, tmp_path: Path) -> None:
+    output = str(tmp_path / "rows.jsonl")
+    with pytest.raises(AlignkitError, match="shorten it or max_new_tokens"):
+        sample(base, output=output, prompts=["Why?"], **{**FEW, "max_new_tokens": 4000})
+    sample(base, output=output, prompts=["Why?"], **FEW)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 def test_bad_requests(base: str, tmp_path: Path) -> None:

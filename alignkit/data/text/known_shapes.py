@@ -23,7 +23,7 @@ from alignkit.data.text.questions import (
     talk,
     talk_asks,
 )
-from alignkit.data.text.ranked import RANKS, SCORES, best_first, has_scores
+from alignkit.data.text.ranked import ANSWERS, RANKS, SCORES, best_first, has_scores
 from alignkit.data.text.shape import Columns, Shape, Shapes
 from alignkit.data.text.speakers import plain_messages
 
@@ -213,7 +213,7 @@ _PAIRS = (
 _RANKED = tuple(
     _ranked(question, answers, numbers)
     for question in (PROMPTS, *QUESTIONS, ALPACA)
-    for answers in ("responses", "completions", "answers", "generations")
+    for answers in ANSWERS
     for numbers in (None, *SCORES, *RANKS)
     if numbers or answers != "generations"  # by themselves they are samples of one model
 )

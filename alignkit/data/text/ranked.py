@@ -15,6 +15,9 @@ SCORES = ("scores", "ratings", "rewards")
 RANKS = ("ranks", "rankings")
 """Columns with a number for each answer, the lower the better."""
 
+ANSWERS = ("responses", "completions", "answers", "generations")
+"""Columns with several answers to a prompt."""
+
 SAMPLED = "candidates"
 """Column of answers that ``alignkit sample`` drew, which nobody has ranked yet."""
 
@@ -49,22 +52,55 @@ def best_first(answers: Any, scores: Any = None, *, lower_is_better: bool = Fals
     """
     if not isinstance(answers, list):
         return answers
+    ordered = _in_order(answers, scores, lower_is_better=lower_is_better)
+    if len(ordered) < 2 or ordered[0][0] is None:
+        return [answer for _, answer in ordered]
+    first_of: dict[float | None, Any] = {}
+    for number, answer in ordered:
+        first_of.setdefault(number, answer)
+    return list(first_of.values()) if len(first_of) > 1 else [*first_of.values()] * 2
+
+
+def without_scores(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row whose answers have scores or ranks as one of all its answers, the best first.
+
+    Answers of one score stay in their order. Whatever has no such answers is the row itself.
+
+    Example:
+        >>> without_scores({"prompt": "2 + 2?", "answers": ["5", "4", "four"], "ranks": [2, 1, 1]})
+        {'prompt': '2 + 2?', 'responses': ['4', 'four', '5']}
+
+    Raises:
+        RowError: As `best_first`.
+    """
+    answers = [name for name in ANSWERS if isinstance(row.get(name), list)]
+    numbers = [name for name in (*SCORES, *RANKS) if row.get(name) is not None]
+    if len(answers) != 1 or len(numbers) > 1 or not row.keys().isdisjoint(("chosen", "rejected")):
+        return row
+    (name,) = answers
+    if not numbers and not has_scores(row[name]):
+        return row
+    scores = row[numbers[0]] if numbers else None
+    ordered = _in_order(row[name], scores, lower_is_better=bool(numbers) and numbers[0] in RANKS)
+    others = {key: value for key, value in row.items() if key not in (name, *numbers)}
+    return {**others, "responses": [answer for _, answer in ordered]}
+
+
+def _in_order(
+    answers: list[Any], scores: Any, *, lower_is_better: bool
+) -> list[tuple[float | None, Any]]:
+    """Return each answer with its score, the best first; ``None`` where none has one."""
     if scores is None:
         numbers = _own_numbers(answers)
         if numbers is None:
             _refuse_others(answers)
-            return [_text(each) for each in answers]
+            return [(None, _text(each)) for each in answers]
     else:
         if not isinstance(scores, list) or len(scores) != len(answers):
             raise RowError("the row has not one score for each of its `responses`")
         numbers = [_number(each) * (-1 if lower_is_better else 1) for each in scores]
-    if len(answers) < 2:
-        return [_text(each) for each in answers]
-    first_of: dict[float, Any] = {}
-    for answer, number in zip(answers, numbers, strict=True):
-        first_of.setdefault(number, _text(answer))
-    ordered = [first_of[number] for number in sorted(first_of, reverse=True)]
-    return ordered if len(ordered) > 1 else ordered * 2
+    order = sorted(range(len(answers)), key=lambda index: -numbers[index])
+    return [(numbers[index], _text(answers[index])) for index in order]
 
 
 def _refuse_others(answers: Sequence[Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -14,7 +16,7 @@ from alignkit.models.find import find_checkpoint
 from alignkit.tools.generate.options import add_options, gather_options
 from alignkit.tools.generate.prompts import shown
 from alignkit.tools.generate.request import Request, as_json, describe_format, printable
-from alignkit.utils.atomic import check_outputs, write_atomically
+from alignkit.utils.atomic import check_outputs, write_atomically, write_beside
 from alignkit.utils.progress import counting
 
 
@@ -53,6 +55,7 @@ def generate(
     answers: list[str] = []
     told = _print_piece if stream else None
     given = request.answers(policy, tokenizer, asked, model, told)
+    save: Callable[[Path, str], None] = write_beside
     try:
         with nullcontext() if stream else counting("prompt", len(request.questions)) as count:
             for question in request.questions:
@@ -65,6 +68,7 @@ def generate(
                     console.rule(printable(shown(question)), align="left", style="dim")
                     console.print(printable(answers[-1]))
                     count.reach(len(answers))
+        save = write_atomically
     finally:  # also what was answered before a signal
         rows = [
             {"prompt": question, "answer": answer}
@@ -72,11 +76,11 @@ def generate(
         ]
         if lines is not None and rows:
             text = "".join(jsonlib.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_atomically(lines, text)
+            save(lines, text)
         if output is not None and rows:
             settings = {**request.to_dict(), **describe_format(asked)}
             found = {"model": model, "settings": settings, "answers": rows}
-            write_atomically(output, as_json(found))
+            save(output, as_json(found))
     return answers
 
 

@@ -111,17 +111,34 @@ def chat_prompt(
     return form.render(dialogue).prompt
 
 
+def with_system(question: Question, asked: TextFormat) -> Question:
+    """Return a question with the system message that it is asked with, as the prompt of a row.
+
+    Args:
+        question: As in `as_prompts`.
+        asked: The text format that it is asked in; ``raw`` and ``text`` have no system message.
+    """
+    return question if asked.prompt_format in ("raw", "text") else _led(question, asked.system)
+
+
+def _led(question: Question, system: str | None) -> Question:
+    if system is None or (isinstance(question, list) and question[0]["role"] == "system"):
+        return question
+    prompt = question.strip() if isinstance(question, str) else question
+    side = sft_sides({"prompt": prompt, "completion": ""})[0]
+    if side.starts is None:  # a dialogue already
+        return f"{system}\n\n{side.prompt.lstrip()}"
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [{"role": "system", "content": system}, *messages]
+
+
 def _question_side(question: Question, system: str | None) -> Side:
     """Return a question as training reads the prompt of a row."""
-    prompt: Question = question.strip() if isinstance(question, str) else question
-    side = sft_sides({"prompt": prompt, "completion": ""})[0]
-    if system is None or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
-        return side
-    if side.starts is None:  # a dialogue already
-        return Side(f"{system}\n\n{side.prompt.lstrip()}", "")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    told = [{"role": "system", "content": system}, *messages]
-    return sft_sides({"prompt": told, "completion": ""})[0]
+    told = _led(question, system)
+    if isinstance(told, str) and told is not question:
+        return Side(told, "")
+    prompt = told.strip() if isinstance(told, str) else told
+    return sft_sides({"prompt": prompt, "completion": ""})[0]
 
 
 def shown(question: Question) -> str:
@@ -234,7 +251,9 @@ def _read(name: str) -> Iterator[str]:
                 {"prompt": row} if isinstance(row, str) else row, f"{name}:{number}"
             )
         return
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not by splitlines, which also parts at characters that JSON and prose may hold: U+2028, say.
+    numbered = enumerate(text.split("\n"), start=1)
+    lines = [(number, line) for number, line in numbered if line.strip()]
     if path.suffix != ".jsonl" and (_holds_json(text) or (lines and _holds_json(lines[0][1]))):
         raise AlignkitError(f"prompts_file '{name}': holds JSON; name it .jsonl or .json")
     for number, line in lines:

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
 
-from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import DraftExample
-from alignkit.data.read.rows import BadRow, Rows, Source
+from alignkit.data.read.rows import Source
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.defects import DefectError
-from alignkit.data.text.policies import Tally
-from alignkit.data.text.ranked import SAMPLED
+from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import preference_sides
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import PromptChoice
 from alignkit.tools.generate.request import resolve_device
+from alignkit.tools.judge.rows import LeftOut, drafts_to_judge, rows_to_judge
 from alignkit.tools.judge.scoring import batches, find_judge, load_scorer, row_encoder
 from alignkit.tools.judge.verdict import Verdict
-from alignkit.utils.atomic import check_output, write_atomically
-
-_LINES_SHOWN = 5
+from alignkit.utils.atomic import check_output, write_atomically, write_beside
 
 
 @torch.no_grad()
@@ -38,14 +35,15 @@ def judge(
     output: str | None = None,
     split: str | None = None,
     columns: dict[str, str] | None = None,
-    max_length: int = 512,
+    max_length: int | None = None,
     prompt_format: PromptChoice = "auto",
     tokens_per_batch: int = 4096,
     device: str = "auto",
 ) -> Verdict:
     """Score the answers of a file by a reward model, or by DPO's implicit reward, and rank them.
 
-    Empty answers of rows that ``alignkit sample`` wrote are left out where two others remain.
+    Scores that the file has already count for nothing but the order of the answers. Of rows that
+    ``alignkit sample`` wrote, empty and repeated answers are left out where two others remain.
 
     Args:
         path: Pairs, ranked answers or what ``alignkit sample`` wrote: a file, a directory or a Hub
@@ -55,10 +53,12 @@ def judge(
         reference: π_ref, as ``model``; by default the policy without its adapters.
         beta: β, the scale of the implicit reward, 0.1 by default.
         output: A JSON-lines file for the rows: ``prompt``, ``responses`` from the best to the
-            worst, and their ``scores``, which the data modules read.
+            worst, and their ``scores``, which the data modules read. What a run that is stopped
+            has scored lies there too, or beside a file that is there already.
         split: Judge this split alone; default: all.
         columns: The rows' columns by the names that are read, as ``data.columns`` has them.
-        max_length: Most tokens of a prompt with one answer.
+        max_length: Most tokens of a prompt with one answer, beyond which the prompt loses its left
+            end; by default as the judge was trained, or 512.
         prompt_format: How dialogues become text; ``auto`` does as the model was trained, or as the
             data modules choose.
         tokens_per_batch: Most tokens in one batch.
@@ -79,10 +79,9 @@ def judge(
     if split is not None and split not in offered:
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
-    empty: dict[tuple[str, int], int] = {}
-    if columns is None and _is_sampled(sources):
-        columns = {"responses": SAMPLED}
-        sources = [_without_empty(source, empty) for source in sources]
+    _refuse_overwriting(written, sources)
+    left_out = LeftOut()
+    sources = rows_to_judge(sources, check_columns(columns), left_out)
     scorer, tokenizer = load_scorer(found, target)
     encoder = row_encoder(
         sources,
@@ -91,33 +90,45 @@ def judge(
         preference_sides,
         prompt_format=prompt_format,
         max_length=max_length,
-        columns=columns,
     )
     lines: list[str] = []
     margins: list[float] = []
-    dropped: list[int] = []
+    save: Callable[[Path, str], None] = write_beside
     try:
-        for drafts in batches(_drafts(sources, encoder, dropped), encoder, tokens_per_batch):
+        drafts_of = drafts_to_judge(sources, encoder, left_out)
+        for drafts in batches(drafts_of, encoder, tokens_per_batch):
             scored = scorer([encoder.example(draft) for draft in drafts])
             for draft, scores in zip(drafts, scored, strict=True):
                 lines.append(json.dumps(ranked_row(draft, scores), ensure_ascii=False))
                 margins.append(scores[0] - scores[-1])
+        save = write_atomically
     except DefectError as defect:  # this command has no policies
         raise AlignkitError(defect.told) from None
     finally:  # also what was scored before a signal
         if written is not None and lines:
-            write_atomically(written, "".join(f"{line}\n" for line in lines))
+            save(written, "".join(f"{line}\n" for line in lines))
     if not margins:
-        raise AlignkitError(f"{path}: has no row to judge{_dropped(dropped)}")
+        raise AlignkitError(f"{path}: has no row to judge{left_out}")
     verdict = Verdict.of(margins)
     error = f" (± {verdict.error:.1%})" if verdict.rows > 1 else ""
-    rows = f"{verdict.rows:,} row{'s' if verdict.rows > 1 else ''}"
-    rows += _left_out(empty) + _dropped(dropped)
+    rows = f"{verdict.rows:,} row{'s' if verdict.rows > 1 else ''}{left_out}"
     print(
         f"{path}: {rows}, first answer above the last in {verdict.accuracy:.1%}{error}, by "
         f"{verdict.margin:.4g} on average"
     )
     return verdict
+
+
+def _refuse_overwriting(written: Path | None, sources: Sequence[Source]) -> None:
+    """Refuse an output that is a file of the rows.
+
+    Raises:
+        AlignkitError: It is one.
+    """
+    if written is not None and written.is_file():
+        for source in sources:
+            if Path(source.name).exists() and written.samefile(source.name):
+                raise AlignkitError(f"--output {written}: is the file that is judged; name another")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -141,54 +152,3 @@ def ranked_row(draft: DraftExample, scores: Sequence[float]) -> dict[str, Any]:
         "responses": [answers[index] for index in order],
         "scores": [scores[index] for index in order],
     }
-
-
-def _drafts(
-    sources: Sequence[Source], encoder: DialogueEncoder, dropped: list[int]
-) -> Iterator[DraftExample]:
-    """Yield the rows, and add the lines of those that a policy drops to ``dropped``."""
-    for source in sources:
-        tally = Tally(lines_kept=None)
-        kept = set()
-        for draft in encoder.drafts(source, tally):
-            kept.add(draft.line)
-            yield draft
-        dropped += sorted(set(tally.lines.get("rows", ())) - kept)
-
-
-def _is_sampled(sources: Sequence[Source]) -> bool:
-    """Tell whether rows are those of ``alignkit sample``."""
-    first = next((row for source in sources for _, row in source.rows()), {})
-    return not isinstance(first, BadRow) and SAMPLED in first
-
-
-def _without_empty(source: Source, empty: dict[tuple[str, int], int]) -> Source:
-    """Return the rows without empty answers where two others remain; count these by file and line.
-
-    A model that ends some of its answers at once would lose most of its rows otherwise.
-    """
-
-    def rows() -> Rows:
-        for line, row in source.rows():
-            if not isinstance(row, BadRow) and isinstance(drawn := row.get(SAMPLED), list):
-                said = [answer for answer in drawn if str(answer).strip()]
-                if 2 <= len(said) < len(drawn):
-                    empty[source.name, line] = len(drawn) - len(said)
-                    row = {**row, SAMPLED: said}
-            yield line, row
-
-    return replace(source, rows=rows)
-
-
-def _left_out(empty: Mapping[tuple[str, int], int]) -> str:
-    """Return what a sentence says about empty answers, nothing where there are none."""
-    count = sum(empty.values())
-    return f", {count:,} empty answer{'s' if count > 1 else ''} left out" if count else ""
-
-
-def _dropped(lines: Sequence[int]) -> str:
-    """Return what a sentence says about dropped rows, empty where there are none."""
-    if not lines:
-        return ""
-    listed = ", ".join(map(str, lines[:_LINES_SHOWN])) + (", …" if lines[_LINES_SHOWN:] else "")
-    return f", dropped {len(lines):,} (line {listed}; alignkit audit says why)"

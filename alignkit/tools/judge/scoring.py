@@ -17,7 +17,6 @@ from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.encode.draft import DraftExample
 from alignkit.data.read.rows import Source
 from alignkit.data.text.policies import Policies
-from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import Sides
 from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
@@ -37,6 +36,7 @@ from alignkit.models.text_format import PromptChoice
 from alignkit.models.tokenizer import refuse_other_tokens
 
 _BETA = 0.1
+_LONGEST = 512  # as the data modules have it
 
 Scorer = Callable[[Sequence[Example]], list[list[float]]]
 """Returns the score of each answer of each example."""
@@ -191,8 +191,7 @@ def row_encoder(
     sides: Sides,
     *,
     prompt_format: PromptChoice = "auto",
-    max_length: int,
-    columns: dict[str, str] | None = None,
+    max_length: int | None,
     policies: Policies | None = None,
 ) -> DialogueEncoder:
     """Return the encoder of rows that are judged, in the format that the judge was trained with.
@@ -203,22 +202,22 @@ def row_encoder(
         model: Where the judge lies.
         sides: Reads a row, as in `DialogueEncoder`.
         prompt_format: As in `alignkit.tools.judge.command.judge`.
-        max_length: Most tokens of a prompt with one answer.
-        columns: As in `DialogueEncoder`.
+        max_length: Most tokens of a prompt with one answer; ``None`` for as many as the judge was
+            trained with, or 512 where it does not say.
         policies: As in `DialogueEncoder`.
     """
-    names = check_columns(columns)
     trained = policy_format(model) if Path(model).exists() else None
     if prompt_format == "auto" and trained is not None and trained.prompt_format != "text":
         prompt_format = trained.prompt_format
     if prompt_format == "auto":
-        prompt_format = choose_format(tokenizer, sources, sides, names).prompt_format
+        prompt_format = choose_format(tokenizer, sources, sides).prompt_format
+    if max_length is None:
+        max_length = (trained and trained.max_length) or _LONGEST
     return DialogueEncoder(
         tokenizer,
         sides,
         max_length=max_length,
         prompt_format=prompt_format,
-        columns=names,
         policies=policies,
     )
 

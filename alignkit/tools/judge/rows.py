@@ -1,0 +1,125 @@
+"""Read the rows of a file as answers to judge, whatever scores they have already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from alignkit.data.encode.dialogues import DialogueEncoder
+from alignkit.data.encode.draft import DraftExample
+from alignkit.data.read.rows import BadRow, Rows, Source
+from alignkit.data.text.dialogue import RowError
+from alignkit.data.text.policies import Tally
+from alignkit.data.text.ranked import SAMPLED, without_scores
+from alignkit.data.text.recognise import renamed
+
+_LINES_SHOWN = 5
+_SAMPLED = {"responses": SAMPLED}
+
+
+@dataclass
+class LeftOut:
+    """Count what is not judged, or not as it stands.
+
+    Example:
+        >>> str(LeftOut(cut=2, max_length=64))
+        ', 2 prompts cut to max_length=64'
+
+    Attributes:
+        max_length: Most tokens of a prompt with one answer.
+        sampled: Whether the rows are those of ``alignkit sample``.
+        empty: How many answers of a row are empty, by file and line.
+        repeated: How many are there before.
+        cut: How many prompts lost their left end.
+        dropped: Lines of the rows that a policy drops.
+    """
+
+    max_length: int = 0
+    sampled: bool = False
+    empty: dict[tuple[str, int], int] = field(default_factory=dict)
+    repeated: dict[tuple[str, int], int] = field(default_factory=dict)
+    cut: int = 0
+    dropped: list[int] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """Return what a sentence says about it, nothing where there is none."""
+        told = ""
+        for kind, rows in (("empty", self.empty), ("repeated", self.repeated)):
+            if count := sum(rows.values()):
+                told += f", {count:,} {kind} answer{'s' if count > 1 else ''} left out"
+        if self.cut:
+            several = "s" if self.cut > 1 else ""
+            told += f", {self.cut:,} prompt{several} cut to max_length={self.max_length}"
+        if self.dropped:
+            more = ", …" if self.dropped[_LINES_SHOWN:] else ""
+            listed = ", ".join(map(str, self.dropped[:_LINES_SHOWN])) + more
+            audit = f"alignkit audit{f' --columns.responses {SAMPLED}' if self.sampled else ''}"
+            told += f", dropped {len(self.dropped):,} (line {listed}; {audit} says why)"
+        return told
+
+
+def rows_to_judge(
+    sources: Sequence[Source], columns: Mapping[str, str] | None, left_out: LeftOut
+) -> list[Source]:
+    """Return rows with all their answers, in the order of the scores that they have.
+
+    Of rows that ``alignkit sample`` wrote, only one of each text is there, and no empty one, as
+    long as two remain: a model that gives short answers would lose most of its rows otherwise.
+
+    Args:
+        sources: The rows.
+        columns: The rows' columns by the names that are read; ``None`` where they have these.
+        left_out: Gets what is left out.
+    """
+    left_out.sampled = columns is None and _is_sampled(sources)
+    names = _SAMPLED if left_out.sampled else columns
+
+    def read(source: Source) -> Rows:
+        for line, row in source.rows():
+            if not isinstance(row, BadRow):
+                try:
+                    row = without_scores(renamed(row, names))
+                except RowError as error:
+                    row = BadRow(str(error))
+                else:
+                    if left_out.sampled and isinstance(row["responses"], list):
+                        row = _distinct(row, (source.name, line), left_out)
+            yield line, row
+
+    return [replace(source, rows=partial(read, source)) for source in sources]
+
+
+def drafts_to_judge(
+    sources: Sequence[Source], encoder: DialogueEncoder, left_out: LeftOut
+) -> Iterator[DraftExample]:
+    """Yield the rows, and add what policies drop and ``max_length`` cuts to ``left_out``."""
+    left_out.max_length = encoder.max_length
+    for source in sources:
+        tally = Tally(lines_kept=None)
+        kept = set()
+        for draft in encoder.drafts(source, tally):
+            kept.add(draft.line)
+            yield draft
+        left_out.cut += tally.counts.get("truncated", 0)
+        left_out.dropped += sorted(set(tally.lines.get("rows", ())) - kept)
+
+
+def _is_sampled(sources: Sequence[Source]) -> bool:
+    """Tell whether rows are those of ``alignkit sample``."""
+    first = next((row for source in sources for _, row in source.rows()), {})
+    return not isinstance(first, BadRow) and SAMPLED in first
+
+
+def _distinct(
+    row: Mapping[str, Any], place: tuple[str, int], left_out: LeftOut
+) -> Mapping[str, Any]:
+    drawn = row["responses"]
+    said = [answer for answer in drawn if str(answer).strip()]
+    distinct = list({str(answer).strip(): answer for answer in reversed(said)}.values())[::-1]
+    if len(distinct) < 2 or len(distinct) == len(drawn):
+        return row
+    left_out.empty[place] = len(drawn) - len(said)
+    left_out.repeated[place] = len(said) - len(distinct)
+    return {**row, "responses": distinct}
