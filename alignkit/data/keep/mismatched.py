@@ -29,7 +29,8 @@ class MismatchedSet(ExampleSet):
     def __init__(self, examples: ExampleSet, max_length: int, name: str) -> None:
         super().__init__(examples._stores, examples._chosen)
         self._max_length = max_length
-        self._others = _others(self.prompt_digests)
+        digests = [s.prompt_digests(c) for s, c in zip(self._stores, self._chosen, strict=True)]
+        self._others = _others(np.concatenate(digests))
         if len(self._others) < len(self):
             held = "one row" if len(self) == 1 else "one prompt alone"
             raise AlignkitError(

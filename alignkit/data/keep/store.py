@@ -199,12 +199,10 @@ class Store:
 
     def prompt_digests(self, chosen: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Return a hash of the tokens of each chosen example's prompt, [C] uint64."""
-        arrays = self._arrays
-        first = arrays["examples"][chosen]
-        bounds = zip(arrays["segments"][first], arrays["segments"][first + 1], strict=True)
-        tokens = arrays["tokens"].data
-        found = (xxhash.xxh3_64_intdigest(tokens[start:end]) for start, end in bounds)
-        return np.fromiter(found, np.uint64, len(chosen))
+        segments, tokens = self._arrays["segments"], self._arrays["tokens"].data
+        first = self._arrays["examples"][chosen]
+        parts = (tokens[a:b] for a, b in zip(segments[first], segments[first + 1], strict=True))
+        return np.fromiter(map(xxhash.xxh3_64_intdigest, parts), np.uint64, len(chosen))
 
     def __getitem__(self, index: int) -> Example:
         """Return one example; its ids are views of the mapped file, int32."""
@@ -262,12 +260,6 @@ class ExampleSet(Dataset[Example]):
     def lengths(self) -> NDArray[np.int64]:
         """Return the tokens of each example, its prompt counted once, [E] int64."""
         parts = [s.lengths[c] for s, c in zip(self._stores, self._chosen, strict=True)]
-        return np.concatenate(parts)
-
-    @property
-    def prompt_digests(self) -> NDArray[np.uint64]:
-        """Return a hash of the tokens of each example's prompt, [E] uint64."""
-        parts = [s.prompt_digests(c) for s, c in zip(self._stores, self._chosen, strict=True)]
         return np.concatenate(parts)
 
     def __getitem__(self, index: int) -> Example:
