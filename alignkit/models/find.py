@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from alignkit.errors import AlignkitError
-from alignkit.models.archive import local_path, read_archive, verify_archive
-from alignkit.models.shards import home, stored_tensors, verify_checkpoint
+from alignkit.models.archive import local_path, read_archive
+from alignkit.models.shards import KEY, stored_tensors, verify_checkpoint
 from alignkit.utils.ranks import is_first_rank
 
 log = logging.getLogger(__name__)
@@ -93,8 +93,7 @@ def verified(place: Any) -> Any:
         return place
     found = find_checkpoint(place)
     with _name_an_intact_one(found):
-        if not home(Path(found)).is_dir():
-            verify_archive(Path(found))
+        if KEY not in read_archive(found, tensors=False):
             return found
     whole = io.BytesIO()
     torch.save(load_checkpoint(found), whole)

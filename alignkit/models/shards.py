@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 
 from alignkit.errors import AlignkitError
-from alignkit.models.archive import read_archive, verify_archive
+from alignkit.models.archive import read_archive
 from alignkit.utils.finite import nested_tensors
 
 KEY = "shards"
@@ -68,13 +68,23 @@ def write_shards(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
     Returns:
         The content without those tensors' values, and with where they are.
+
+    Raises:
+        AlignkitError: They cannot be written, on all ranks.
     """
     rank = dist.get_rank()
     named: list[str] = [secrets.token_hex(8)]
     dist.broadcast_object_list(named, src=0)
     folder = home(path) / named[0]
     large = {n: t for n, t in nested_tensors(checkpoint) if isinstance(t, DTensor)}
-    save(large, storage_writer=FileSystemWriter(folder))
+    try:
+        save(large, storage_writer=FileSystemWriter(folder))
+    except (Exception, CheckpointException) as error:  # of all ranks, as torch gathers them
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise AlignkitError(
+            f"{path}: shards cannot be written ({_reason(error)}); make room, or write elsewhere"
+        ) from error
     own = [*folder.glob(f"__{rank}_*"), *([folder / _RECORD] if rank == 0 else [])]
     parts: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, {file.name: _digest(file) for file in own})
@@ -107,9 +117,7 @@ def verify_checkpoint(path: Path) -> None:
     Raises:
         AlignkitError: It is missing or damaged.
     """
-    verify_archive(path)
-    if home(path).is_dir():
-        stored_tensors(path, read_archive(path))
+    stored_tensors(path, read_archive(path, tensors=False))
 
 
 class StoredTensors:
@@ -158,8 +166,9 @@ class StoredTensors:
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 load(wanted, storage_reader=reader, no_dist=True)
         except (Exception, CheckpointException) as error:  # torch raises many kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise AlignkitError(f"{self.path}: its shards cannot be read ({reason})") from error
+            raise AlignkitError(
+                f"{self.path}: its shards cannot be read ({_reason(error)})"
+            ) from error
         for name, target in wanted.items():
             local = target.to_local() if isinstance(target, DTensor) else target
             if not local.isfinite().all():
@@ -209,6 +218,13 @@ class _RecordUnpickler(pickle.Unpickler):
         if not known and not (module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
             raise pickle.UnpicklingError(f"{module}.{name} is not part of a record")
         return super().find_class(module, name)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong in one line; of several ranks, on the first of them."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _emptied(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     SpikeDetection,
     ThroughputMonitor,
     WeightAveraging,
@@ -31,6 +32,7 @@ from alignkit.modules.averaging import (
     move_average_to_device,
     resume_average,
 )
+from alignkit.modules.sharding import refuse_callbacks_with_sharding
 
 _TUNERS = (LearningRateFinder, BatchSizeFinder)
 _REFUSED: dict[type[Callback], str] = {
@@ -63,6 +65,7 @@ def check_callbacks(trainer: Trainer, lora_plus: bool) -> None:
     Raises:
         AlignkitError: A callback cannot work; the message says what to do instead.
     """
+    refuse_callbacks_with_sharding(trainer)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
         for kind, reason in _REFUSED.items():
@@ -78,6 +81,15 @@ def check_callbacks(trainer: Trainer, lora_plus: bool) -> None:
         if isinstance(callback, LearningRateFinder) and lora_plus:
             raise AlignkitError(
                 f"{name}: tries one rate for every parameter; set model.lora_plus_ratio to 1"
+            )
+        if trainer.world_size > 1 and (
+            isinstance(callback, OnExceptionCheckpoint)
+            or getattr(callback, "save_on_exception", False)
+        ):
+            raise AlignkitError(
+                f"{name}: a rank that fails would wait for the others to save; leave "
+                f"{'save_on_exception' if isinstance(callback, ModelCheckpoint) else 'it'} out on "
+                "several processes, and save every few steps"
             )
         if isinstance(callback, SpikeDetection):
             # Its `load_state_dict` reads the attribute `running`, which it never sets.

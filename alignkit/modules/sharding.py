@@ -79,22 +79,31 @@ def _refuse_with_sharding(module: Any, trainer: Trainer) -> None:
         "trainer.precision=16-mixed": getattr(trainer.precision_plugin, "scaler", None) is not None,
         "trainer.precision=64-true": str(trainer.precision) == "64-true",
     }
-    told = [name for name, given in reasons.items() if given]
-    told += [
-        type(each).__name__
-        for each in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(each, _REFUSED_CALLBACKS)
-    ]
-    if told:
-        raise AlignkitError(
-            f"trainer.strategy={NAME}: does not work with {', '.join(told)}; leave that out, or "
-            "use ddp"
-        )
+    _refuse([name for name, given in reasons.items() if given])
     for model in models_of(module):
         if not blocks_of(model):
             raise AlignkitError(
                 f"trainer.strategy={NAME}: {type(model).__name__} has no blocks to shard; use ddp"
             )
+
+
+def refuse_callbacks_with_sharding(trainer: Trainer) -> None:
+    """Refuse callbacks that need whole parameters, before they are set up with a sharded model.
+
+    Raises:
+        AlignkitError: There is one, and the trainer shards.
+    """
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        _refuse([type(c).__name__ for c in callbacks if isinstance(c, _REFUSED_CALLBACKS)])
+
+
+def _refuse(told: list[str]) -> None:
+    if told:
+        raise AlignkitError(
+            f"trainer.strategy={NAME}: does not work with {', '.join(told)}; leave that out, or "
+            "use ddp"
+        )
 
 
 def models_of(module: Any) -> list[Any]:

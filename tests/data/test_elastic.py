@@ -70,7 +70,8 @@ def test_nothing_is_repeated_or_lost_however_often_the_ranks_change(data: Any) -
         if number == len(course) - 1 or len(steps) < 2:
             shown += steps
             break
-        taken = draw(st.integers(1, len(steps) - 1))
+        # A run may also end before its first step, after a validation that saved.
+        taken = draw(st.integers(int(position is None), len(steps) - 1))
         shown += steps[:taken]
         position = {
             "epoch": epoch,
@@ -93,6 +94,28 @@ def test_nothing_is_repeated_or_lost_however_often_the_ranks_change(data: Any) -
         assert list(sampler) == list(fresh) and len(sampler) == len(fresh), (
             "one epoch alone differs"
         )
+
+
+@pytest.mark.parametrize("course", [(1, 4, 1), (1, 4, 2), (1, 4, 4), (4, 1, 4), (4, 1, 2, 4)])
+@pytest.mark.parametrize("fixed", [8, None])
+def test_a_run_that_ends_before_its_first_step_loses_nothing(
+    course: tuple[int, ...], fixed: int | None
+) -> None:
+    """Micro-batches a step change, a validation saves, and they change once more."""
+    options = {"tokens_per_batch": 200, "examples_per_batch": fixed}
+    position: dict[str, Any] | None = None
+    shown: list[list[int]] = []
+    for number, accumulate in enumerate(course):
+        (sampler,) = samplers([10] * 48, (1, accumulate), **options)
+        if position is not None:
+            sampler.load_state_dict(position)
+        steps = steps_of([sampler], accumulate)
+        taken = 1 if number == 0 else len(steps) if number == len(course) - 1 else 0
+        shown += steps[:taken]
+        batches = sampler._start + taken * accumulate
+        position = {"epoch": 0, "batches": batches, "plan": sampler.fingerprint}
+    seen = [i for step in shown for i in step]
+    assert len(seen) == len(set(seen)) > 44
 
 
 def test_as_many_micro_batches_over_all_ranks_make_the_same_steps() -> None:

@@ -201,8 +201,9 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         # Fewer than the ranks cannot be dealt, as at the end of any epoch.
         enough = len(rest) >= self._world
         self._order, self._cuts = rest, self._planner.cut(rest) if enough else [0]
-        if parts == [Part(*each) for each in saved.get(PARTS, [])]:  # once more on these ranks
-            return batches
+        same = all(saved[key] == own[key] for key in ("world_size", "accumulate_grad_batches"))
+        if same and parts == [Part(*each) for each in saved.get(PARTS, [])]:
+            return batches  # once more as it was saved, which may be within a step
         if self._rank == 0:
             left, steps = len(rest), len(self._cuts) - 1
             log.info("%s", describe(parts[-1], own, self._done, left, steps))
