@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sidebyside.examples import read_lengths
 
 from alignkit.data import TokenBudgetBatchSampler
+from alignkit.errors import AlignkitError
 from alignkit.utils.atomic import write_atomically
 
 WORLDS = (8, 64, 512)
@@ -67,6 +69,19 @@ def efficiency(found: dict[str, Any], step_seconds: float, adapter_bytes: float)
     return float(whole / (whole * found["load"] + reduce))
 
 
+def check_counts(chosen: argparse.Namespace, pairs: int) -> None:
+    """Refuse numbers with which nothing can be dealt.
+
+    Raises:
+        AlignkitError: One is too small or too large.
+    """
+    for name in ("grow", "tokens_per_batch"):
+        if getattr(chosen, name) < 1:
+            raise AlignkitError(f"--{name.replace('_', '-')}: must be 1 or more")
+    if not all(1 <= world <= pairs * chosen.grow for world in chosen.ranks):
+        raise AlignkitError(f"--ranks: must be from 1 to the {pairs * chosen.grow} pairs")
+
+
 def main() -> int:
     """Simulate, print a table, write the numbers; status 1 if a load is above the goal."""
     flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -78,7 +93,12 @@ def main() -> int:
     flags.add_argument("--adapter-mib", type=float, default=16.0, help="fp32 gradients")
     flags.add_argument("--json", type=Path, metavar="FILE")
     chosen = flags.parse_args()
-    pairs = json.loads(chosen.lengths.read_text())
+    try:
+        pairs = read_lengths(str(chosen.lengths))
+        check_counts(chosen, len(pairs))
+    except AlignkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     lengths = np.tile(np.array([sum(pair) for pair in pairs], np.int64), chosen.grow)
     print(f"{len(lengths):,} pairs, {lengths.sum():,} tokens, rows of {chosen.tokens_per_batch}")
     table = []

@@ -11,7 +11,9 @@ every part with sizes of no interest, on a CPU as well. The exit status is 1 whe
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import math
 import sys
 import tempfile
 import warnings
@@ -25,7 +27,9 @@ from sidebyside import machine
 from sidebyside.options import resolve_device
 from transformers.utils.logging import disable_progress_bar
 
+from alignkit.data.read.hashes import digest_of
 from alignkit.errors import AlignkitError
+from alignkit.utils.atomic import make_writable_folder
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,12 +53,17 @@ def main() -> int:
     parts = [part.strip() for part in chosen.parts.split(",") if part.strip()]
     unknown = [part for part in parts if part not in PARTS]
     try:
+        if not parts:
+            raise AlignkitError(f"--parts: names none; choose from {', '.join(PARTS)}")
+        if not math.isfinite(chosen.limit):
+            raise AlignkitError(f"--limit {chosen.limit}: give a number of seconds")
         if unknown:
             raise AlignkitError(f"--parts: no part {unknown[0]}; choose from {', '.join(PARTS)}")
         device = resolve_device(chosen.device)
         if device == "cpu" and not chosen.tiny:
             raise AlignkitError("--device cpu: only --tiny runs without a GPU")
         lengths = lengths_of(chosen.lengths)
+        make_writable_folder(chosen.out)
     except AlignkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,7 +71,10 @@ def main() -> int:
     about = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "tiny": chosen.tiny,
-        "versions": machine.versions("triton", "bitsandbytes", "datasets"),
+        "versions": {
+            **machine.versions("triton", "bitsandbytes", "datasets"),
+            "lengths": digest_of(json.dumps(lengths).encode()),
+        },
     }
     figures = Figures(chosen.out / "figures.jsonl", about, chosen.again)
     try:
@@ -70,6 +82,9 @@ def main() -> int:
             failed = run(
                 Day(figures, device, chosen.tiny, Path(scratch), lengths), parts, chosen.limit
             )
+    except KeyboardInterrupt:
+        print(f"stopped; {figures.path} holds what was measured", file=sys.stderr)
+        return 130
     except Poisoned as poisoned:
         if poisoned.left:
             go_on(poisoned, passed_on(chosen))

@@ -147,6 +147,10 @@ def main() -> int:
     flags.add_argument("--ranks", type=int, default=1)
     flags.add_argument("--json", metavar="FILE")
     chosen = flags.parse_args()
+    for name in ("every", "ranks"):
+        if getattr(chosen, name) < 1:
+            print(f"error: --{name}: must be 1 or more", file=sys.stderr)
+            return 2
     if chosen.steps < 8 * chosen.every:
         print("error: --steps: give at least eight times --every", file=sys.stderr)
         return 2

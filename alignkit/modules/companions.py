@@ -82,7 +82,7 @@ def check_callbacks(trainer: Trainer, lora_plus: bool) -> None:
             raise AlignkitError(
                 f"{name}: tries one rate for every parameter; set model.lora_plus_ratio to 1"
             )
-        if trainer.world_size > 1 and (
+        if trainer.num_devices * trainer.num_nodes > 1 and (
             isinstance(callback, OnExceptionCheckpoint)
             or getattr(callback, "save_on_exception", False)
         ):

@@ -15,11 +15,12 @@ ERROR = "error"
 
 
 class Figures:
-    """Appends figures, and knows those of earlier runs on the same device with the same sizes.
+    """Appends figures, and knows those of earlier runs on the same device, rows and sizes.
 
     Args:
         path: The file; made where there is none.
-        about: What every line says: device, versions and whether sizes are tiny.
+        about: What every line says: device, versions with a digest of the lengths, and whether
+            sizes are tiny.
         again: Whether to forget what earlier runs found.
     """
 
@@ -29,7 +30,8 @@ class Figures:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not again:
             for line in read(path):
-                if all(line.get(key) == about[key] for key in ("device", "tiny")):
+                same = all(line.get(key) == about[key] for key in ("device", "tiny"))
+                if same and _rows(line) in (None, _rows(about)):
                     self._known[line["part"], line["name"]] = line["value"]
         if path.exists() and not path.read_bytes().endswith(b"\n"):
             self._append("\n")  # an earlier run ended within a line
@@ -57,6 +59,12 @@ class Figures:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _rows(about: Mapping[str, Any]) -> str | None:
+    """Return the digest of the lengths that figures were measured with, if they say it."""
+    versions = about.get("versions")
+    return versions.get("lengths") if isinstance(versions, Mapping) else None
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:

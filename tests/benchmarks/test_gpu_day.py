@@ -133,11 +133,21 @@ def test_a_cut_line_is_left_out_and_other_devices_do_not_count(tmp_path: Path) -
     assert Figures(path, about).is_whole("train")
     for other in ({"device": "H100"}, {"tiny": False}):
         assert not Figures(path, about | other).is_whole("sync")
+    rows = about | {"versions": {"lengths": "one"}}
+    Figures(path, rows).add("nf4", "whole", 1.0, "s")
+    assert Figures(path, rows).is_whole("nf4")
+    assert not Figures(path, about | {"versions": {"lengths": "another"}}).is_whole("nf4")
     assert not Figures(path, about, again=True).is_whole("sync")
 
 
 def test_mistakes_are_one_line(gpu_day: Day, capsys: pytest.CaptureFixture[str]) -> None:
-    for flags, part in ((["--parts", "stepz"], "stepz"), ([], "--tiny")):
+    for flags, part in (
+        (["--parts", "stepz"], "stepz"),
+        ([], "--tiny"),
+        (["--tiny", "--parts", " , "], "--parts"),
+        (["--tiny", "--limit", "nan"], "--limit"),
+        (["--tiny", "--out", __file__], "test_gpu_day.py"),
+    ):
         code, figures = gpu_day(*flags)
         message = capsys.readouterr().err.strip()
         assert code == 2 and not figures

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from alignkit.engine import Example
+from tests.benchmarks.conftest import BENCHMARKS
 
 # The peers' libraries warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -48,6 +51,28 @@ def test_arms_agree_and_every_ratio_is_there(
     assert "alignkit" in found["arms"] and len(found["arms"]) > 2
     assert all(arm["flop_utilisation"] > 0 for arm in found["arms"].values())
     assert plot.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("balance.py", ["--lengths", "/nowhere.json"]),
+        ("balance.py", ["--ranks", "8", "500000"]),
+        ("balance.py", ["--ranks", "0"]),
+        ("balance.py", ["--grow", "0"]),
+        ("soak.py", ["--every", "0"]),
+        ("soak.py", ["--ranks", "0"]),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_line(
+    script: str, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(BENCHMARKS / script), run_name="__main__")
+    message = capsys.readouterr().err.strip()
+    assert ended.value.code == 2
+    assert message.startswith(f"error: {flags[0]}") and "\n" not in message
 
 
 def test_a_disturbed_adapter_trips_the_gate(

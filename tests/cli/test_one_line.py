@@ -29,6 +29,14 @@ MISTAKES: dict[str, tuple[tuple[object, ...], tuple[str, ...]]] = {
         ("--trainer.strategy", "fsdp2", "--trainer.precision", "64-true"),
         ("fsdp2: does not work with trainer.precision=64-true", "use ddp"),
     ),
+    "sharded-average": (
+        ("--trainer.strategy", "fsdp2", "--trainer.callbacks+", "EMAWeightAveraging"),
+        ("fsdp2: does not work with EMAWeightAveraging", "use ddp"),
+    ),
+    "sharded-rates": (
+        ("--trainer.strategy", "fsdp2", "--trainer.callbacks+", "LearningRateFinder"),
+        ("fsdp2: does not work with LearningRateFinder", "use ddp"),
+    ),
     "spawn": (("--trainer.strategy", "ddp_spawn", "--trainer.devices", 2), ("use ddp, ddp_fork",)),
     "wandb": (("--trainer.logger", f"{LOGGERS}.WandbLogger"), ("pip install wandb",)),
     "mlflow": (("--trainer.logger", f"{LOGGERS}.MLFlowLogger"), ("pip install mlflow",)),

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from alignkit import SFTModule
+from alignkit.errors import AlignkitError
 from tests.cli.test_fit import quick
 from tests.cli.test_launch import SCRIPT
+
+SMALL = '''
+import resource, signal
+from lightning.pytorch import Callback
+
+
+class Small(Callback):
+    """Leave each process no more room than for 60 kB a file."""
+
+    def on_train_start(self, trainer, pl_module):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+'''
 
 
 @pytest.mark.slow
@@ -48,3 +65,37 @@ def test_every_command_reads_a_checkpoint_in_parts(
     status, _, err = alignkit("export", "--model", parts, "--to", "merged", "--output", "merged")
     assert status == 0, err
     assert Path("merged/model.safetensors").is_file()
+
+    # Copied without its folder it is no checkpoint, and does not pass for an intact one.
+    best = parts.with_name("best.ckpt")
+    assert best.with_name("best.ckpt.shards").is_dir()
+    shutil.rmtree(parts.with_name("last.ckpt.shards"))
+    ask = ("--prompts", "Why?", "--max_new_tokens", 2)
+    status, _, err = alignkit("generate", "--model", parts.parent, *ask)
+    assert status == 0, err
+    shutil.rmtree(best.with_name("best.ckpt.shards"))
+    status, _, err = alignkit("generate", "--model", parts.parent, *ask)
+    line = err.strip().splitlines()[-1]
+    assert status == 2 and "keep the folder beside the checkpoint" in line
+    assert "is intact" not in err
+    with pytest.raises(AlignkitError, match="keep the folder beside the checkpoint"):
+        SFTModule.load_from_checkpoint(parts)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_no_parts(
+    command: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torch raises what is no `Exception`."""
+    Path("small.py").write_text(SMALL)
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()), prepend=os.pathsep)
+    whole = ["--model.lora", "null", "--model.dtype", "float32", "--trainer.precision", "32-true"]
+    done = command(
+        SCRIPT, "--trainer.devices", 2, "--trainer.strategy", "fsdp2", *whole,
+        "--trainer.callbacks+", "small.Small",
+    )  # fmt: skip
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "alignkit: error" in line]
+    assert len(told) == 1 and "shards cannot be written (" in told[0], done.stderr
+    assert "File too large" in told[0] and "Traceback" not in done.stderr
+    assert not list(Path("runs").rglob("*.distcp"))

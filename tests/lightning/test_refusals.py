@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
@@ -18,11 +19,14 @@ from lightning.pytorch.callbacks import (
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    OnExceptionCheckpoint,
     ThroughputMonitor,
 )
 
+from alignkit.callbacks import Checkpoint
 from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import load_policy, read_checkpoint
+from alignkit.modules.companions import check_callbacks
 from tests.lightning.helpers import Run
 
 
@@ -54,6 +58,23 @@ def test_refused_by_name(run: Callable[..., Run], name: str) -> None:
     assert reason in message
     assert "\n" not in message
     assert not refused.losses
+
+
+@pytest.mark.parametrize(
+    ("callback", "named"),
+    [
+        (OnExceptionCheckpoint("."), "leave it out on several processes"),
+        (ModelCheckpoint(save_on_exception=True), "leave save_on_exception out on several"),
+        (Checkpoint(save_on_exception=True), "leave save_on_exception out on several"),
+    ],
+)
+def test_a_rank_that_fails_does_not_wait_for_the_others(callback: Callback, named: str) -> None:
+    """Saving takes all ranks, and they go on training: they would wait half an hour."""
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "callbacks": [callback]}
+    check_callbacks(Trainer(devices=1, **options), lora_plus=False)
+    for more in ({"devices": 2}, {"devices": 1, "num_nodes": 2}):
+        with pytest.raises(AlignkitError, match=f"^{type(callback).__name__}: .*{named}"):
+            check_callbacks(Trainer(strategy="ddp", **more, **options), lora_plus=False)
 
 
 @pytest.mark.parametrize("sanity", [2, 0])
