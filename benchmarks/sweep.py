@@ -6,6 +6,7 @@
 ``search`` gives each loss as many trials, each as many pairs. A tenth of the training pairs is held
 out and judges them; a trial that falls behind the median of its loss is pruned. It goes on where a
 search stopped when the same command is given again, since all trials lie in the study's file.
+Several processes may search it at once, each some of the ``--losses``.
 
 ``final`` trains each loss's best trial again from several seeds, and measures the test pairs, which
 no trial has seen: once for each of these runs. The study keeps what came out, so that they are
@@ -106,7 +107,7 @@ def search(options: argparse.Namespace, budget: Budget, console: Console) -> int
     for loss in options.losses:
         study = study_of(options.study, loss, options.seed, budget)
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
-            # Cut off with the search that ran it; two searches at once would need a database.
+            # Cut off with the search that ran it, as no other one has this loss.
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         for _ in range(max(0, options.trials - len(study.trials))):
             study.optimize(partial(objective, loss=loss), n_trials=1, catch=(AlignkitError,))
@@ -150,7 +151,7 @@ def final(options: argparse.Namespace, budget: Budget, console: Console) -> int:
                 for seed in range(options.seeds)
             ]
             tested = {"recipe": asdict(recipe), "held_out": best.user_attrs, "runs": runs}
-            study.set_user_attr(_TESTED, {**tested, "trials": len(study.trials)})
+            study.set_user_attr(_TESTED, {**tested, "trials": len(finished)})
         tested = study.user_attrs[_TESTED]
         found[loss] = {**tested, "test": summary(tested["runs"])}
     about = machine.describe(resolve_device("auto"))
