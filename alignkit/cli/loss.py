@@ -32,21 +32,13 @@ def spell_out_losses(arguments: Sequence[str]) -> list[str]:
     by a configuration file, after which a flag repeats it.
     """
     spelled: list[str] = []
-    flag = ""
-    for argument in arguments:
-        name, inline, value = argument.partition("=")
-        if inline and name.startswith("-"):
-            spelled.append(f"{name}={_spelled_value(name, value)}")
-            spelled += _losses_of_file(name, value)
-            flag = ""
-        elif flag:
-            spelled.append(_spelled_value(flag, argument))
-            spelled += _losses_of_file(flag, argument)
-            flag = ""
-        else:
-            spelled.append(argument)
-        if argument.startswith("-") and not inline:
-            flag = argument
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
+        name, equals, value = argument.partition("=")
+        inline = bool(equals) and name.startswith("-")
+        flag, given = (name, value) if inline else (previous, argument)
+        told = _spelled_value(flag, given)
+        spelled.append(f"{flag}={told}" if inline else told)
+        spelled += _losses_of_file(flag, given)
     return spelled
 
 
@@ -98,17 +90,15 @@ def _spelled(given: Any) -> Any:
     kind = _class_of(named["class_path"])
     if kind is None or not is_dataclass(kind):
         return given
-    given_values = named.get("init_args")
-    values = dict(given_values) if isinstance(given_values, Mapping) else {}
+    init_args = named.get("init_args")
+    values = dict(init_args) if isinstance(init_args, Mapping) else {}
     for field in fields(kind):
         if field.name in values:
             if PreferenceLoss.__name__ in str(field.type):
                 values[field.name] = _spelled(values[field.name])
         elif field.init and field.default is not MISSING:
-            default = field.default
-            values[field.name] = (
-                default.to_dict() if isinstance(default, PreferenceLoss) else default
-            )
+            plain = field.default
+            values[field.name] = plain.to_dict() if isinstance(plain, PreferenceLoss) else plain
     return {**named, "init_args": values} if values else given
 
 
