@@ -54,10 +54,15 @@ def parts_before(saved: Mapping[str, Any], plan: Plan, batches: int) -> list[Par
     """
     parts = [Part(*each) for each in saved.get(PARTS, [])]
     world, accumulate = (saved.get(name) for name in _RANKS)
-    if (world, accumulate) == tuple(plan[name] for name in _RANKS) or not (world and accumulate):
+    if same_ranks(saved, plan) or not (world and accumulate):
         return parts
     steps = batches // accumulate - steps_of(parts)
     return [*parts, Part(steps, world, accumulate)] if steps else parts
+
+
+def same_ranks(saved: Mapping[str, Any], plan: Plan) -> bool:
+    """Tell whether two plans have as many ranks and as many micro-batches a step."""
+    return all(saved.get(name) == plan[name] for name in _RANKS)
 
 
 def steps_of(parts: Sequence[Part]) -> int:
@@ -69,7 +74,7 @@ def comparable(saved: object, plan: Plan) -> tuple[Any, Plan]:
     """Remove from two plans what may differ within an epoch: the ranks, and what they decide."""
     if not isinstance(saved, Mapping):
         return saved, plan
-    same = all(saved.get(name) == plan[name] for name in _RANKS)
+    same = same_ranks(saved, plan)
     left_out = {PARTS, "batches"} if PARTS in saved else set()
     left_out |= set() if same else {*_RANKS, "batches"}
     kept = [{k: v for k, v in each.items() if k not in left_out} for each in (saved, plan)]

@@ -18,6 +18,7 @@ from alignkit.data.deal.elastic import (
     describe,
     parts_before,
     rest_of_epoch,
+    same_ranks,
     steps_of,
 )
 from alignkit.data.deal.plan import Planner
@@ -201,8 +202,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
         # Fewer than the ranks cannot be dealt, as at the end of any epoch.
         enough = len(rest) >= self._world
         self._order, self._cuts = rest, self._planner.cut(rest) if enough else [0]
-        same = all(saved[key] == own[key] for key in ("world_size", "accumulate_grad_batches"))
-        if same and parts == [Part(*each) for each in saved.get(PARTS, [])]:
+        if same_ranks(saved, own) and parts == [Part(*each) for each in saved.get(PARTS, [])]:
             return batches  # once more as it was saved, which may be within a step
         if self._rank == 0:
             left, steps = len(rest), len(self._cuts) - 1
