@@ -9,7 +9,6 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -18,6 +17,7 @@ from alignkit.errors import AlignkitError
 from alignkit.models.archive import local_path, read_archive
 from alignkit.models.find import first_intact, newest_first
 from alignkit.models.shards import verify_checkpoint
+from alignkit.modules.requeue import requeue_checkpoints
 from alignkit.utils.ranks import is_first_rank
 
 _VERSION = re.compile(r"version_(\d+)")
@@ -137,15 +137,11 @@ def asked_checkpoint(trainer: Trainer, asked: str | None) -> str | None:
 
     Args:
         trainer: The command's trainer.
-        asked: One of `CHECKPOINT_NAMES`; or a path or ``None``, which are returned as they are,
-            except that a requeued SLURM job without a path resumes from ``hpc``.
+        asked: One of `CHECKPOINT_NAMES`; or a path or ``None``, which are returned as they are.
 
     Raises:
         AlignkitError: The name stands for no file, or for none that is intact.
     """
-    requeued = SLURMEnvironment.detect() and _requeue_checkpoints(Path(trainer.default_root_dir))
-    if asked is None and requeued:  # Lightning resumes from there by itself
-        asked = "hpc"
     return named_checkpoint(trainer, asked) if asked in CHECKPOINT_NAMES else asked
 
 
@@ -161,7 +157,7 @@ def named_checkpoint(trainer: Trainer, name: str) -> str:
     """
     asked = f"ckpt_path {name}"
     if name == "hpc":
-        found = first_intact(_requeue_checkpoints(Path(trainer.default_root_dir)), asked)
+        found = first_intact(requeue_checkpoints(Path(trainer.default_root_dir)), asked)
         where = f"{trainer.default_root_dir}/hpc_ckpt_*.ckpt"
     else:
         folders = _checkpoint_folders(trainer)
@@ -180,13 +176,6 @@ def _checkpoint_folders(trainer: Trainer) -> list[Path]:
     given = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     places = [folder or runs_folder(trainer) for folder in given or [None]]
     return [path for place in dict.fromkeys(places) if (path := local_path(place)) is not None]
-
-
-def _requeue_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints that Lightning wrote on SLURM's signals, the newest first."""
-    numbered = {path: re.fullmatch(r"hpc_ckpt_(\d+)", path.stem) for path in folder.glob("*.ckpt")}
-    found = {path: int(match[1]) for path, match in numbered.items() if match}
-    return sorted(found, key=lambda path: found[path], reverse=True)
 
 
 def _best_checkpoint(newest: str) -> str:

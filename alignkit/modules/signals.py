@@ -21,10 +21,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
+from alignkit.modules.requeue import STATE, requeue_job, reserve_checkpoint, this_run
 from alignkit.utils.interrupts import Stopped, stop_at_once, write_line
 from alignkit.utils.ranks import is_lost_connection
 
 log = logging.getLogger(__name__)
+
+_FIRST = 1024  # above the number of any signal
 
 
 class Signals(Callback):
@@ -32,8 +35,8 @@ class Signals(Callback):
 
     Whichever rank got the signal, all ranks finish the step that is being computed. Then
     ``last.ckpt`` is written and its path logged, and `Stopped` is raised: exit status 143 after
-    SIGTERM and 130 after Ctrl-C. After SLURM's signal Lightning's own checkpoint for the requeued
-    job is written, and the job is requeued. A second Ctrl-C stops at once.
+    SIGTERM and 130 after Ctrl-C. After SLURM's signal a checkpoint for the requeued job is
+    written, and the job is requeued, whatever other signals came. A second Ctrl-C stops at once.
 
     Every `AlignmentModule` adds this callback to its trainer.
     """
@@ -42,6 +45,11 @@ class Signals(Callback):
         self.asked = 0
         """The signal that the run stops for; 0 for none."""
         self.training = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the SLURM job that writes a checkpoint, if one does."""
+        run = this_run()
+        return {} if run is None else {STATE: run}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Replace Lightning's signal handlers before it installs them."""
@@ -83,15 +91,15 @@ class Signals(Callback):
             _end_launched(trainer)
 
     def _stop_if_asked(self, trainer: Trainer) -> None:
-        asked = self.asked
-        if trainer.world_size > 1:
-            told = torch.tensor(asked, device=trainer.strategy.root_device)
-            asked = int(trainer.strategy.reduce(told, reduce_op="max"))
-        if not asked:
-            return
         connector = trainer._signal_connector
         assert isinstance(connector, _SignalHandlers)
-        path = connector.requeue(asked) if connector.requeues(asked) else _save_last(trainer)
+        asked = self.asked
+        if trainer.world_size > 1:
+            told = torch.tensor(connector.weight(asked), device=trainer.strategy.root_device)
+            asked = int(trainer.strategy.reduce(told, reduce_op="max")) % _FIRST
+        if not asked:
+            return
+        path = connector.requeue() if connector.requeues(asked) else _save_last(trainer)
         self._exit_run(trainer, asked, path)
 
     def _exit_run(self, trainer: Trainer, signum: int, path: str | None) -> NoReturn:
@@ -137,11 +145,19 @@ class _SignalHandlers(_SignalConnector):
             and signum == environment.requeue_signal
         )
 
-    def requeue(self, signum: int) -> str:
-        """Save for the requeued job, requeue it as Lightning does, and return the file."""
-        path = self.trainer._checkpoint_connector.hpc_save_path(self.trainer.default_root_dir)
-        self._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
+    def requeue(self) -> str:
+        """Save for the requeued job, requeue it, and return the file."""
+        for logger in self.trainer.loggers:
+            logger.finalize("finished")
+        path = reserve_checkpoint(self.trainer)
+        self.trainer.save_checkpoint(path)
+        if self.trainer.is_global_zero:
+            requeue_job()
         return path
+
+    def weight(self, signum: int) -> int:
+        """Return a number by which signals are compared: the one to go on after is above all."""
+        return signum + _FIRST * self.requeues(signum)
 
     def _requeue_signal(self) -> signal.Signals | None:
         environment = self.trainer._accelerator_connector.cluster_environment
@@ -158,7 +174,7 @@ class _SignalHandlers(_SignalConnector):
         if not self.signals.asked:
             end = "; once more stops at once" if signum == signal.SIGINT else ""
             write_line(f"{signal.Signals(signum).name}: finishing this step, then saving{end}")
-        self.signals.asked = max(self.signals.asked, signum)
+        self.signals.asked = max(self.signals.asked, signum, key=self.weight)
         if callable(also):
             also(signum, frame)
 

@@ -47,8 +47,9 @@ def machine(rank: int, port: int, launcher: str) -> tuple[list[str], dict[str, s
 
 
 @pytest.fixture
-def machines(command: Callable) -> Machines:
+def machines(command: Callable, model_dir: Callable) -> Machines:
     """``machines(launcher, *changes, **environment)``: how both ended, the first machine first."""
+    model_dir("llama")  # which two starts at once would make twice
 
     def run(launcher: str, *changes: object, nodes: int = 2, **environment: str) -> Ended:
         with socket.socket() as free:
@@ -58,8 +59,10 @@ def machines(command: Callable) -> Machines:
         def start(rank: int) -> subprocess.CompletedProcess[str]:
             arguments, mine = machine(rank, port, launcher)
             counts = ["--trainer.num_nodes", nodes, "--trainer.devices", 1]
+            # As in a job whose command line names a machine or its disk.
+            own = ["--trainer.enable_model_summary", "false"] if rank else []
             done: subprocess.CompletedProcess[str] = command(
-                arguments, *counts, *changes, environment=mine | environment
+                arguments, *counts, *own, *changes, environment=mine | environment
             )
             return done
 

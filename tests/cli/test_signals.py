@@ -157,31 +157,97 @@ def test_without_checkpoints_it_says_that_nothing_is_saved(
     assert "SIGTERM: stopped after step 2; nothing is saved, as checkpoints are off" in caplog.text
 
 
+@pytest.fixture
+def slurm(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Begin a SLURM job whose ``scontrol`` writes what it is asked to the file ``requeued``."""
+    Path("bin").mkdir()
+    Path("bin/scontrol").write_text('#!/bin/sh\necho "$@" >> requeued\n')
+    Path("bin/scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(Path("bin").absolute()), prepend=os.pathsep)
+
+    def begin(job: int, **more: object) -> None:
+        given = {"NTASKS": 1, "JOB_ID": job, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0}
+        given |= {"NODEID": 0, "NODELIST": "localhost", "NNODES": 1, **more}
+        for name, value in given.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+    return begin
+
+
+USR1 = {"hook": "on_train_batch_start", "call": 3, "signals": [int(signal.SIGUSR1)]}
+
+
 def test_slurm_requeues_and_the_next_start_goes_on(
-    sft: Callable,
-    whole: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    sft: Callable, whole: Callable, slurm: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``scontrol requeue`` with the job's id, and the same command resumes without a flag."""
-    job = {"NTASKS": 1, "JOB_ID": 4711, "JOB_NAME": "train", "PROCID": 0, "LOCALID": 0}
-    for name, value in {**job, "NODEID": 0, "NODELIST": "localhost", "NNODES": 1}.items():
-        monkeypatch.setenv(f"SLURM_{name}", str(value))
-    monkeypatch.setenv("PATH", str(Path("bin").absolute()), prepend=os.pathsep)
-    Path("bin").mkdir()
-    Path("bin/scontrol").write_text('#!/bin/sh\necho "$@" > requeued\n')
-    Path("bin/scontrol").chmod(0o755)
-    usr1 = [int(signal.SIGUSR1)]
-    status, _ = sft(hook="on_train_batch_start", call=3, signals=usr1)
+    slurm(4711)
+    status, _ = sft(**USR1)
     assert status == 128 + signal.SIGUSR1
     assert Path("requeued").read_text() == "requeue 4711\n"
     assert "SIGUSR1: stopped after step 2; " in caplog.text
     assert torch.load("hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 2
     assert sft()[0] == 0
     assert "ckpt_path hpc: taking " in caplog.text
-    Path("hpc_ckpt_1.ckpt").unlink()
     resumed = weights("runs/demo/sft/version_1/last.ckpt")
+    Path("hpc_ckpt_1.ckpt").unlink()
     assert all(torch.equal(resumed[name], value) for name, value in whole().items())
+
+
+def test_a_run_takes_its_own_file_alone(
+    sft: Callable,
+    slurm: Callable,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not that of another task of its array, of another job, or of another command of its own."""
+    array = {"ARRAY_JOB_ID": 900}
+    slurm(901, ARRAY_TASK_ID=0, **array)
+    assert sft(**USR1)[0] == 138
+    slurm(902, ARRAY_TASK_ID=1, **array)
+    assert sft("--model.optimizer.lr", 1e-5, **USR1)[0] == 138
+    assert "ckpt_path hpc" not in caplog.text
+    assert Path("requeued").read_text() == "requeue 900_0\nrequeue 900_1\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["alignkit", "fit", "--another"])
+        assert sft()[0] == 0
+    assert "hpc_ckpt_2.ckpt: another command of this job wrote it; it is left alone" in caplog.text
+    caplog.clear()
+    slurm(901, ARRAY_TASK_ID=0, **array)
+    assert sft()[0] == 0
+    assert f"ckpt_path hpc: taking {Path('hpc_ckpt_1.ckpt').absolute()}" in caplog.text
+
+
+def test_a_requeued_run_goes_on_whatever_its_command_names(
+    sft: Callable, slurm: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its ``--ckpt_path`` was its beginning; a measurement takes what it names."""
+    assert sft("--trainer.max_steps", 1)[0] == 0
+    begun = next(Path().rglob("last.ckpt"))
+    slurm(4711)
+    assert sft("--ckpt_path", begun, **USR1)[0] == 138
+    saved = torch.load("hpc_ckpt_1.ckpt", weights_only=True)["global_step"]
+    assert saved > 1
+    caplog.clear()
+    assert sft("--ckpt_path", begun)[0] == 0
+    assert "ckpt_path hpc: taking " in caplog.text
+    caplog.clear()
+    assert sft(command="validate")[0] == 0
+    assert "measures the base" in caplog.text and "hpc" not in caplog.text
+
+
+def test_no_other_name_or_signal_keeps_a_job_from_its_requeue(
+    sft: Callable, slurm: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder that only looks like a checkpoint; SIGTERM at the end of the time's lead."""
+    slurm(4711)
+    Path("ckpt_old").mkdir()
+    Path("hpc_ckpt_final.ckpt").touch()
+    both = [int(signal.SIGUSR1), int(signal.SIGTERM)]
+    assert sft(**{**USR1, "signals": both})[0] == 128 + signal.SIGUSR1
+    assert Path("requeued").read_text() == "requeue 4711\n"
+    assert sft()[0] == 0
+    assert "ckpt_path hpc: taking " in caplog.text
 
 
 def start(model_dir: Callable, hh: Path, text: Path, *changes: object) -> subprocess.Popen[str]:
