@@ -22,7 +22,8 @@ class LDDPO(DPO):
 
     Liu et al. 2024, arXiv:2409.06411: log π(y) = Σ_{t ≤ l} log π(y_t) + α Σ_{t > l} log π(y_t) with
     l = min(|y_w|, |y_l|), under policy and reference alike. Of longer responses less is learnt from
-    what makes them longer. TRL's ``ld_alpha`` is α.
+    what makes them longer. TRL's ``ld_alpha`` is α. Rewards, ``logps/…``, ``val/kl`` and
+    ``val/displacement`` are of these weighted sums.
 
     Args:
         beta: Strength of the tie to the reference.

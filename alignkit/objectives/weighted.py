@@ -28,7 +28,7 @@ class WeightedSum(PreferenceLoss):
         weights: One positive number a term; 1 each by default.
     """
 
-    terms: tuple[PreferenceLoss, ...]
+    terms: tuple[PreferenceLoss, ...] = ()  # refused, with a line that names the option
     weights: tuple[float, ...] = ()
     positive: ClassVar[tuple[str, ...]] = ()
 

@@ -219,6 +219,10 @@ def test_losses_of_tokens_weights_and_ranks_from_the_command_line(
 
 def test_a_weighted_sum_without_terms_is_refused(alignkit: Callable, workplace: Path) -> None:
     config = ["fit", "--config", CONFIGS / "dpo_hh_pythia.yaml", "--model.loss", "WeightedSum"]
+    status, _, err = alignkit(*config)
+    assert status == 2
+    assert "model.loss.terms of WeightedSum: must name at least one loss" in err
+    assert len(err.strip().splitlines()) == 1
     status, _, err = alignkit(*config, "--model.loss.terms", "[NoSuchLoss]")
     assert status == 2
     assert "NoSuchLoss" in err and len(err.strip().splitlines()) == 1
