@@ -127,7 +127,9 @@ def requeue_job() -> None:
 def _writer(path: Path) -> dict[str, str]:
     """Return what a checkpoint says of the run that wrote it; nothing where it cannot be read."""
     try:
-        states = read_archive(path).get("callbacks", {}).values()
-    except AlignkitError:
+        states = read_archive(path, tensors=False).get("callbacks", {}).values()
+    except AlignkitError as error:
+        if is_first_rank():
+            log.warning("%s; it is passed over, whoever wrote it", error)
         return {}
     return next((state[STATE] for state in states if STATE in state), {})

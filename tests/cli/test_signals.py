@@ -239,15 +239,19 @@ def test_a_requeued_run_goes_on_whatever_its_command_names(
 def test_no_other_name_or_signal_keeps_a_job_from_its_requeue(
     sft: Callable, slurm: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A folder that only looks like a checkpoint; SIGTERM at the end of the time's lead."""
+    """Names that only look like a checkpoint's, a damaged one; SIGTERM right after the signal."""
     slurm(4711)
     Path("ckpt_old").mkdir()
     Path("hpc_ckpt_final.ckpt").touch()
     both = [int(signal.SIGUSR1), int(signal.SIGTERM)]
     assert sft(**{**USR1, "signals": both})[0] == 128 + signal.SIGUSR1
     assert Path("requeued").read_text() == "requeue 4711\n"
+    (saved,) = Path().glob("hpc_ckpt_[0-9].ckpt")
+    half = Path("hpc_ckpt_2.ckpt")
+    half.write_bytes(saved.read_bytes()[:1000])
     assert sft()[0] == 0
-    assert "ckpt_path hpc: taking " in caplog.text
+    assert f"{half.absolute()}: " in caplog.text and "; it is passed over" in caplog.text
+    assert f"ckpt_path hpc: taking {saved.absolute()}" in caplog.text
 
 
 def start(model_dir: Callable, hh: Path, text: Path, *changes: object) -> subprocess.Popen[str]:
