@@ -151,8 +151,8 @@ def final(options: argparse.Namespace, budget: Budget, console: Console) -> int:
                 for seed in range(options.seeds)
             ]
             tested = {"recipe": asdict(recipe), "held_out": best.user_attrs, "runs": runs}
-            study.set_user_attr(_TESTED, {**tested, "trials": len(finished)})
-        tested = study.user_attrs[_TESTED]
+            study.set_user_attr(_TESTED, tested)
+        tested = {**study.user_attrs[_TESTED], "trials": len(finished)}
         found[loss] = {**tested, "test": summary(tested["runs"])}
     about = machine.describe(resolve_device("auto"))
     about |= {"model": options.model, "command": output.command()}
