@@ -28,6 +28,7 @@ from alignkit.lora.merge import merged_plain
 from alignkit.models.dropout import own_dropout
 from alignkit.models.load import embedding_size, load_tokenizer
 from alignkit.utils.atomic import share_files
+from alignkit.utils.autocast import no_autocast
 from alignkit.utils.bars import without_bars
 from alignkit.utils.finite import refuse_nonfinite_weights
 
@@ -68,7 +69,9 @@ def rewards(model: PreTrainedModel, batch: PackedBatch, padding: int) -> Tensor:
         padding: Id of the padding token.
     """
     states_RD = states_at(model, batch, _ends(batch, padding))
-    return states_RD.float() @ model.get_parameter(HEAD).float()
+    # Autocast would round the product to bf16, in which rewards near each other are equal.
+    with no_autocast(states_RD.device.type):
+        return states_RD.float() @ model.get_parameter(HEAD).float()
 
 
 def _ends(batch: PackedBatch, padding: int) -> Tensor:

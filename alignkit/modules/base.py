@@ -46,6 +46,7 @@ from alignkit.modules.text import format_of_checkpoint, format_of_run
 from alignkit.modules.trainer_support import TrainerSupport
 from alignkit.modules.usage import Usage
 from alignkit.utils.phases import phase
+from alignkit.utils.plain import plain
 
 log = logging.getLogger(__name__)
 
@@ -176,10 +177,7 @@ class AlignmentModule(TrainerSupport):
     # Start ----------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Set up a run: how its checkpoints are written and read, and its text format.
-
-        Lightning makes the optimizer later.
-        """
+        """Set up a run: how its checkpoints are written and read, and its text format."""
         super().setup(stage)
         seal_checkpoints(self.trainer)
         self.text_format = format_of_run(self.trainer, self.model, self.base, self.text_format)
@@ -277,7 +275,7 @@ class AlignmentModule(TrainerSupport):
         kept: MutableMapping[str, Any]
         for kept in (self.hparams, self._hparams_initial):  # type: ignore[assignment]
             # Adapter configurations and losses are kept as plain values.
-            kept[name] = value.to_dict() if hasattr(value, "to_dict") else value
+            kept[name] = plain(value.to_dict() if hasattr(value, "to_dict") else value)
 
 
 # Spawned ranks get the module by pickle, which finds a function by its name in its module.

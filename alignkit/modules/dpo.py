@@ -14,8 +14,9 @@ from torch import Tensor
 
 from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
+from alignkit.modules.answers import refuse_other_counts
 from alignkit.modules.gauges import RatedPairs
-from alignkit.modules.pair_scores import pair_scores, reference_pair_scores, refuse_other_counts
+from alignkit.modules.pair_scores import pair_scores, reference_pair_scores
 from alignkit.modules.watch import PairWatch, WatchedModule
 from alignkit.modules.whole_step import WholeStepModule, recomputed
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss

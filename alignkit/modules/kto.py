@@ -161,8 +161,8 @@ class KTOModule(WholeStepModule[UnpairedScores]):
 
     def _log_evaluation(self, stage: str) -> None:
         seen = cast(HeldOut, self.held_out["loss"]).good
-        good = torch.cat(seen) if seen else torch.zeros(0, dtype=torch.bool, device=self.device)
-        counts = self._sum_over_ranks(torch.stack((good.sum(), (~good).sum())))
+        good = torch.cat(seen) if seen else torch.zeros(0, device=self.device)
+        counts = self._sum_over_ranks(torch.stack((good.sum(), (1 - good).sum())))
         there = dict(zip(_PARTS, (counts > 0).tolist(), strict=True))
         there["margins"] = all(there.values())
         for name in _HELD_OUT:
@@ -197,7 +197,7 @@ class HeldOut(Metric):
         """Add a batch."""
         self.ratios.append((policy.answers - reference.answers).detach())
         self.mismatched.append((policy.mismatched - reference.mismatched).detach())
-        self.good.append(policy.good)
+        self.good.append(policy.good.float())  # which a rank without answers has as well
 
     def compute(self) -> Tensor:
         """Return the number, fp32."""

@@ -19,29 +19,9 @@ from alignkit.engine import (
     score,
     score_with_stats,
 )
-from alignkit.errors import AlignkitError
 from alignkit.modules.reference import Reference
 from alignkit.objectives.pairs import PairScores, PreferenceLoss
 from alignkit.objectives.ranked import RankedScores
-
-
-def refuse_other_counts(batch: PackedBatch, loss: PreferenceLoss) -> None:
-    """Refuse a batch whose prompts have not the number of responses that a loss takes.
-
-    Raises:
-        AlignkitError: A loss over pairs met one response or three, a loss over ranks only one.
-    """
-    counts = {len(span.responses) for span in batch.spans}
-    if not loss.ranks and counts != {2}:
-        raise AlignkitError(
-            f"data: {type(loss).__name__} needs exactly two responses a prompt, chosen before "
-            "rejected; use PreferenceDataModule on pairs, or the loss PlackettLuce for more"
-        )
-    if min(counts) < 2:
-        raise AlignkitError(
-            f"data: {type(loss).__name__} needs two responses a prompt or more, the best first; "
-            "use PreferenceDataModule"
-        )
 
 
 def pair_scores(

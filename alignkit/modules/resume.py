@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alignkit.errors import AlignkitError
+from alignkit.utils.plain import plain
 
 KEY = "settings"
 # Paths, and ways to compute: neither changes what is trained.
@@ -54,15 +55,17 @@ def run_settings(
         "parameters": [[names[id(p)] for p in g["params"]] for g in optimizer.param_groups],
         "run": {"total steps": total},
         "seed": os.environ.get("PL_GLOBAL_SEED"),  # where Lightning keeps seed_everything
-        "trainer": {
-            "max_steps": trainer.max_steps,
-            "max_epochs": trainer.max_epochs,
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": _plain(trainer.gradient_clip_algorithm),
-            "precision": str(trainer.precision),
-            "world_size": trainer.world_size,
-        },
+        "trainer": plain(
+            {
+                "max_steps": trainer.max_steps,
+                "max_epochs": trainer.max_epochs,
+                "accumulate_grad_batches": trainer.accumulate_grad_batches,
+                "gradient_clip_val": trainer.gradient_clip_val,
+                "gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+                "precision": str(trainer.precision),
+                "world_size": trainer.world_size,
+            }
+        ),
     }
 
 
@@ -125,6 +128,7 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
+    value = plain(value)
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)
 
 

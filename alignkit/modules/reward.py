@@ -10,9 +10,9 @@ from typing import Any
 
 from alignkit.batch import PackedBatch
 from alignkit.engine import response_lengths
-from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
 from alignkit.models.reward import attach_head, rewards
+from alignkit.modules.answers import refuse_other_counts
 from alignkit.modules.gauges import RatedPairs
 from alignkit.modules.watch import PairWatch, WatchedModule
 from alignkit.modules.window import LossOutput
@@ -50,12 +50,8 @@ class RewardModule(WatchedModule):
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the summed loss of the batch's prompts; its weight is their number."""
+        refuse_other_counts(batch, self.loss)
         counts = [len(span.responses) for span in batch.spans]
-        if min(counts) < 2 or (self.loss.margin and max(counts) > 2):
-            raise AlignkitError(
-                "data: a reward model needs two answers a prompt or more, the best first, and with "
-                "model.loss.margin exactly two; use PreferenceDataModule"
-            )
         rewards_R = rewards(self.model, batch, self.padding)
         ranked = RankedScores.from_ranked(rewards_R, response_lengths(batch), counts)
         loss_B = self.loss(ranked)

@@ -31,6 +31,7 @@ from alignkit.modules.sharding import set_up_sharding
 from alignkit.modules.state import keep_trained_state
 from alignkit.modules.steps import ExactSteps
 from alignkit.modules.tuning import learning_rate, with_learning_rate
+from alignkit.utils.plain import plain, refuse_unreadable
 
 
 class TrainerSupport(ExactSteps):
@@ -78,6 +79,8 @@ class TrainerSupport(ExactSteps):
 
     def setup(self, stage: str) -> None:
         """Refuse a precision that would train wrongly, cast as it asks, and start as rank 0."""
+        if stage == "fit" and self.trainer.checkpoint_callbacks:
+            refuse_unreadable(self.hparams)
         set_up_sharding(self, self.trainer)
         keep_batches_uncast(self.trainer)
         cast_before_restore(self, trained_in_full=self.lora is None)
@@ -94,9 +97,11 @@ class TrainerSupport(ExactSteps):
             self.trainer.strategy.setup_optimizers(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make callbacks' states loadable without unpickling, and mark averaged weights."""
+        """Make what is no tensor loadable without unpickling, and mark averaged weights."""
         super().on_save_checkpoint(checkpoint)
         make_states_plain(checkpoint.get("callbacks", {}))
+        for name in checkpoint.keys() - {"callbacks", "state_dict"}:
+            checkpoint[name] = plain(checkpoint[name])
         if self.averaged:
             checkpoint[AVERAGED] = True
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from alignkit.modules.answers import refuse_rows_with_other_counts
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.gauges import GAUGES, Gauge, RatedPairs
 from alignkit.utils.exact import exact
@@ -23,10 +24,25 @@ class WatchedModule(AlignmentModule):
     """Log the gauges of validations, of the pairs that a subclass hands to ``watch``.
 
     Attributes:
+        loss: Compares two answers to a prompt, or more.
         watch: Takes batches of pairs.
     """
 
+    loss: Any
     watch: PairWatch
+
+    def setup(self, stage: str) -> None:
+        """Refuse rows with other numbers of answers than the loss takes, before any step.
+
+        A subclass with a `compute_loss` of its own may take others.
+
+        Raises:
+            AlignkitError: There is one.
+        """
+        super().setup(stage)
+        if type(self).compute_loss.__module__.startswith("alignkit."):
+            data = getattr(self.trainer, "datamodule", None)
+            refuse_rows_with_other_counts(data, stage, self.loss)
 
     def on_validation_epoch_start(self) -> None:
         """Begin the validation's gauges."""

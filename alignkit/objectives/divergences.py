@@ -41,7 +41,8 @@ class ForwardKLDPO(_DivergenceDPO):
     """Compute f-DPO under the forward KL: −log σ(β (f'(u_w) − f'(u_l))) with f'(u) = 1 − 1/u.
 
     Wang et al. 2023, arXiv:2309.16240, table 1. The policy covers what the reference does: an
-    answer that the policy has all but given up costs without bound.
+    answer that the policy has all but given up costs without bound, until 80 nats below the
+    reference: beyond that it has no gradient any more.
 
     Args:
         beta: Strength of the tie to the reference.

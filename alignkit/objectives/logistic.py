@@ -26,7 +26,7 @@ def smoothed(x_B: Tensor, label_smoothing: float) -> Tensor:
 
 
 def bounded_expm1(x_B: Tensor) -> Tensor:
-    """Return e^x − 1 with x at most 80, so that nothing overflows."""
+    """Return e^x − 1 with x at most 80, so that nothing overflows; no gradient beyond."""
     return torch.expm1(x_B.clamp(max=80.0))
 
 

@@ -45,6 +45,11 @@ class MismatchedSet(ExampleSet):
         return Example(own.prompt, [*own.responses, other.responses[0][:room]], label=own.label)
 
     @property
+    def answers(self) -> NDArray[np.int64]:
+        """Return how many responses each example has, the mismatched one counted, [E] int64."""
+        return super().answers + 1
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """Return the tokens of each example, its prompt once and both answers, [E] int64."""
         whole = super().lengths

@@ -31,7 +31,8 @@ import xxhash
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from alignkit.data.read.hashes import add_file, digest_of
+from alignkit.data.keep.measure import measure
+from alignkit.data.read.hashes import digest_of
 from alignkit.engine import Example
 
 _DTYPES = {
@@ -44,9 +45,7 @@ _DTYPES = {
 }
 _OPTIONAL = {"scored", "labels"}
 _MANIFEST = "manifest.json"
-_BLOCK = 2**16
 _PENDING = 2**16  # tokens
-_CHECKED_WHOLE = 2**31
 
 
 class StoreError(Exception):
@@ -113,7 +112,7 @@ class StoreWriter:
         """
         self.__exit__()
         arrays = {
-            name: _measure(self._directory / f"{name}.bin", whole=True) for name in self._files
+            name: measure(self._directory / f"{name}.bin", whole=True) for name in self._files
         }
         body = json.dumps({"arrays": arrays, "meta": meta})
         manifest = {"xxh3": xxhash.xxh3_64_hexdigest(body.encode()), "body": body}
@@ -159,7 +158,7 @@ class Store:
             raise StoreError("the manifest's checksum differs")
         for name, expected in arrays.items():
             try:
-                found = _measure(directory / f"{name}.bin")
+                found = measure(directory / f"{name}.bin")
             except OSError as error:
                 raise StoreError(f"{name}.bin is missing") from error
             for key in found:
@@ -189,6 +188,12 @@ class Store:
         starts = np.asarray(self._arrays["segments"])[np.asarray(self._arrays["examples"])]
         lengths: NDArray[np.int64] = np.diff(starts)
         return lengths
+
+    @property
+    def answers(self) -> NDArray[np.int64]:
+        """Return how many responses each example has, [E] int64."""
+        counts: NDArray[np.int64] = np.diff(self._arrays["examples"]) - 1
+        return counts
 
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:
@@ -262,6 +267,12 @@ class ExampleSet(Dataset[Example]):
         parts = [s.lengths[c] for s, c in zip(self._stores, self._chosen, strict=True)]
         return np.concatenate(parts)
 
+    @property
+    def answers(self) -> NDArray[np.int64]:
+        """Return how many responses each example has, [E] int64."""
+        parts = [s.answers[c] for s, c in zip(self._stores, self._chosen, strict=True)]
+        return np.concatenate(parts)
+
     def __getitem__(self, index: int) -> Example:
         store, row = self._find(index)
         return store[row]
@@ -275,26 +286,3 @@ class ExampleSet(Dataset[Example]):
         part = bisect_right(self._ends, index)
         first = self._ends[part - 1] if part else 0
         return self._stores[part], int(self._chosen[part][index - first])
-
-
-def _measure(path: Path, *, whole: bool = False) -> dict[str, Any]:
-    """Compute the size and the checksums of a file.
-
-    A file too large to be read whole at every start is checked by its size and by the checksum
-    of sixteen blocks spread over it; ``whole`` reads it all the same. It is read rather than
-    mapped: what is mapped counts as the process's memory.
-    """
-    size = path.stat().st_size
-    checks: dict[str, Any] = {"bytes": size}
-    if whole or size <= _CHECKED_WHOLE:
-        total = xxhash.xxh3_64()
-        add_file(total, path)
-        checks["xxh3"] = total.hexdigest()
-    if size > _CHECKED_WHOLE:
-        total = xxhash.xxh3_64()
-        with path.open("rb") as file:
-            for part in range(16):
-                file.seek(part * (size - _BLOCK) // 15)
-                total.update(file.read(_BLOCK))
-        checks["sampled_xxh3"] = total.hexdigest()
-    return checks

@@ -1,0 +1,66 @@
+"""Turn settings into values that a checkpoint holds without pickling them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignkit.errors import AlignkitError
+
+_KINDS = (bool, int, float, str)
+
+
+def plain(value: Any) -> Any:
+    """Return a setting by values of Python's own types, not of their subclasses.
+
+    A member of an ``Enum`` that is also a text, or NumPy's float64, which is also a float, would be
+    pickled, and a checkpoint that holds one cannot be read. What is none of these stays as it is.
+
+    Example:
+        >>> from pathlib import Path
+        >>> plain({"base": Path("gpt2"), "rates": (np.float64(0.5), True)})
+        {'base': 'gpt2', 'rates': (0.5, True)}
+    """
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {plain(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | set | frozenset):
+        return [plain(each) for each in value]
+    if isinstance(value, tuple):
+        return tuple(plain(each) for each in value)
+    kind = next((kind for kind in _KINDS if isinstance(value, kind)), type(value))
+    return value if type(value) is kind else kind(value)
+
+
+def refuse_unreadable(settings: Mapping[str, Any]) -> None:
+    """Refuse hyper-parameters that a checkpoint could hold by pickling alone, before it is written.
+
+    Raises:
+        AlignkitError: There is one.
+    """
+    for name, value in settings.items():
+        if not _is_plain(value):
+            raise AlignkitError(
+                f"model.{name}: is a {type(value).__name__}, and a checkpoint that loads without "
+                f"unpickling holds plain values alone; take it out of the hyper-parameters "
+                f"(`del self.hparams[{name!r}]`), or give it a `to_dict`"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    plain_torch = (torch.Tensor, torch.dtype, torch.device)
+    return value is None or type(value) in _KINDS or isinstance(value, plain_torch)

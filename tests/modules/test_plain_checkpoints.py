@@ -1,0 +1,85 @@
+"""Whatever settings are made of, the checkpoints that hold them are read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import AdamW
+
+from alignkit.errors import AlignkitError
+from alignkit.models.checkpoint import read_checkpoint
+from alignkit.modules import DPOModule, SFTModule
+from alignkit.objectives.preference import DPO, WeightedSum
+from alignkit.utils.plain import plain
+from tests.modules.helpers import answers, loader, pairs, trainer
+
+
+class Shape(StrEnum):
+    """A text that is pickled as more than a text."""
+
+    LINEAR = "linear"
+
+
+def adamw(parameters: Any) -> AdamW:
+    return AdamW(parameters, lr=np.float64(1e-3), betas=(np.float64(0.8), 0.9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "norm"}),
+        ({}, {"gradient_clip_val": np.float64(1), "gradient_clip_algorithm": "value"}),
+        ({"warmup_steps": np.float64(0.1), "schedule": Shape.LINEAR}, {}),
+        ({"base": Path, "tokenizer": Path, "dropout": np.bool_(True)}, {}),
+        ({"optimizer": adamw}, {"max_steps": np.int64(2)}),
+        ({"loss": WeightedSum((DPO(np.float32(0.5)),), (np.float64(2),))}, {}),
+    ],
+    ids=["norm", "value", "schedule", "paths", "optimizer", "loss"],
+)
+def test_every_checkpoint_is_read_and_resumed(
+    settings: dict[str, Any], options: dict[str, Any], model_dir: Callable, tmp_path: Path
+) -> None:
+    """Also what other libraries make: members of enums, numbers of NumPy, paths."""
+    base = str(model_dir("gpt2"))
+    settings = {name: Path(base) if value is Path else value for name, value in settings.items()}
+    kind, rows = (DPOModule, pairs(4)) if "loss" in settings else (SFTModule, answers(4))
+
+    def fit(steps: int, **more: Any) -> None:
+        saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+        given = {"max_steps": steps, **options, "callbacks": [saver], "enable_checkpointing": True}
+        run = trainer(tmp_path, **given)
+        run.fit(kind(**{"base": base, **settings}), loader(rows, 1), **more)
+
+    fit(2)
+    last = tmp_path / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 2
+    options.pop("max_steps", None)
+    fit(3, ckpt_path=last)
+    assert kind.load_from_checkpoint(last) is not None
+
+
+def test_a_setting_that_no_checkpoint_can_hold_is_refused_before_a_step(
+    model_dir: Callable, tmp_path: Path
+) -> None:
+    class Mine(SFTModule):
+        def __init__(self, *args: Any, judge: object = None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    module = Mine(str(model_dir("gpt2")), judge=object())
+    with pytest.raises(AlignkitError, match=r"model.judge: is a object, .*del self.hparams"):
+        trainer(tmp_path, enable_checkpointing=True).fit(module, loader(answers(2), 1))
+    trainer(tmp_path, max_steps=1).fit(module, loader(answers(2), 1))  # which saves nothing
+
+
+def test_values_of_subclasses_become_those_of_their_class() -> None:
+    found = plain({Shape.LINEAR: [np.int64(3), np.float64(0.5)], "flag": np.bool_(True)})
+    assert found == {"linear": [3, 0.5], "flag": True}
+    assert [type(each) for each in found["linear"]] == [int, float]
+    assert type(next(iter(found))) is str
+    assert found["flag"] is True
