@@ -44,6 +44,8 @@ def closing_lines(
             f"nothing was left to train: the run is at step {trainer.global_step} already; give it "
             "more epochs or steps to go on"
         )
+    elif kept is None and (elsewhere := _checkpoints(trainer, local=False)):
+        yield f"wrote {', '.join(elsewhere)}"
     elif kept is None:
         yield "wrote no checkpoint, as the trainer was told"
     else:
@@ -55,12 +57,11 @@ def closing_lines(
             yield f"curves: tensorboard --logdir {shlex.quote(_shown(Path(logger.root_dir)))}"
 
 
-def _checkpoints(trainer: Trainer) -> Iterator[str]:
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            for path in (callback.last_model_path, callback.best_model_path):
-                if path and local_path(path) is not None:
-                    yield path
+def _checkpoints(trainer: Trainer, local: bool = True) -> list[str]:
+    """Return the last and best checkpoints on this machine's file systems, or those at URLs."""
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    paths = [path for c in savers for path in (c.last_model_path, c.best_model_path) if path]
+    return [path for path in dict.fromkeys(paths) if (local_path(path) is not None) == local]
 
 
 def _has_weights(names: list[str]) -> bool:

@@ -20,7 +20,6 @@ from alignkit.cli.config import SaveConfig
 from alignkit.cli.launch import check_processes, end_ranks, shards_blocks
 from alignkit.cli.parsers import PrintCompletion, TrainingParser, add_common_flags
 from alignkit.cli.settings import check_trainer
-from alignkit.models.archive import local_path
 from alignkit.models.checkpoint import read_checkpoint
 from alignkit.models.find import find_checkpoint
 from alignkit.models.weights import deferred_blocks
@@ -30,6 +29,7 @@ from alignkit.modules.requeue import CheckpointConnector, own_checkpoint
 from alignkit.modules.runs import (
     CHECKPOINT_NAMES,
     asked_checkpoint,
+    checkpoint_folders,
     discard_empty_folders,
     logged_folder,
 )
@@ -127,8 +127,7 @@ class AlignCLI(LightningCLI):
         elif config.get("enable_progress_bar") is not False and not bars:
             config["callbacks"] = [*(config.get("callbacks") or []), ProgressBar()]
         trainer = super().instantiate_trainer(**kwargs)
-        if local_path(trainer.default_root_dir) is not None:
-            trainer._checkpoint_connector = CheckpointConnector(trainer)
+        trainer._checkpoint_connector = CheckpointConnector(trainer)
         check_processes(trainer)
         return trainer
 
@@ -172,7 +171,8 @@ class AlignCLI(LightningCLI):
                 "%s: measures %s; pass --ckpt_path RUN for what a run trained", command, measured
             )
         # A run that SLURM starts again goes on from there, whatever its command names.
-        saved = own_checkpoint(self.trainer) if command == "fit" else None
+        folders = checkpoint_folders(self.trainer)
+        saved = own_checkpoint(self.trainer, folders) if command == "fit" else None
         options["ckpt_path"] = saved or asked_checkpoint(self.trainer, options.get("ckpt_path"))
 
     def after_fit(self) -> None:

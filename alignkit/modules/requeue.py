@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -67,45 +69,81 @@ def requeue_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: found[path], reverse=True)
 
 
-def own_checkpoint(trainer: Trainer) -> str | None:
-    """Return the newest checkpoint that this run wrote on SLURM's signal, if there is one.
+def own_checkpoint(trainer: Trainer, folders: Iterable[Path]) -> str | None:
+    """Return the checkpoint that this run wrote on SLURM's signal, if there is one.
+
+    Where the run was started again since and has written a later ``last.ckpt``, that one is taken.
+
+    Args:
+        trainer: The run's trainer.
+        folders: Where its last checkpoints may lie.
 
     Raises:
         AlignkitError: There are some, and all are damaged.
     """
-    run, folder = this_run(), local_path(trainer.default_root_dir)
-    if run is None or folder is None:
+    run, home = this_run(), local_path(trainer.default_root_dir)
+    if run is None or home is None:
         return None
-    own = []
-    for path in requeue_checkpoints(folder):
-        writer = _writer(path)
+    steps: dict[Path, int] = {}
+    for path in requeue_checkpoints(home):
+        writer, step = _writer(path)
         if writer == run:
-            own.append(path)
+            steps[path] = step
         elif writer.get("job") == run["job"] and is_first_rank():
             log.warning("%s: another command of this job wrote it; it is left alone", path)
-    return first_intact(own, "ckpt_path hpc")
+    if steps:
+        since = max(path.stat().st_mtime for path in steps)
+        for path in (path for folder in folders for path in folder.rglob("last*.ckpt")):
+            writer, step = _writer(path) if path.stat().st_mtime > since else ({}, 0)
+            steps |= {path: step} if writer == run else {}
+    return first_intact(sorted(steps, key=lambda path: -steps[path]), "ckpt_path hpc")
 
 
-def reserve_checkpoint(trainer: Trainer) -> str:
+def reserve_checkpoint(trainer: Trainer) -> str | None:
     """Return a new file for the job that is started again, on all ranks; every rank must call it.
 
     Its place is taken at once, as the tasks of an array may save at the same time.
+
+    Returns:
+        ``None`` where there is no place for it, which the log explains.
     """
-    path, folder = "", local_path(trainer.default_root_dir)
-    if folder is None:
-        return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+    path, home = "", trainer.default_root_dir
     if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        newest = next(iter(requeue_checkpoints(folder)), None)
-        first = 1 + (int(newest.stem.rpartition("_")[2]) if newest else 0)
-        for number in count(first):
-            path = str(folder / f"hpc_ckpt_{number}.ckpt")
-            try:
-                Path(path).touch(exist_ok=False)
-            except FileExistsError:  # another task was quicker
-                continue
-            break
-    return str(trainer.strategy.broadcast(path))
+        try:
+            path = _reserve(local_path(home))
+        except OSError as error:
+            log.warning(
+                "trainer.default_root_dir %s: holds no checkpoint to go on from (%s), so the job "
+                "is not requeued; give a folder that can be written to",
+                home, error.strerror or error,
+            )  # fmt: skip
+    return trainer.strategy.broadcast(path) or None
+
+
+def _reserve(folder: Path | None) -> str:
+    if folder is None:
+        raise OSError("it is a URL")
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = next(iter(requeue_checkpoints(folder)), None)
+    for number in count(1 + (int(newest.stem.rpartition("_")[2]) if newest else 0)):
+        path = folder / f"hpc_ckpt_{number}.ckpt"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:  # another task was quicker
+            continue
+        return str(path)
+    raise AssertionError("there is always another number")
+
+
+@contextmanager
+def kept_if_whole(path: str, is_writer: bool) -> Iterator[None]:
+    """Remove a reserved file again if it is not written."""
+    try:
+        yield
+    except BaseException:
+        if is_writer:
+            Path(path).unlink(missing_ok=True)
+        raise
 
 
 def requeue_job() -> None:
@@ -124,12 +162,17 @@ def requeue_job() -> None:
         log.info("requeued SLURM job %s", job)
 
 
-def _writer(path: Path) -> dict[str, str]:
-    """Return what a checkpoint says of the run that wrote it; nothing where it cannot be read."""
+def _writer(path: Path) -> tuple[dict[str, str], int]:
+    """Return what a checkpoint says of the run that wrote it, and its step.
+
+    There is nothing where it cannot be read.
+    """
     try:
-        states = read_archive(path, tensors=False).get("callbacks", {}).values()
+        content = read_archive(path, tensors=False)
     except AlignkitError as error:
         if is_first_rank():
             log.warning("%s; it is passed over, whoever wrote it", error)
-        return {}
-    return next((state[STATE] for state in states if STATE in state), {})
+        return {}, 0
+    states = content.get("callbacks", {}).values()
+    writer: dict[str, str] = next((state[STATE] for state in states if STATE in state), {})
+    return writer, int(content.get("global_step", 0))

@@ -160,7 +160,7 @@ def named_checkpoint(trainer: Trainer, name: str) -> str:
         found = first_intact(requeue_checkpoints(Path(trainer.default_root_dir)), asked)
         where = f"{trainer.default_root_dir}/hpc_ckpt_*.ckpt"
     else:
-        folders = _checkpoint_folders(trainer)
+        folders = checkpoint_folders(trainer)
         where = ", ".join(map(str, folders))
         candidates = (file for folder in folders for file in newest_first(folder))
         found = first_intact(candidates, asked, told=name != "best")
@@ -171,7 +171,7 @@ def named_checkpoint(trainer: Trainer, name: str) -> str:
     return _best_checkpoint(found) if name == "best" else found
 
 
-def _checkpoint_folders(trainer: Trainer) -> list[Path]:
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
     """Return the folders with checkpoints: those of the callbacks, or that of all runs."""
     given = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     places = [folder or runs_folder(trainer) for folder in given or [None]]

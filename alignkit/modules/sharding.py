@@ -112,11 +112,20 @@ def models_of(module: Any) -> list[Any]:
     return [module.model, *([reference.model] if reference is not None else [])]
 
 
+def _check_checkpoints(trainer: Trainer) -> None:
+    """Refuse checkpoints that could not be written, before a step is taken."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ShardedStrategy) and strategy.writes_shards:
+        for saver in trainer.checkpoint_callbacks if trainer.state.fn == "fit" else ():
+            strategy.check_place(getattr(saver, "dirpath", None) or trainer.default_root_dir)
+
+
 def _shard(module: LightningModule, mesh: DeviceMesh) -> None:
     """Divide the policy and its reference, which share frozen shards too."""
     models = models_of(module)
     if units(module):
         return
+    _check_checkpoints(module.trainer)
     policy, *references = models
     owner = {id(p): (part, name) for part, name, p in _parameters(policy)}
     shared = [

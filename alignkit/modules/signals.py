@@ -21,7 +21,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
-from alignkit.modules.requeue import STATE, requeue_job, reserve_checkpoint, this_run
+from alignkit.modules.requeue import (
+    STATE,
+    kept_if_whole,
+    requeue_job,
+    reserve_checkpoint,
+    this_run,
+)
 from alignkit.utils.interrupts import Stopped, stop_at_once, write_line
 from alignkit.utils.ranks import is_lost_connection
 
@@ -76,7 +82,9 @@ class Signals(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop after training has ended and all files are written, if a signal came before."""
         self.training = False
-        if self.asked:
+        connector = trainer._signal_connector
+        assert isinstance(connector, _SignalHandlers)
+        if self.asked and not connector.requeues(self.asked):  # nothing is left to go on with
             saver = _checkpoint_callback(trainer)
             self._exit_run(trainer, self.asked, saver._last_checkpoint_saved if saver else None)
 
@@ -99,7 +107,15 @@ class Signals(Callback):
             asked = int(trainer.strategy.reduce(told, reduce_op="max")) % _FIRST
         if not asked:
             return
-        path = connector.requeue() if connector.requeues(asked) else _save_last(trainer)
+        if not connector.requeues(asked):
+            path = _save_last(trainer)
+        elif not _is_last_step(trainer):
+            path = connector.requeue()
+        else:  # what is left is done before SLURM ends the job, and the weights are safe until then
+            self.asked = 0
+            if (path := _save_last(trainer)) and trainer.is_global_zero:
+                log.info("no step is left: the run ends, and the job is not requeued; see %s", path)
+            return
         self._exit_run(trainer, asked, path)
 
     def _exit_run(self, trainer: Trainer, signum: int, path: str | None) -> NoReturn:
@@ -143,14 +159,21 @@ class _SignalHandlers(_SignalConnector):
             isinstance(environment, SLURMEnvironment)
             and environment.auto_requeue
             and signum == environment.requeue_signal
+            and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         )
 
-    def requeue(self) -> str:
-        """Save for the requeued job, requeue it, and return the file."""
+    def requeue(self) -> str | None:
+        """Save for the requeued job, requeue it, and return the file.
+
+        Where the file has no place, the run's last checkpoint is written, and the job ends.
+        """
+        path = reserve_checkpoint(self.trainer)
+        if path is None:
+            return _save_last(self.trainer)
         for logger in self.trainer.loggers:
             logger.finalize("finished")
-        path = reserve_checkpoint(self.trainer)
-        self.trainer.save_checkpoint(path)
+        with kept_if_whole(path, self.trainer.is_global_zero):
+            self.trainer.save_checkpoint(path)
         if self.trainer.is_global_zero:
             requeue_job()
         return path
@@ -177,6 +200,16 @@ class _SignalHandlers(_SignalConnector):
         self.signals.asked = max(self.signals.asked, signum, key=self.weight)
         if callable(also):
             also(signum, frame)
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Tell whether the step that was taken is the last one of the run."""
+    loop = trainer.fit_loop
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    epochs = loop.max_epochs
+    last_epoch = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
+    return last_epoch and loop.epoch_loop._num_ready_batches_reached()
 
 
 def _save_last(trainer: Trainer) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,24 +113,34 @@ class ShardedStrategy(ModelParallelStrategy):
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None
     ) -> None:
         """Write one file, and beside it the shards of a model that trains as a whole."""
-        path = local_path(self.broadcast(filepath))
+        filepath = self.broadcast(filepath)
         if not self.writes_shards:
             Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
             return
+        path = self.check_place(filepath, storage_options)
+        content = write_shards(checkpoint, path)
+        Strategy.save_checkpoint(self, content, path)
+        if self.is_global_zero:
+            forget_shards(path, but=content)
+
+    def check_place(self, place: _PATH, storage_options: Any | None = None) -> Path:
+        """Return a place for a checkpoint with shards, if it can hold them.
+
+        Raises:
+            AlignkitError: It is a URL, or a plugin writes the files.
+        """
+        path = local_path(place)
         if (
             path is None
             or storage_options
             or not isinstance(self.checkpoint_io, SealedCheckpointIO)
         ):
             raise AlignkitError(
-                f"{filepath}: checkpoints of a model that is sharded and trained as a whole are "
+                f"{place}: checkpoints of a model that is sharded and trained as a whole are "
                 "written by all processes into a folder, without a plugin; give a local path, or "
                 "--trainer.strategy.save_distributed_checkpoint false"
             )
-        content = write_shards(checkpoint, path)
-        Strategy.save_checkpoint(self, content, path)
-        if self.is_global_zero:
-            forget_shards(path, but=content)
+        return path
 
     def remove_checkpoint(self, filepath: _PATH) -> None:
         """Remove a checkpoint, and its shards."""

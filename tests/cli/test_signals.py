@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
 from alignkit.cli import main
+from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import read_checkpoint
+from alignkit.tools.curves import read_scalars
 from tests.cli.test_fit import quick
 
 KILL = '''
@@ -252,6 +255,89 @@ def test_no_other_name_or_signal_keeps_a_job_from_its_requeue(
     assert sft()[0] == 0
     assert f"{half.absolute()}: " in caplog.text and "; it is passed over" in caplog.text
     assert f"ckpt_path hpc: taking {saved.absolute()}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("hook", "call"), [("on_train_batch_start", 7), ("on_validation_epoch_start", 2)]
+)
+def test_a_run_that_is_done_is_not_requeued(
+    sft: Callable, slurm: Callable, caplog: pytest.LogCaptureFixture, hook: str, call: int
+) -> None:
+    """The signal in the last step, or in the validation after it: the run ends as it would have."""
+    slurm(4711)
+    assert sft(hook=hook, call=call, signals=[int(signal.SIGUSR1)])[0] == 0
+    assert "no step is left: the run ends, and the job is not requeued" in caplog.text
+    assert not Path("requeued").exists() and not list(Path().glob("hpc_ckpt_*"))
+    saved = torch.load(LAST, weights_only=True)
+    assert saved["global_step"] == 4
+    scalars = read_scalars(Path(LAST).parent)
+    assert len(scalars["val/loss"]) == 2  # after steps 2 and 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--trainer.default_root_dir", "memory://runs"], "it is a URL"),
+        (["--trainer.default_root_dir", "file"], "File exists"),
+    ],
+)
+def test_a_job_without_a_place_for_its_file_saves_its_last(
+    sft: Callable,
+    slurm: Callable,
+    caplog: pytest.LogCaptureFixture,
+    changes: list[str],
+    said: str,
+) -> None:
+    Path("file").touch()
+    slurm(4711)
+    assert sft(*changes, **USR1)[0] == 138
+    assert f"{changes[0].strip('-')} {changes[1]}: holds no checkpoint to go on from" in caplog.text
+    assert said in caplog.text and "is not requeued" in caplog.text
+    assert not Path("requeued").exists()
+    assert torch.load(LAST, weights_only=True)["global_step"] == 2
+
+
+def test_a_file_that_is_not_written_leaves_no_place(
+    sft: Callable, slurm: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise AlignkitError("no space left")
+
+    slurm(4711)
+    monkeypatch.setattr("alignkit.modules.checkpoint_io.write_archive", full)
+    status, err = sft(**USR1)
+    assert status == 2 and "no space left" in err
+    assert not list(Path().glob("hpc_ckpt_*")) and not Path("requeued").exists()
+
+
+def test_a_requeued_run_goes_on_from_its_furthest_checkpoint(
+    sft: Callable, slurm: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was requeued, stopped again by SIGTERM further on, and started once more."""
+    slurm(4711)
+    assert sft(**USR1)[0] == 138
+    last = Path(LAST.replace("version_0", "version_1"))
+    assert sft(**{**USR1, "call": 1, "signals": [int(signal.SIGTERM)]})[0] == 143
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    caplog.clear()
+    assert sft("--ckpt_path", "last")[0] == 0
+    assert f"ckpt_path hpc: taking {last}" in caplog.text
+
+
+def test_a_trial_run_is_not_requeued(sft: Callable, slurm: Callable) -> None:
+    slurm(4711)
+    assert sft("--trainer.fast_dev_run", 4, **USR1)[0] == 138
+    assert not Path("requeued").exists() and not list(Path().glob("hpc_ckpt_*"))
+
+
+def test_a_measurement_takes_no_file_by_itself_wherever_runs_lie(
+    sft: Callable, slurm: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    slurm(4711)
+    place = ["--trainer.default_root_dir", "memory://measured"]
+    fsspec.filesystem("memory").touch("/measured/hpc_ckpt_1.ckpt")
+    assert sft(*place, command="validate")[0] == 0
+    assert "measures the base" in caplog.text and "Loaded model weights" not in caplog.text
 
 
 def start(model_dir: Callable, hh: Path, text: Path, *changes: object) -> subprocess.Popen[str]:
