@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -20,6 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 from alignkit import AlignmentModule, DPOModule, HHPreferenceDataModule
 from alignkit.cli.logs import configure_logs
 from alignkit.data import AlignmentDataModule
+from alignkit.data.read.hashes import digest_of, file_hash
+from alignkit.data.read.sources import find_splits
 from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.objectives.pairs import PreferenceLoss
@@ -143,6 +146,17 @@ def budget_of(options: Namespace) -> Budget:
         options.max_length,
         options.precision,
     )
+
+
+def content_of(options: Namespace) -> dict[str, str]:
+    """Return digests of the model's files and of the rows, which tell them from others."""
+    files = sorted(path for path in Path(options.model).iterdir() if path.is_file())
+    rows = {
+        split: [source.digest for source in sources]
+        for split, sources in find_splits(options.data).items()
+    }
+    told = {"model": {path.name: file_hash(path) for path in files}, "data": rows}
+    return {name: digest_of(json.dumps(each).encode()) for name, each in told.items()}
 
 
 def run_recipe(

@@ -36,6 +36,7 @@ from recipes import (
     add_run_flags,
     batches_of,
     budget_of,
+    content_of,
     pairs_of,
     quiet,
     trained,
@@ -52,6 +53,7 @@ from alignkit.errors import AlignkitError
 from alignkit.objectives.pairs import PreferenceLoss
 from alignkit.objectives.preference import DPO, ChosenNLL, WeightedSum
 from alignkit.tools.plots import COLORS, new_figure, save
+from alignkit.utils.atomic import write_atomically
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 TOLD = ("rewards/accuracies", "loss", "rewards/margins", "displacement", "kl")
@@ -133,6 +135,7 @@ def run(options: argparse.Namespace, budget: Budget, console: Console) -> int:
     lines = options.out / "study.jsonl"
     settled = {
         "budget": asdict(budget),
+        "content": content_of(options),
         **{name: getattr(options, name) for name in ("beta", "lr", "full_lr")},
     }
     done = read_lines(lines, settled)
@@ -161,18 +164,28 @@ def run(options: argparse.Namespace, budget: Budget, console: Console) -> int:
 
 
 def read_lines(path: Path, settled: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Return the runs of a file by arm and seed.
+    """Return the runs of a file by arm and seed, and remove a line that was cut off.
 
     Raises:
-        AlignkitError: They had other settings.
+        AlignkitError: They had other settings, another model or other data.
     """
     found: dict[tuple[str, int], dict[str, Any]] = {}
     if not path.exists():
         return found
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        line = json.loads(text)
+    written = path.read_text(encoding="utf-8")
+    whole = written[: written.rfind("\n") + 1]
+    if whole != written:  # the run that wrote it was stopped
+        write_atomically(path, whole)
+    for number, text in enumerate(whole.splitlines(), 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            raise AlignkitError(f"{path}:{number}: is no line of this study") from None
         if line["settings"] != settled:
-            raise AlignkitError(f"{path}:{number}: was run with other settings; name another --out")
+            raise AlignkitError(
+                f"{path}:{number}: was run with other settings, another model or other data; name "
+                "another --out"
+            )
         found[line["arm"], line["seed"]] = line
     return found
 

@@ -9,8 +9,9 @@ search stopped when the same command is given again, since all trials lie in the
 Several processes may search it at once, each some of the ``--losses``.
 
 ``final`` trains each loss's best trial again from several seeds, and measures the test pairs, which
-no trial has seen: once for each of these runs. The study keeps what came out, so that they are
-never measured again; given again, the command writes the same results.
+no trial has seen: once for each of these runs. The study keeps what came out of each, so that they
+are not measured again: given again, the command writes the same results, or goes on with more
+seeds. No trial is added to a study after that.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from recipes import (
     Recipe,
     add_run_flags,
     budget_of,
+    content_of,
     quiet,
     run_recipe,
 )
@@ -53,11 +55,11 @@ _TESTED = "tested"
 """The study's note on what its best trial gave on the test pairs."""
 
 
-def study_of(place: Path, loss: str, seed: int, budget: Budget) -> Any:
+def study_of(options: argparse.Namespace, loss: str, budget: Budget) -> Any:
     """Open the study of a loss in the file that holds all of them.
 
     Raises:
-        AlignkitError: It was begun with another budget.
+        AlignkitError: It was begun with another budget, model or data.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -66,17 +68,20 @@ def study_of(place: Path, loss: str, seed: int, budget: Budget) -> Any:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
         study_name=loss,
-        storage=JournalStorage(JournalFileBackend(str(place))),
+        storage=JournalStorage(JournalFileBackend(str(options.study))),
         direction="maximize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
         load_if_exists=True,
     )
     # Of another seed after every start: the first draws would be those of the start before.
-    study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
-    settled = study.user_attrs.get("budget")
-    if settled not in (None, asdict(budget)):
-        raise AlignkitError(f"--study {place}: was begun with the budget {settled}")
-    study.set_user_attr("budget", asdict(budget))
+    study.sampler = optuna.samplers.TPESampler(seed=options.seed + len(study.trials))
+    settings = {"budget": asdict(budget), "content": content_of(options)}
+    for name, value in settings.items():
+        settled = study.user_attrs.get(name)
+        if settled not in (None, value):
+            told = f"the budget {settled}" if name == "budget" else "another --model or --data"
+            raise AlignkitError(f"--study {options.study}: was begun with {told}")
+        study.set_user_attr(name, value)
     return study
 
 
@@ -105,7 +110,12 @@ def search(options: argparse.Namespace, budget: Budget, console: Console) -> int
         return found[JUDGED]
 
     for loss in options.losses:
-        study = study_of(options.study, loss, options.seed, budget)
+        study = study_of(options, loss, budget)
+        if _TESTED in study.user_attrs and len(study.trials) < options.trials:
+            raise AlignkitError(
+                f"--study {options.study}: the test pairs of {loss} have been measured with the "
+                "best of its trials; search in another study"
+            )
         for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
             # Cut off with the search that ran it, as no other one has this loss.
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
@@ -139,21 +149,20 @@ def final(options: argparse.Namespace, budget: Budget, console: Console) -> int:
         raise AlignkitError(f"--study {options.study}: is not there; search first")
     found: dict[str, Any] = {}
     for loss in options.losses:
-        study = study_of(options.study, loss, options.seed, budget)
+        study = study_of(options, loss, budget)
         finished = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
         if not finished:
             raise AlignkitError(f"--study {options.study}: holds no finished trial of {loss}")
-        if _TESTED not in study.user_attrs:
-            best = max(finished, key=lambda trial: trial.value)
-            recipe = Recipe(loss=loss, **best.params)
-            runs = [
-                run(recipe, budget, options, seed=1 + seed, test=True)
-                for seed in range(options.seeds)
-            ]
-            tested = {"recipe": asdict(recipe), "held_out": best.user_attrs, "runs": runs}
+        best = max(finished, key=lambda trial: trial.value)
+        recipe = asdict(Recipe(loss=loss, **best.params))
+        tested = {"recipe": recipe, "held_out": best.user_attrs, "runs": []}
+        tested = study.user_attrs.get(_TESTED, tested)
+        while len(tested["runs"]) < options.seeds:
+            seed = 1 + len(tested["runs"])
+            measured = run(Recipe(**tested["recipe"]), budget, options, seed=seed, test=True)
+            tested = {**tested, "runs": [*tested["runs"], measured]}
             study.set_user_attr(_TESTED, tested)
-        tested = {**study.user_attrs[_TESTED], "trials": len(finished)}
-        found[loss] = {**tested, "test": summary(tested["runs"])}
+        found[loss] = {**tested, "trials": len(finished), "test": summary(tested["runs"])}
     about = machine.describe(resolve_device("auto"))
     about |= {"model": options.model, "command": output.command()}
     result = {"budget": asdict(budget), "losses": found, "machine": about}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -33,8 +34,9 @@ class TextDataModule(AlignmentDataModule):
         block_size: Tokens of a row.
         streaming: Read and encode the training documents as training goes, in order and without
             end, instead of keeping them: for sets larger than the disk. The run needs
-            ``trainer.max_steps``. Where the path has no other split, the first ``held_out``
-            documents are set apart for validation.
+            ``trainer.max_steps``, and takes no ``examples_per_batch``, ``max_train_examples`` or
+            weights of paths. Where the path has no other split, the first ``held_out`` documents
+            are set apart for validation.
         held_out: See ``streaming``.
         packing: ``concatenate`` or ``best_fit``; see `alignkit.data.encode.packing.rows`.
         policies: What to do with each defect; see `Policies`.
@@ -56,6 +58,8 @@ class TextDataModule(AlignmentDataModule):
         **options: Any,
     ) -> None:
         super().__init__(tokenizer, path, **options)
+        if streaming:
+            self._refuse_with_streaming()
         self.streaming = streaming
         self.held_out = held_out
         self._stream: dict[str, list[Source]] = {}
@@ -64,6 +68,19 @@ class TextDataModule(AlignmentDataModule):
         self.packing = packing
         self.policies = policies
         self.columns = check_columns(columns)
+
+    def _refuse_with_streaming(self) -> None:
+        """Refuse what needs the number of training examples, which a stream does not know."""
+        given = {
+            "examples_per_batch": self.examples_per_batch is not None,
+            "max_train_examples": self.max_train_examples is not None,
+            "path with weights": isinstance(self.path, Mapping),
+        }
+        for name in (name for name, there in given.items() if there):
+            raise AlignkitError(
+                f"data.{name}: does not go with data.streaming, which reads all rows of its "
+                "sources in order, in batches of data.tokens_per_batch; leave one of them out"
+            )
 
     def row_encoder(self, tokenizer: PreTrainedTokenizerBase) -> DocumentEncoder:
         """Return the encoder that turns documents into rows of tokens."""

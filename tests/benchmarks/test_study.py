@@ -22,7 +22,10 @@ def study(run_on_pairs: Callable[..., int], tmp_path: Path) -> Callable[..., int
 
 
 def test_every_kind_of_arm_learns_and_no_run_is_done_twice(
-    study: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Callable[..., int],
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arms = ["dpo", "sft", "sft-dpo", "dpo-nll", "rank-1", "full"]
     assert study("--arms", *arms, "--seeds", "1") == 0
@@ -43,6 +46,14 @@ def test_every_kind_of_arm_learns_and_no_run_is_done_twice(
     assert "dpo 1:" in (told := capsys.readouterr().out) and "dpo 0:" not in told
     again = (tmp_path / "out" / "study.jsonl").read_text().splitlines()
     assert again[: len(lines)] == lines and len(again) == len(lines) + 1
+    written = tmp_path / "out" / "study.jsonl"
+    written.write_text(written.read_text() + '{"arm": "sft", "se')  # as a killed run leaves it
+    capsys.readouterr()
+    assert study("--arms", "dpo", "--seeds", "2") == 0
+    assert "dpo 1:" not in capsys.readouterr().out
+    assert written.read_text().splitlines() == again
+    assert study("--arms", "dpo", "--model", str(model_dir("gpt2"))) == 2
+    assert "another model or other data" in capsys.readouterr().err
     assert study("--arms", "dpo", "--beta", "0.2") == 2
     assert "was run with other settings" in capsys.readouterr().err
     assert study("--seeds", "0") == 2

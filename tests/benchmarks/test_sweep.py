@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Trainer
 
 pytest.importorskip("optuna", reason="the extra sweep is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -62,6 +64,44 @@ def test_a_search_goes_on_and_its_best_are_tested_once(
     again = str(tmp_path / "again.json")
     assert sweep("final", "--seeds", "1", "--json", again) == 0
     assert json.loads(Path(again).read_text())["losses"] == found, "nothing is measured again"
+    capsys.readouterr()
+    assert sweep("search", "--trials", "3") == 2
+    assert "the test pairs of DPO have been measured" in capsys.readouterr().err
+
+
+def test_a_stopped_final_goes_on_and_another_model_or_data_is_refused(
+    sweep: Callable[..., int],
+    model_dir: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Stopped at the first loss's second seed: of its runs one is left to do."""
+    assert sweep("search", "--trials", "1") == 0
+    seeds: list[int] = []
+    tests = Trainer.test
+
+    def test(self: Trainer, *arguments: object, **options: object) -> object:
+        seeds.append(int(os.environ["PL_GLOBAL_SEED"]))
+        if len(seeds) == 2:
+            raise KeyboardInterrupt
+        return tests(self, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "test", test)
+    results = str(tmp_path / "sweep.json")
+    with pytest.raises(KeyboardInterrupt):
+        sweep("final", "--seeds", "2", "--json", results)
+    assert sweep("final", "--seeds", "2", "--json", results) == 0
+    assert seeds == [1, 2, 2, 1, 2]
+    assert sweep("final", "--seeds", "3", "--losses", "DPO", "--json", results) == 0
+    assert seeds[5:] == [3]
+    capsys.readouterr()
+    assert sweep("final", "--model", str(model_dir("gpt2")), "--json", results) == 2
+    assert "was begun with another --model or --data" in capsys.readouterr().err
+    rows = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(rows.replace("Say 3.", "Say three."))
+    assert sweep("search", "--trials", "1") == 2
+    assert "was begun with another --model or --data" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(

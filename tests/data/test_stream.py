@@ -113,3 +113,19 @@ def test_a_stream_needs_an_end(text_file: Path, make: Callable[..., Any]) -> Non
     data.trainer = trainer
     with pytest.raises(AlignkitError, match="a stream is one endless epoch"):
         data.train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"examples_per_batch": 4}, "data.examples_per_batch"),
+        ({"max_train_examples": 4}, "data.max_train_examples"),
+        ({"path": {"a.jsonl": 1.0, "b.jsonl": 0.1}}, "data.path with weights"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(
+    options: dict[str, Any], name: str, text_file: Path, make: Callable[..., Any]
+) -> None:
+    path = options.pop("path", text_file)
+    with pytest.raises(AlignkitError, match=f"{name}: does not go with data.streaming"):
+        make(OpenWebTextDataModule, path, streaming=True, **options)
