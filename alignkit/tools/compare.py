@@ -56,9 +56,9 @@ def compare(
             an adapter moved its base.
         judge: A reward model, or a policy with its implicit reward, that scores the answers; each
             model is then compared with the first. It reads the prompts without a system message.
-        judge_reference: The reference of the judge's implicit reward; by default the judge without
-            its adapters.
-        judge_beta: The scale of the implicit reward, 0.1 by default.
+        judge_reference: The reference of the judge's implicit reward; by default what its run was
+            trained against, or the judge without its adapters.
+        judge_beta: The scale of the implicit reward; by default that of its run, or 0.1.
         **options: As in `alignkit.tools.generate.request.Request`; the same noise for every model.
 
     Returns:

@@ -108,7 +108,10 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
                 count.reach(len(part.rows))
         part.finish()
     several = "s" if len(part.rows) > 1 else ""
-    print(f"wrote {target}: {len(part.rows):,} prompt{several}, {answers} answers to each")
+    draws = [one for row in part.rows for one in json.loads(row)["drawn"]]
+    cut = sum(not one["ended"] for one in draws)
+    told = f"; {cut:,} of {len(draws):,} answers were cut at max_new_tokens" if cut else ""
+    print(f"wrote {target}: {len(part.rows):,} prompt{several}, {answers} answers to each{told}")
     print(f"next: alignkit judge {shlex.quote(str(target))} --model MODEL --output ranked.jsonl")
     return target
 

@@ -121,6 +121,23 @@ def test_by_dpos_implicit_reward(model_dir: Callable, pairs: Path, tmp_path: Pat
     assert judge(str(pairs), model=str(checkpoint), reference=str(checkpoint)).accuracy == 0.5
 
 
+def test_a_run_is_judged_as_it_was_trained(
+    model_dir: Callable, pairs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Against the weights that it started from, and with its own β."""
+    base = model_dir("gpt2")
+    start = fit("DPOModule", base, pairs)
+    loss = ["--model.loss", "IPO", "--model.loss.beta", 0.3]
+    Path("DPOModule").rename("first")
+    start = next(Path("first").resolve().rglob("*.ckpt"))
+    policy = str(fit("DPOModule", base, pairs, "--model.init_from", start, *loss))
+    found = judge(str(pairs), model=policy)
+    assert f"--reference {start}: as the run was trained" in caplog.text
+    named = judge(str(pairs), model=policy, reference=str(start), beta=0.3)
+    assert found == named
+    assert found.margin != judge(str(pairs), model=policy, reference=str(base)).margin
+
+
 def test_what_cannot_be_judged_is_one_line(
     model_dir: Callable, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +233,26 @@ def test_a_repeated_answer_does_not_cost_its_row(
     assert judged == [["Ash.", "Fig.", "Oak."], ["3.", "Three."]]
     assert run("audit", drawn, "--columns.responses", "candidates") == 0
     assert "alignkit audit --columns.responses candidates says why" in told
+
+
+def test_answers_that_were_cut_are_counted(
+    model_dir: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where they are drawn and where they are ranked: training would end them there."""
+    drawn, ranked = tmp_path / "drawn.jsonl", tmp_path / "ranked.jsonl"
+    options = ["--prompts", "Say 1.", "--answers", 3, "--max_new_tokens", 4]
+    assert run("sample", "--model", model_dir("gpt2"), *options, "--output", drawn) == 0
+    (row,) = rows_of(drawn)
+    cut = sum(not each["ended"] for each in row["drawn"])
+    assert cut > 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"3 answers to each; {cut} of 3 answers were cut at max_new_tokens" in told
+    rows = [{"prompt": "Say.", "candidates": ["a", "b", " "], "drawn": [{"ended": False}] * 3}]
+    write(drawn, rows)
+    command = ("judge", drawn, "--model", model_dir("gpt2"), "--reference", model_dir("llama"))
+    assert run(*command, "--output", ranked) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "2 answers were cut at max_new_tokens and would be trained as if they ended" in told
 
 
 @pytest.mark.parametrize(

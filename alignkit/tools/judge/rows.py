@@ -33,6 +33,7 @@ class LeftOut:
         empty: How many answers of a row are empty, by file and line.
         repeated: How many are there before.
         cut: How many prompts lost their left end.
+        unended: How many answers of a row the model had not ended, by file and line.
         dropped: Lines of the rows that a policy drops.
     """
 
@@ -41,6 +42,7 @@ class LeftOut:
     empty: dict[tuple[str, int], int] = field(default_factory=dict)
     repeated: dict[tuple[str, int], int] = field(default_factory=dict)
     cut: int = 0
+    unended: dict[tuple[str, int], int] = field(default_factory=dict)
     dropped: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -52,6 +54,12 @@ class LeftOut:
         if self.cut:
             several = "s" if self.cut > 1 else ""
             told += f", {self.cut:,} prompt{several} cut to max_length={self.max_length}"
+        if count := sum(self.unended.values()):
+            is_one = count == 1
+            told += (
+                f", {count:,} answer{' was' if is_one else 's were'} cut at max_new_tokens and "
+                f"would be trained as if {'it' if is_one else 'they'} ended there"
+            )
         if self.dropped:
             more = ", …" if self.dropped[_LINES_SHOWN:] else ""
             listed = ", ".join(map(str, self.dropped[:_LINES_SHOWN])) + more
@@ -116,6 +124,12 @@ def _distinct(
     row: Mapping[str, Any], place: tuple[str, int], left_out: LeftOut
 ) -> Mapping[str, Any]:
     drawn = row["responses"]
+    ended = {
+        str(answer).strip(): bool(each.get("ended", True))
+        for answer, each in zip(drawn, row.get("drawn") or (), strict=False)
+        if isinstance(each, Mapping) and str(answer).strip()
+    }
+    left_out.unended[place] = sum(not each for each in ended.values())
     said = [answer for answer in drawn if str(answer).strip()]
     distinct = list({str(answer).strip(): answer for answer in reversed(said)}.values())[::-1]
     if len(distinct) < 2 or len(distinct) == len(drawn):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from alignkit.models.reward import holds_reward, is_classifier, load_classifier,
 from alignkit.models.text_format import PromptChoice
 from alignkit.models.tokenizer import refuse_other_tokens
 
+log = logging.getLogger(__name__)
 _BETA = 0.1
 _LONGEST = 512  # as the data modules have it
 
@@ -92,8 +94,8 @@ def find_judge(
 
     Args:
         model: See `FoundJudge`; a run's folder stands for its newest checkpoint.
-        reference: See `FoundJudge`.
-        beta: See `FoundJudge`.
+        reference: See `FoundJudge`; ``None`` for what a run of DPO or KTO was trained against.
+        beta: See `FoundJudge`; ``None`` for that of such a run.
         flags: See `FoundJudge`.
 
     Raises:
@@ -109,6 +111,12 @@ def find_judge(
             checkpoint = read_checkpoint(place)
             is_reward = holds_reward(checkpoint)
             is_whole = checkpoint["hyper_parameters"]["lora"] is None
+            if not is_reward:
+                theirs, scale = _trained_with(checkpoint["hyper_parameters"])
+                beta = scale if beta is None else beta
+                if reference is None and theirs is not None:
+                    reference = theirs
+                    log.info("%s %s: as the run was trained", flags.reference, reference)
     if reference is not None:
         with as_argument(flags.reference.removeprefix("--"), reference):
             read_config(policy_base(reference))
@@ -121,6 +129,17 @@ def find_judge(
             f"{flags.reference}"
         )
     return FoundJudge(place, is_reward, reference, beta, flags)
+
+
+def _trained_with(settings: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """Return a run's reference, if it is not the base alone, and its β; nothing of other stages."""
+    if "loss" not in settings or "reference" not in settings:
+        return None, None
+    named, loss = settings["reference"], settings["loss"]
+    beta = (loss.get("init_args") or loss).get("beta") if isinstance(loss, Mapping) else None
+    if named in (None, "copy"):  # of the policy as it started
+        named = settings.get("init_from")
+    return None if named in ("base", "none") else named, beta
 
 
 def load_scorer(judge: FoundJudge, device: torch.device) -> tuple[Scorer, PreTrainedTokenizerBase]:
