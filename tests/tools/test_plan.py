@@ -195,6 +195,7 @@ def test_the_command(
         (["--model.lora.targets", "[nothing]"], "nothing"),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches=0"),
         (["--model.quantise", "nf4"], "quantise"),
+        (["--trainer.strategy", "fsdp2"], "trainer.strategy: plan counts models that"),
         (["--json", "/dev/null/plan.json"], "json"),
     ],
 )

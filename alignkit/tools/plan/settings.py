@@ -11,8 +11,10 @@ import torch
 from jsonargparse import Namespace
 from torch.optim import AdamW, Optimizer
 
+from alignkit.cli.launch import shards_blocks
 from alignkit.data.dialogues import PreferenceDataModule, UnpairedDataModule
 from alignkit.data.documents import TextDataModule
+from alignkit.errors import AlignkitError
 from alignkit.lora import LoRAConfig
 from alignkit.models.find import find_checkpoint
 from alignkit.models.start import Choice, Start, find_start
@@ -90,11 +92,17 @@ def read_settings(config: Namespace) -> Settings:
         config: As ``alignkit fit`` parses it, with ``model``, ``data`` and ``trainer``.
 
     Raises:
-        AlignkitError: ``init_from`` is needed for the adapter, and is not there.
+        AlignkitError: ``init_from`` is needed for the adapter, and is not there; or the trainer
+            shards its models.
     """
     stage, model = _class_and_arguments(config.model)
     source, data = _class_and_arguments(config.data)
     trainer = config.trainer.as_dict()
+    if shards_blocks(trainer.get("strategy") or "auto"):
+        raise AlignkitError(
+            "trainer.strategy: plan counts models that every process holds whole; leave the "
+            "strategy out, and see docs/cluster.md for what a process holds of a sharded one"
+        )
     precision = str(trainer.get("precision") or "32-true")
     gpus = trainer.get("accelerator") not in ("cpu",) and torch.cuda.is_available()
     lora = model.get("lora", "auto")
