@@ -22,6 +22,12 @@ class _ReferenceFree(PreferenceLoss):
 
     uses_reference: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        """Refuse a target margin that is no number."""
+        super().__post_init__()
+        if not math.isfinite(getattr(self, "gamma", 0.0)):
+            self.refuse("gamma", "must be a number")
+
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
         """Return β log π(y|x)/|y| of both sides, [B] fp32 each (SimPO, equation 3)."""
         mean = policy.per_token()

@@ -7,7 +7,8 @@ plain fraction: σ(ln 3) = 3/4, σ(−ln 3) = 1/4, and βΔ = 2 ln 3 = ln 9 give
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import exp, log
+from dataclasses import fields
+from math import exp, inf, log, nan
 
 import pytest
 import torch
@@ -358,6 +359,7 @@ def test_a_sum_reads_the_reference_where_a_term_does() -> None:
         (lambda: RPO(alpha=-1.0), "alpha of RPO: must be at least 0, got -1.0"),
         (lambda: DPOP(penalty=float("nan")), "penalty of DPOP: must be at least 0"),
         (lambda: CPO(alpha=float("inf")), "alpha of CPO: must be at least 0"),
+        (lambda: SimPO(gamma=float("nan")), "gamma of SimPO: must be a number, got nan"),
         (lambda: AlphaDPO(alpha=0.0), r"alpha of AlphaDPO: must lie in \(0, 1\]"),
         (lambda: AlphaPO(alpha=0.0), "alpha of AlphaPO: must be a number other than 0"),
         (lambda: WeightedSum(()), "terms of WeightedSum: must name at least one loss"),
@@ -368,6 +370,16 @@ def test_a_sum_reads_the_reference_where_a_term_does() -> None:
 def test_parameters_that_cannot_work_are_refused(make: Callable, said: str) -> None:
     with pytest.raises(AlignkitError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in known_losses() if k.__module__.startswith("alignkit.")]
+)
+@pytest.mark.parametrize("value", [nan, inf])
+def test_no_parameter_may_be_nan_or_infinite(kind: type[PreferenceLoss], value: float) -> None:
+    for name in (f.name for f in fields(kind) if isinstance(f.default, float)):
+        with pytest.raises(AlignkitError, match=f"{name} of {kind.__name__}: "):
+            kind(**{name: value})
 
 
 FINITE = st.floats(-200, 0, width=32)
