@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +32,7 @@ from alignkit.modules.averaging import (
     resume_average,
 )
 from alignkit.modules.sharding import refuse_callbacks_with_sharding
+from alignkit.utils.plain import plain
 
 _TUNERS = (LearningRateFinder, BatchSizeFinder)
 _REFUSED: dict[type[Callback], str] = {
@@ -222,7 +222,7 @@ def refuse_averaged(checkpoint: Mapping[str, Any]) -> None:
 
 
 def make_states_plain(states: dict[str, Any]) -> None:
-    """Convert callbacks' states to values that load without unpickling: paths become strings.
+    """Convert callbacks' states to values that load without unpickling, such as paths to strings.
 
     Args:
         states: A checkpoint's ``callbacks``; changed in place.
@@ -235,8 +235,6 @@ def make_states_plain(states: dict[str, Any]) -> None:
 
 
 def _plain(value: Any, callback: str) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
     if type(value) in (dict, OrderedDict):
         items: Mapping[Any, Any] = value
         return type(value)((_plain(k, callback), _plain(v, callback)) for k, v in items.items())
@@ -244,6 +242,8 @@ def _plain(value: Any, callback: str) -> Any:
         return type(value)(_plain(each, callback) for each in value)
     if isinstance(value, _PLAIN_TORCH) or type(value) in (*_PLAIN, torch.nn.Parameter):
         return value
+    if type(made := plain(value)) in _PLAIN:
+        return made
     raise AlignkitError(
         f"{callback}: keeps a {type(value).__name__} in its state, which a checkpoint that loads "
         "without unpickling cannot hold; drop the callback"

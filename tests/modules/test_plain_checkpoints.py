@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.optim import AdamW
 
 from alignkit.errors import AlignkitError
@@ -62,6 +62,18 @@ def test_every_checkpoint_is_read_and_resumed(
     options.pop("max_steps", None)
     fit(3, ckpt_path=last)
     assert kind.load_from_checkpoint(last) is not None
+
+
+def test_a_callbacks_state_is_read_again(model_dir: Callable, tmp_path: Path) -> None:
+    class Keeps(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"best": np.float64(0.5), Shape.LINEAR: [Path("a"), np.int64(2)], "seen": {1}}
+
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    run = trainer(tmp_path, max_steps=1, callbacks=[saver, Keeps()], enable_checkpointing=True)
+    run.fit(SFTModule(str(model_dir("gpt2"))), loader(answers(2), 1))
+    states = read_checkpoint(tmp_path / "last.ckpt")["callbacks"]
+    assert {"best": 0.5, "linear": ["a", 2], "seen": {1}} in states.values()
 
 
 def test_a_setting_that_no_checkpoint_can_hold_is_refused_before_a_step(
