@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
@@ -31,7 +32,9 @@ from alignkit.modules.sharding import set_up_sharding
 from alignkit.modules.state import keep_trained_state
 from alignkit.modules.steps import ExactSteps
 from alignkit.modules.tuning import learning_rate, with_learning_rate
-from alignkit.utils.plain import plain, refuse_unreadable
+from alignkit.utils.plain import plain, without_objects
+
+log = logging.getLogger(__name__)
 
 
 class TrainerSupport(ExactSteps):
@@ -79,8 +82,13 @@ class TrainerSupport(ExactSteps):
 
     def setup(self, stage: str) -> None:
         """Refuse a precision that would train wrongly, cast as it asks, and start as rank 0."""
-        if stage == "fit" and self.trainer.checkpoint_callbacks:
-            refuse_unreadable(self.hparams)
+        if stage == "fit" and self.trainer.is_global_zero and self.trainer.checkpoint_callbacks:
+            for name in self.hparams.keys() - without_objects(self.hparams).keys():
+                log.warning(
+                    "model.%s: is a %s, which checkpoints do not keep, as they hold plain values; "
+                    "give it to load_from_checkpoint, or give its class a to_dict",
+                    name, type(self.hparams[name]).__name__,
+                )  # fmt: skip
         set_up_sharding(self, self.trainer)
         keep_batches_uncast(self.trainer)
         cast_before_restore(self, trained_in_full=self.lora is None)
@@ -102,6 +110,8 @@ class TrainerSupport(ExactSteps):
         make_states_plain(checkpoint.get("callbacks", {}))
         for name in checkpoint.keys() - {"callbacks", "state_dict"}:
             checkpoint[name] = plain(checkpoint[name])
+        if "hyper_parameters" in checkpoint:
+            checkpoint["hyper_parameters"] = without_objects(checkpoint["hyper_parameters"])
         if self.averaged:
             checkpoint[AVERAGED] = True
 

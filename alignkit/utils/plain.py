@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignkit.errors import AlignkitError
-
 _KINDS = (bool, int, float, str)
 
 
@@ -42,19 +40,10 @@ def plain(value: Any) -> Any:
     return value if type(value) is kind else kind(value)
 
 
-def refuse_unreadable(settings: Mapping[str, Any]) -> None:
-    """Refuse hyper-parameters that a checkpoint could hold by pickling alone, before it is written.
-
-    Raises:
-        AlignkitError: There is one.
-    """
-    for name, value in settings.items():
-        if not _is_plain(value):
-            raise AlignkitError(
-                f"model.{name}: is a {type(value).__name__}, and a checkpoint that loads without "
-                f"unpickling holds plain values alone; take it out of the hyper-parameters "
-                f"(`del self.hparams[{name!r}]`), or give it a `to_dict`"
-            )
+def without_objects(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a checkpoint holds without pickling them, as `plain` makes them."""
+    made = {name: plain(value) for name, value in settings.items()}
+    return {name: value for name, value in made.items() if _is_plain(value)}
 
 
 def _is_plain(value: Any) -> bool:

@@ -99,3 +99,25 @@ def test_a_full_disk_is_one_line_and_leaves_no_parts(
     assert len(told) == 1 and "shards cannot be written (" in told[0], done.stderr
     assert "File too large" in told[0] and "Traceback" not in done.stderr
     assert not list(Path("runs").rglob("*.distcp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--trainer.default_root_dir", "memory://runs", "--trainer.logger", "false"],
+        ["--trainer.plugins", "lightning.pytorch.plugins.io.AsyncCheckpointIO"],
+    ],
+    ids=["url", "plugin"],
+)
+def test_checkpoints_that_cannot_be_written_are_refused_before_a_step(
+    changes: list[str], command: Callable
+) -> None:
+    whole = ["--model.lora", "null", "--model.dtype", "float32", "--trainer.precision", "32-true"]
+    done = command(
+        SCRIPT, "--trainer.devices", 2, "--trainer.strategy", "fsdp2", *whole, *changes,
+        "--trainer.callbacks", "null", "--trainer.num_sanity_val_steps", 0,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "are written by all processes into a folder, without a plugin" in done.stderr
+    assert "reached" not in done.stderr and not list(Path().rglob("*.ckpt"))

@@ -20,6 +20,7 @@ from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import read_checkpoint
 from alignkit.modules import KTOModule
+from alignkit.modules.kto import HeldOut
 from alignkit.objectives.unpaired import KTO, UnpairedScores
 from tests.modules.helpers import loader, logged_steps, pairs, sgd, trainer
 
@@ -320,3 +321,13 @@ def test_from_the_command_line(
     assert main([str(argument) for argument in arguments]) == 0
     kept = read_checkpoint(next(Path.cwd().rglob("*.ckpt")))["hyper_parameters"]["loss"]
     assert KTO.from_dict(kept) == KTO(0.3, undesirable_weight=2.0)
+
+
+def test_a_rank_without_rows_has_the_dtypes_of_the_others() -> None:
+    """Metrics of torchmetrics gather fp32 from a rank that was given nothing."""
+    metric = HeldOut(KTO(), "loss")
+    ones = torch.ones(2)
+    metric.update(*2 * [UnpairedScores(ones, ones, torch.tensor([True, False]))])
+    states = [*metric.ratios, *metric.mismatched, *metric.good]
+    assert {each.dtype for each in states} == {torch.float32}
+    assert metric.compute().item() == pytest.approx(0.5)

@@ -12,7 +12,6 @@ import pytest
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.optim import AdamW
 
-from alignkit.errors import AlignkitError
 from alignkit.models.checkpoint import read_checkpoint
 from alignkit.modules import DPOModule, SFTModule
 from alignkit.objectives.preference import DPO, WeightedSum
@@ -76,17 +75,28 @@ def test_a_callbacks_state_is_read_again(model_dir: Callable, tmp_path: Path) ->
     assert {"best": 0.5, "linear": ["a", 2], "seen": {1}} in states.values()
 
 
-def test_a_setting_that_no_checkpoint_can_hold_is_refused_before_a_step(
-    model_dir: Callable, tmp_path: Path
-) -> None:
-    class Mine(SFTModule):
-        def __init__(self, *args: Any, judge: object = None, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+class Mine(SFTModule):
+    """Takes an object, which the command line makes of a class path."""
 
-    module = Mine(str(model_dir("gpt2")), judge=object())
-    with pytest.raises(AlignkitError, match=r"model.judge: is a object, .*del self.hparams"):
-        trainer(tmp_path, enable_checkpointing=True).fit(module, loader(answers(2), 1))
-    trainer(tmp_path, max_steps=1).fit(module, loader(answers(2), 1))  # which saves nothing
+    def __init__(self, *args: Any, judge: object = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.judge = judge
+
+
+def test_an_object_is_left_out_and_given_again(
+    model_dir: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning before the first step: the file is read, and resumes."""
+    judge = object()
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    for steps in (1, 2):
+        given = {"max_steps": steps, "callbacks": [saver], "enable_checkpointing": True}
+        module = Mine(str(model_dir("gpt2")), judge=judge)
+        last = tmp_path / "last.ckpt" if steps == 2 else None
+        trainer(tmp_path, **given).fit(module, loader(answers(2), 1), ckpt_path=last)
+    assert "model.judge: is a object, which checkpoints do not keep" in caplog.text
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 2
+    assert Mine.load_from_checkpoint(tmp_path / "last.ckpt", judge=judge).judge is judge
 
 
 def test_values_of_subclasses_become_those_of_their_class() -> None:

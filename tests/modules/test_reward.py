@@ -71,6 +71,20 @@ def test_it_is_trls() -> None:
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
 
 
+def test_rewards_are_not_rounded_under_autocast(model_dir: Callable) -> None:
+    """Rewards near each other would be equal in bf16, and their pair a tie."""
+    module = RewardModule(str(model_dir("llama")), lora=LoRAConfig(r=2))
+    with torch.no_grad():
+        module.model.reward_head.normal_()
+    examples = pairs(16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = rewards(module.model, collate(examples), module.padding)
+        summed = module.compute_loss(collate(examples))
+    assert found.dtype == summed.loss_sum.dtype == torch.float32
+    assert not torch.equal(found, found.bfloat16().float())
+    assert all(value.dtype != torch.bfloat16 for value in summed.metrics.values())
+
+
 def trained(base: Path, directory: Path, **options: object) -> RewardModule:
     torch.manual_seed(0)
     module = RewardModule(
