@@ -195,7 +195,7 @@ def run_recipe(
         reference_cache=references if loss.uses_reference else None,
     )
     pairs = pairs_of(model, data, budget, seed)
-    every = 0 if test else max(1, budget.steps // looks)
+    every = 0 if test else -(-budget.steps // looks)  # rounded up: as many looks, one at the end
     with trained(module, pairs, budget, every, Looks(look)) as trainer:
         found = trainer.callback_metrics
         if test:

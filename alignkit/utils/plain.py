@@ -32,12 +32,13 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, Mapping):
         return {plain(key): plain(each) for key, each in value.items()}
-    if isinstance(value, list | set | frozenset):
-        return [plain(each) for each in value]
-    if isinstance(value, tuple):
-        return tuple(plain(each) for each in value)
-    kind = next((kind for kind in _KINDS if isinstance(value, kind)), type(value))
-    return value if type(value) is kind else kind(value)
+    for kind in (list, tuple, set):
+        if isinstance(value, kind):
+            return kind(plain(each) for each in value)
+    for own in _KINDS:
+        if isinstance(value, own):
+            return own(value)
+    return value
 
 
 def without_objects(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def without_objects(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    if type(value) in (list, tuple):
+    if type(value) in (list, tuple, set):
         return all(map(_is_plain, value))
     plain_torch = (torch.Tensor, torch.dtype, torch.device)
     return value is None or type(value) in _KINDS or isinstance(value, plain_torch)

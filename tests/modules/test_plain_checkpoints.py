@@ -105,3 +105,4 @@ def test_values_of_subclasses_become_those_of_their_class() -> None:
     assert [type(each) for each in found["linear"]] == [int, float]
     assert type(next(iter(found))) is str
     assert found["flag"] is True
+    assert plain({"seen": {np.int64(1)}, "none": None}) == {"seen": {1}, "none": None}
