@@ -25,7 +25,7 @@ from alignkit.models.find import find_checkpoint
 from alignkit.models.weights import deferred_blocks
 from alignkit.modules import AlignmentModule
 from alignkit.modules.precision import refuse_precision_name
-from alignkit.modules.requeue import CheckpointConnector, own_checkpoint
+from alignkit.modules.requeue import CheckpointConnector, own_checkpoint, this_run
 from alignkit.modules.runs import (
     CHECKPOINT_NAMES,
     asked_checkpoint,
@@ -153,9 +153,13 @@ class AlignCLI(LightningCLI):
         if start:
             options["model.init_args.init_from"] = find_checkpoint(start)
         path = options.get("ckpt_path")
-        if path and path not in CHECKPOINT_NAMES:
+        if path and path not in CHECKPOINT_NAMES and not self._may_go_on():
             options["ckpt_path"] = find_checkpoint(path)
             read_checkpoint(options["ckpt_path"], whole=False)
+
+    def _may_go_on(self) -> bool:
+        """Tell whether SLURM may have started the run again, which then needs no other file."""
+        return self.config.subcommand == "fit" and this_run() is not None
 
     def _find_named_checkpoint(self) -> None:
         """Replace ``last``, ``best`` or ``hpc`` in ``ckpt_path`` by the file it stands for.
@@ -172,8 +176,11 @@ class AlignCLI(LightningCLI):
             )
         # A run that SLURM starts again goes on from there, whatever its command names.
         folders = checkpoint_folders(self.trainer)
-        saved = own_checkpoint(self.trainer, folders) if command == "fit" else None
+        saved = own_checkpoint(self.trainer, folders) if self._may_go_on() else None
         options["ckpt_path"] = saved or asked_checkpoint(self.trainer, options.get("ckpt_path"))
+        if options["ckpt_path"] and self._may_go_on():
+            options["ckpt_path"] = find_checkpoint(options["ckpt_path"])
+            read_checkpoint(options["ckpt_path"], whole=False)
 
     def after_fit(self) -> None:
         """Tell what was written and what to do next."""

@@ -57,7 +57,7 @@ def find_checkpoint(place: str | Path) -> str:
         candidates = newest_first(path)
     elif path.suffix == _SUFFIX and path.parent.is_dir():
         found = (file for folder in _folders(path.parent) for file in [folder / path.name])
-        candidates = iter(sorted(filter(Path.is_file, found), key=_time_written, reverse=True))
+        candidates = iter(sorted(filter(Path.is_file, found), key=time_written, reverse=True))
     else:
         return str(place)
     return first_intact(candidates, place) or str(place)
@@ -164,10 +164,10 @@ def _damage(candidate: Path) -> AlignkitError | None:
 def newest_first(folder: Path) -> Iterator[Path]:
     """Yield the checkpoints of a folder, run by run: a run's last ones, then its others."""
     runs = [files for place in _folders(folder) if (files := _checkpoints(place))]
-    for files in sorted(runs, key=lambda files: max(map(_time_written, files)), reverse=True):
+    for files in sorted(runs, key=lambda files: max(map(time_written, files)), reverse=True):
         lasts = [file for file in files if file.stem == LAST or file.stem.startswith(f"{LAST}-")]
         others = [file for file in files if file not in lasts]
-        yield from sorted(lasts, key=_time_written, reverse=True)
+        yield from sorted(lasts, key=time_written, reverse=True)
         yield from sorted(others, key=_training_progress, reverse=True)
 
 
@@ -183,7 +183,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [file for file in folder.glob(f"[!.]*{_SUFFIX}") if file.is_file()]
 
 
-def _time_written(file: Path) -> int:
+def time_written(file: Path) -> int:
+    """Return when a file was written, in nanoseconds; 0 where it is gone."""
     try:
         return file.stat().st_mtime_ns
     except OSError:  # another process has removed it meanwhile
@@ -193,9 +194,9 @@ def _time_written(file: Path) -> int:
 def _training_progress(file: Path) -> tuple[int, int]:
     """Return a file's training step and time of writing; a file that cannot be read comes last."""
     try:
-        return int(read_archive(file).get("global_step", 0)), _time_written(file)
+        return int(read_archive(file).get("global_step", 0)), time_written(file)
     except AlignkitError:
-        return -1, _time_written(file)
+        return -1, time_written(file)
 
 
 def _found_by_launcher(place: str | Path) -> str | None:

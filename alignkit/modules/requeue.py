@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from alignkit.data.read.hashes import digest_of
 from alignkit.errors import AlignkitError
 from alignkit.models.archive import local_path, read_archive
-from alignkit.models.find import first_intact
+from alignkit.models.find import first_intact, time_written
 from alignkit.utils.ranks import is_first_rank
 
 STATE = "slurm"
@@ -92,9 +92,9 @@ def own_checkpoint(trainer: Trainer, folders: Iterable[Path]) -> str | None:
         elif writer.get("job") == run["job"] and is_first_rank():
             log.warning("%s: another command of this job wrote it; it is left alone", path)
     if steps:
-        since = max(path.stat().st_mtime for path in steps)
+        since = max(map(time_written, steps))
         for path in (path for folder in folders for path in folder.rglob("last*.ckpt")):
-            writer, step = _writer(path) if path.stat().st_mtime > since else ({}, 0)
+            writer, step = _writer(path) if time_written(path) > since else ({}, 0)
             steps |= {path: step} if writer == run else {}
     return first_intact(sorted(steps, key=lambda path: -steps[path]), "ckpt_path hpc")
 
@@ -168,7 +168,7 @@ def _writer(path: Path) -> tuple[dict[str, str], int]:
     There is nothing where it cannot be read.
     """
     try:
-        content = read_archive(path, tensors=False)
+        content = read_archive(path, tensors=False, whole=False)
     except AlignkitError as error:
         if is_first_rank():
             log.warning("%s; it is passed over, whoever wrote it", error)

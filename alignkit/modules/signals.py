@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
@@ -113,7 +115,9 @@ class Signals(Callback):
             path = connector.requeue()
         else:  # what is left is done before SLURM ends the job, and the weights are safe until then
             self.asked = 0
-            if (path := _save_last(trainer)) and trainer.is_global_zero:
+            with _still_to_save(trainer):
+                path = _save_last(trainer)
+            if trainer.is_global_zero:
                 log.info("no step is left: the run ends, and the job is not requeued; see %s", path)
             return
         self._exit_run(trainer, asked, path)
@@ -210,6 +214,17 @@ def _is_last_step(trainer: Trainer) -> bool:
     epochs = loop.max_epochs
     last_epoch = epochs is not None and 0 <= epochs <= trainer.current_epoch + 1
     return last_epoch and loop.epoch_loop._num_ready_batches_reached()
+
+
+@contextmanager
+def _still_to_save(trainer: Trainer) -> Iterator[None]:
+    """Let a run save after a step what it saves by itself, whatever is saved within the block."""
+    saver = _checkpoint_callback(trainer)
+    names = ("_last_global_step_saved", "_last_checkpoint_saved")
+    before = {name: getattr(saver, name) for name in names} if saver is not None else {}
+    yield
+    for name, value in before.items():
+        setattr(saver, name, value)
 
 
 def _save_last(trainer: Trainer) -> str | None:

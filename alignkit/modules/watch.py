@@ -34,13 +34,14 @@ class WatchedModule(AlignmentModule):
     def setup(self, stage: str) -> None:
         """Refuse rows with other numbers of answers than the loss takes, before any step.
 
-        A subclass with a `compute_loss` of its own may take others.
+        A subclass with a `compute_loss` or `scores` of its own may take others.
 
         Raises:
             AlignkitError: There is one.
         """
         super().setup(stage)
-        if type(self).compute_loss.__module__.startswith("alignkit."):
+        own = (getattr(type(self), name, None) for name in ("compute_loss", "scores"))
+        if all(each is None or each.__module__.startswith("alignkit.") for each in own):
             data = getattr(self.trainer, "datamodule", None)
             refuse_rows_with_other_counts(data, stage, self.loss)
 

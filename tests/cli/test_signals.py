@@ -231,12 +231,16 @@ def test_a_requeued_run_goes_on_whatever_its_command_names(
     assert sft("--ckpt_path", begun, **USR1)[0] == 138
     saved = torch.load("hpc_ckpt_1.ckpt", weights_only=True)["global_step"]
     assert saved > 1
+    begun.unlink()  # as a run that keeps the best alone does
     caplog.clear()
     assert sft("--ckpt_path", begun)[0] == 0
     assert "ckpt_path hpc: taking " in caplog.text
     caplog.clear()
     assert sft(command="validate")[0] == 0
     assert "measures the base" in caplog.text and "hpc" not in caplog.text
+    Path("hpc_ckpt_1.ckpt").unlink()
+    status, err = sft("--ckpt_path", begun)
+    assert status == 2 and f"{begun}" in err and "no such checkpoint" in err
 
 
 def test_no_other_name_or_signal_keeps_a_job_from_its_requeue(
@@ -272,6 +276,9 @@ def test_a_run_that_is_done_is_not_requeued(
     assert saved["global_step"] == 4
     scalars = read_scalars(Path(LAST).parent)
     assert len(scalars["val/loss"]) == 2  # after steps 2 and 4
+    best = torch.load(Path(LAST).with_name("best.ckpt"), weights_only=True)
+    lowest = min(value for _, value in scalars["val/loss"])
+    assert lowest == scalars["val/loss"][1][1] and best["global_step"] == 4
 
 
 @pytest.mark.parametrize(

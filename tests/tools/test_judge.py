@@ -17,8 +17,10 @@ from alignkit.engine import collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import adapters_disabled
 from alignkit.models.checkpoint import load_policy
+from alignkit.objectives.preference import DPO, IPO, SimPO, WeightedSum
+from alignkit.objectives.unpaired import KTO
 from alignkit.tools.judge.command import judge
-from alignkit.tools.judge.scoring import FoundJudge
+from alignkit.tools.judge.scoring import FoundJudge, _trained_with
 
 ROWS = [
     {
@@ -136,6 +138,32 @@ def test_a_run_is_judged_as_it_was_trained(
     named = judge(str(pairs), model=policy, reference=str(start), beta=0.3)
     assert found == named
     assert found.margin != judge(str(pairs), model=policy, reference=str(base)).margin
+    start.rename(start.with_name("moved.ckpt"))
+    with pytest.raises(AlignkitError, match=r"--reference: the run was trained against .*; name"):
+        judge(str(pairs), model=policy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({"loss": DPO(0.3)}, (None, 0.3)),
+        ({"loss": DPO(0.3), "lora": None}, ("base", 0.3)),
+        ({"loss": IPO(0.3), "init_from": "sft"}, ("sft", 0.3)),
+        ({"loss": KTO(0.3), "init_from": "sft", "reference": "base"}, (None, 0.3)),
+        ({"loss": DPO(0.3), "init_from": "sft", "reference": "other"}, ("other", 0.3)),
+        ({"loss": SimPO(3.0), "init_from": "sft"}, (None, None)),
+        ({"loss": DPO(0.3), "init_from": "sft", "reference": "none"}, (None, None)),
+        ({"loss": WeightedSum((DPO(0.3),)), "init_from": "sft"}, ("sft", 0.3)),
+        ({"init_from": "sft"}, (None, None)),
+    ],
+    ids=str,
+)
+def test_what_a_run_was_trained_with(settings: dict, found: tuple) -> None:
+    """Reference and β; nothing of losses without one, nor of other stages."""
+    given = {"base": "base", "lora": {"r": 8}, "init_from": None, **settings}
+    if "loss" in settings:
+        given = {"reference": None, **given, "loss": settings["loss"].to_dict()}
+    assert _trained_with(given) == found
 
 
 def test_what_cannot_be_judged_is_one_line(

@@ -112,6 +112,8 @@ def drafts_to_judge(
             yield draft
         left_out.cut += tally.counts.get("truncated", 0)
         left_out.dropped += sorted(set(tally.lines.get("rows", ())) - kept)
+        for place in [p for p in left_out.unended if p[0] == source.name and p[1] not in kept]:
+            del left_out.unended[place]
 
 
 def _is_sampled(sources: Sequence[Source]) -> bool:
@@ -124,9 +126,10 @@ def _distinct(
     row: Mapping[str, Any], place: tuple[str, int], left_out: LeftOut
 ) -> Mapping[str, Any]:
     drawn = row["responses"]
+    notes: Any = row.get("drawn")
     ended = {
         str(answer).strip(): bool(each.get("ended", True))
-        for answer, each in zip(drawn, row.get("drawn") or (), strict=False)
+        for answer, each in zip(drawn, notes if isinstance(notes, list) else (), strict=False)
         if isinstance(each, Mapping) and str(answer).strip()
     }
     left_out.unended[place] = sum(not each for each in ended.values())

@@ -35,6 +35,7 @@ from alignkit.models.place import as_argument
 from alignkit.models.reward import holds_reward, is_classifier, load_classifier, rewards
 from alignkit.models.text_format import PromptChoice
 from alignkit.models.tokenizer import refuse_other_tokens
+from alignkit.objectives.preference import PreferenceLoss
 
 log = logging.getLogger(__name__)
 _BETA = 0.1
@@ -115,7 +116,7 @@ def find_judge(
                 theirs, scale = _trained_with(checkpoint["hyper_parameters"])
                 beta = scale if beta is None else beta
                 if reference is None and theirs is not None:
-                    reference = theirs
+                    reference = _there(theirs, flags)
                     log.info("%s %s: as the run was trained", flags.reference, reference)
     if reference is not None:
         with as_argument(flags.reference.removeprefix("--"), reference):
@@ -133,13 +134,42 @@ def find_judge(
 
 def _trained_with(settings: Mapping[str, Any]) -> tuple[str | None, float | None]:
     """Return a run's reference, if it is not the base alone, and its β; nothing of other stages."""
-    if "loss" not in settings or "reference" not in settings:
+    loss, named = settings.get("loss"), settings.get("reference")
+    if not isinstance(loss, Mapping) or "reference" not in settings:
         return None, None
-    named, loss = settings["reference"], settings["loss"]
-    beta = (loss.get("init_args") or loss).get("beta") if isinstance(loss, Mapping) else None
+    if named == "none" or ("class_path" in loss and not _reads_reference(loss)):
+        return None, None
     if named in (None, "copy"):  # of the policy as it started
         named = settings.get("init_from")
-    return None if named in ("base", "none") else named, beta
+    if named in (None, "base"):  # a whole model has no adapters to take off
+        named = settings["base"] if settings.get("lora") is None else None
+    values = loss.get("init_args") or loss
+    if values.get("terms"):  # whose rewards are those of the first
+        values = values["terms"][0].get("init_args") or {}
+    return named, values.get("beta")
+
+
+def _reads_reference(loss: Mapping[str, Any]) -> bool:
+    try:
+        return bool(PreferenceLoss.from_dict(loss).uses_reference)
+    except AlignkitError:  # a loss of one's own, which is not imported here
+        return True
+
+
+def _there(reference: str, flags: Flags) -> str:
+    """Return a reference that a run names, if it can be read here.
+
+    Raises:
+        AlignkitError: It cannot.
+    """
+    try:
+        read_config(policy_base(reference))
+    except AlignkitError as error:
+        raise AlignkitError(
+            f"{flags.reference}: the run was trained against {reference}, which cannot be read "
+            f"here ({error}); name it"
+        ) from None
+    return reference
 
 
 def load_scorer(judge: FoundJudge, device: torch.device) -> tuple[Scorer, PreTrainedTokenizerBase]:
