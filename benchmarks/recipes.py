@@ -150,7 +150,7 @@ def budget_of(options: Namespace) -> Budget:
 
 def content_of(options: Namespace) -> dict[str, str]:
     """Return digests of the model's files and of the rows, which tell them from others."""
-    kinds = (".json", ".safetensors", ".model", ".txt")
+    kinds = (".json", ".jinja", ".model", ".safetensors", ".txt")
     files = sorted(path for path in Path(options.model).iterdir() if path.suffix in kinds)
     rows = {
         split: [source.digest for source in sources]
