@@ -12,6 +12,7 @@ from alignkit.cli.stages import STAGES, stage_help
 from alignkit.cli.streams import survive_closed_streams
 from alignkit.errors import AlignkitError
 from alignkit.utils.phases import phase
+from alignkit.utils.ranks import check_rank_variables
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -34,6 +35,8 @@ def main(args: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in given if argument not in ("--debug", "--quiet")]
     try:
         told = _answer_at_once(arguments)
+        if told is None:
+            check_rank_variables()
     except AlignkitError as error:
         print(f"alignkit: error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import inf
 from typing import Any, NamedTuple
 
@@ -32,22 +33,21 @@ def refuse_other_counts(batch: PackedBatch, loss: PreferenceLoss | BradleyTerry)
 
 
 def refuse_rows_with_other_counts(
-    data: Any, stage: str, loss: PreferenceLoss | BradleyTerry
+    data: Any, splits: Iterable[str], loss: PreferenceLoss | BradleyTerry
 ) -> None:
     """Refuse rows of a data module at which a run would fail in its middle.
 
     Args:
         data: A data module that is set up; what is none of alignkit's is passed over.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        splits: Those that are read.
         loss: What is trained or measured.
 
     Raises:
         AlignkitError: A row has another number of answers; the message says where it is.
     """
     least, most, rule = _counts_of(loss)
-    splits = {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}
     sets = data._sets if isinstance(data, AlignmentDataModule) else {}
-    for examples in (sets[split] for split in splits.get(stage, ()) if split in sets):
+    for examples in (sets[split] for split in splits if split in sets):
         counts = examples.answers
         wrong = np.flatnonzero((counts < least) | (counts > most))
         if len(wrong):

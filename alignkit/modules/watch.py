@@ -43,7 +43,11 @@ class WatchedModule(AlignmentModule):
         own = (getattr(type(self), name, None) for name in ("compute_loss", "scores"))
         if all(each is None or each.__module__.startswith("alignkit.") for each in own):
             data = getattr(self.trainer, "datamodule", None)
-            refuse_rows_with_other_counts(data, stage, self.loss)
+            splits = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
+            read = splits.get(stage, [])
+            if stage == "fit" and not self.trainer.limit_val_batches:
+                read.remove("validation")
+            refuse_rows_with_other_counts(data, read, self.loss)
 
     def on_validation_epoch_start(self) -> None:
         """Begin the validation's gauges."""

@@ -10,11 +10,12 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from jsonargparse import ArgumentParser
 from transformers import PreTrainedModel
 
@@ -82,7 +83,7 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
         "prompts": digest_of(json.dumps(request.questions).encode()),
     }
     prompts = [with_system(question, asked) for question in request.questions]
-    with _Part(target, identity, prompts) as part:
+    with _writing_alone(target), _Part(target, identity, prompts) as part:
         begun = len(part.rows)
         left = request.questions[begun:]
         heard: list[Answer] = []
@@ -151,6 +152,29 @@ def _row(question: Question, drawn: Sequence[Answer], logps: Sequence[float]) ->
             for answer, logp in zip(drawn, logps, strict=True)
         ],
     }
+
+
+@contextmanager
+def _writing_alone(target: Path) -> Iterator[None]:
+    """Keep other runs from the rows of an output.
+
+    Raises:
+        AlignkitError: Another run is writing it.
+    """
+    place = target.with_name(f".{target.name}.lock")
+    lock = FileLock(place, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise AlignkitError(
+            f"--output {target}: another run is writing it; wait for it, or name another"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        with suppress(OSError):  # another run has it by now
+            place.unlink()
 
 
 class _Part:

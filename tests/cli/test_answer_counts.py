@@ -27,6 +27,7 @@ def write(path: Path, counts: Sequence[int]) -> None:
         ("train", ["--model", "RewardModule", "--model.loss.margin", 0.5], "margin exactly two"),
         ("validation", ["--model", "DPOModule", "--model.loss", "PlackettLuce"], ""),
         ("train", ["--model", "RewardModule"], ""),
+        ("validation", ["--model", "DPOModule", "--trainer.limit_val_batches", 0], ""),
     ],
 )
 def test_a_row_with_more_answers(

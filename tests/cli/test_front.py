@@ -51,6 +51,22 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("LOCAL_RANK", ""), ("SLURM_PROCID", "-1"), ("MASTER_PORT", "2e4")],
+)
+def test_a_launcher_s_variable_is_a_number(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries would fail at it as they are imported; help needs none of them."""
+    monkeypatch.setenv(name, value)
+    status, out, err = front("sft", "--base", "model", "--data", "rows")
+    assert (status, out.splitlines()) == (2, ["[]"])
+    assert f"alignkit: error: {name}={value!r} in the environment: must be a whole number" in err
+    assert err.count("\n") == 1
+    assert front("--help")[0] == 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (["gnerate"], "gnerate: no such command; did you mean generate?"),

@@ -211,6 +211,17 @@ def test_without_a_logger_checkpoints_go_to_out(
     assert "wrote no checkpoint" in out
 
 
+def test_checkpoints_at_a_url_are_told(alignkit: Callable, model_dir: Callable, hh: Path) -> None:
+    place = "memory://told"
+    arguments = ("sft", "--base", model_dir("llama"), "--data", hh, "--steps", 1, "--out", "here")
+    saver = ("ModelCheckpoint", "--trainer.callbacks.dirpath", place)
+    status, out, err = alignkit(*arguments, "--trainer.callbacks", *saver)
+    assert status == 0, err
+    wrote = [line for line in out.splitlines() if line.startswith("wrote ")]
+    assert wrote == ["wrote here/version_0: config.yaml", f"wrote {place}/epoch=0-step=1.ckpt"]
+    assert "next:" not in out  # no command of ours loads weights from there
+
+
 def test_a_run_that_fails_leaves_no_folder(
     alignkit: Callable, model_dir: Callable, tmp_path: Path
 ) -> None:

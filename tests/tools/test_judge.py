@@ -283,6 +283,38 @@ def test_answers_that_were_cut_are_counted(
     assert "2 answers were cut at max_new_tokens and would be trained as if they ended" in told
 
 
+def test_answers_that_were_cut_are_left_out_on_demand(
+    model_dir: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An answer that ended elsewhere stays; a row goes of which fewer than two answers remain."""
+    drawn, ranked = tmp_path / "drawn.jsonl", tmp_path / "ranked.jsonl"
+    ends = [True, False, False, True, True]
+    rows = [
+        {
+            "prompt": "Say.",
+            "candidates": ["ash", "fig", "oak", "oak", " "],
+            "drawn": [{"ended": each} for each in ends],
+        },
+        {
+            "prompt": "Sing.",
+            "candidates": ["ash", "fig"],
+            "drawn": [{"ended": True}, {"ended": False}],
+        },
+    ]
+    write(drawn, rows)
+    command = ("judge", drawn, "--model", model_dir("gpt2"), "--reference", model_dir("llama"))
+    assert run(*command, "--output", ranked, "--unended", "drop") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "1 row, 1 empty answer left out, 1 repeated answer left out, 1 answer was cut at "
+        "max_new_tokens and left out, 1 row without two others left out, first" in told
+    )
+    assert [sorted(row["responses"]) for row in rows_of(ranked)] == [["ash", "oak"]]
+    write(drawn, [{"prompt": "Say.", "chosen": "ash", "rejected": "fig"}])
+    assert run(*command, "--unended", "drop") == 2
+    assert "--unended drop: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "shape",
     [

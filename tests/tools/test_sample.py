@@ -130,6 +130,26 @@ def test_a_refused_request_leaves_nothing_in_the_way(base: str, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_an_output_has_one_writer(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs at once would lose each other's rows."""
+    output = str(tmp_path / "rows.jsonl")
+    refusals = []
+
+    def meanwhile(*arguments: object) -> list[float]:
+        with pytest.raises(AlignkitError, match="another run is writing it") as refusal:
+            sample(base, output=output, prompts=QUESTIONS, **FEW)
+        refusals.append(refusal)
+        return log_probs(*arguments)
+
+    monkeypatch.setattr(sample_module, "log_probs", meanwhile)
+    sample(base, output=output, prompts=QUESTIONS[:2], **FEW)
+    assert len(refusals) == 2
+    assert [row["prompt"] for row in rows_of(Path(output))] == QUESTIONS[:2]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_bad_requests(base: str, tmp_path: Path) -> None:
     output = str(tmp_path / "rows.jsonl")
     with pytest.raises(AlignkitError, match="answers: must be 2 or more, got 1"):

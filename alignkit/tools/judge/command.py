@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentParser
@@ -35,6 +35,7 @@ def judge(
     output: str | None = None,
     split: str | None = None,
     columns: dict[str, str] | None = None,
+    unended: Literal["keep", "drop"] = "keep",
     max_length: int | None = None,
     prompt_format: PromptChoice = "auto",
     tokens_per_batch: int = 4096,
@@ -58,6 +59,9 @@ def judge(
             has scored lies there too, or beside a file that is there already.
         split: Judge this split alone; default: all.
         columns: The rows' columns by the names that are read, as ``data.columns`` has them.
+        unended: What to do with answers of ``alignkit sample`` that were cut at max_new_tokens:
+            training would end them where they were cut. ``drop`` leaves them out, and rows of
+            which fewer than two answers remain.
         max_length: Most tokens of a prompt with one answer, beyond which the prompt loses its left
             end; by default as the judge was trained, or 512.
         prompt_format: How dialogues become text; ``auto`` does as the model was trained, or as the
@@ -81,8 +85,10 @@ def judge(
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
     _refuse_overwriting(written, sources)
-    left_out = LeftOut()
+    left_out = LeftOut(keeps_unended=unended == "keep")
     sources = rows_to_judge(sources, check_columns(columns), left_out)
+    if unended == "drop" and not left_out.sampled:
+        raise AlignkitError(f"--unended drop: {path} has no rows of alignkit sample, which say it")
     scorer, tokenizer = load_scorer(found, target)
     encoder = row_encoder(
         sources,

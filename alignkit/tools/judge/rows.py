@@ -29,20 +29,24 @@ class LeftOut:
 
     Attributes:
         max_length: Most tokens of a prompt with one answer.
+        keeps_unended: Whether answers stay that the model had not ended.
         sampled: Whether the rows are those of ``alignkit sample``.
         empty: How many answers of a row are empty, by file and line.
         repeated: How many are there before.
         cut: How many prompts lost their left end.
         unended: How many answers of a row the model had not ended, by file and line.
+        short: Where rows have not two answers that it had ended, if the others do not stay.
         dropped: Lines of the rows that a policy drops.
     """
 
     max_length: int = 0
+    keeps_unended: bool = True
     sampled: bool = False
     empty: dict[tuple[str, int], int] = field(default_factory=dict)
     repeated: dict[tuple[str, int], int] = field(default_factory=dict)
     cut: int = 0
     unended: dict[tuple[str, int], int] = field(default_factory=dict)
+    short: set[tuple[str, int]] = field(default_factory=set)
     dropped: list[int] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -56,10 +60,14 @@ class LeftOut:
             told += f", {self.cut:,} prompt{several} cut to max_length={self.max_length}"
         if count := sum(self.unended.values()):
             is_one = count == 1
+            told += f", {count:,} answer{' was' if is_one else 's were'} cut at max_new_tokens and "
             told += (
-                f", {count:,} answer{' was' if is_one else 's were'} cut at max_new_tokens and "
                 f"would be trained as if {'it' if is_one else 'they'} ended there"
+                if self.keeps_unended
+                else "left out"
             )
+        if count := len(self.short):
+            told += f", {count:,} row{'s' if count > 1 else ''} without two others left out"
         if self.dropped:
             more = ", …" if self.dropped[_LINES_SHOWN:] else ""
             listed = ", ".join(map(str, self.dropped[:_LINES_SHOWN])) + more
@@ -93,7 +101,10 @@ def rows_to_judge(
                     row = BadRow(str(error))
                 else:
                     if left_out.sampled and isinstance(row["responses"], list):
-                        row = _distinct(row, (source.name, line), left_out)
+                        distinct = _distinct(row, (source.name, line), left_out)
+                        if distinct is None:
+                            continue
+                        row = distinct
             yield line, row
 
     return [replace(source, rows=partial(read, source)) for source in sources]
@@ -124,19 +135,30 @@ def _is_sampled(sources: Sequence[Source]) -> bool:
 
 def _distinct(
     row: Mapping[str, Any], place: tuple[str, int], left_out: LeftOut
-) -> Mapping[str, Any]:
+) -> Mapping[str, Any] | None:
+    """Return a row with the answers that are judged; ``None`` if too few came to an end."""
     drawn = row["responses"]
     notes: Any = row.get("drawn")
-    ended = {
-        str(answer).strip(): bool(each.get("ended", True))
-        for answer, each in zip(drawn, notes if isinstance(notes, list) else (), strict=False)
-        if isinstance(each, Mapping) and str(answer).strip()
-    }
-    left_out.unended[place] = sum(not each for each in ended.values())
     said = [answer for answer in drawn if str(answer).strip()]
-    distinct = list({str(answer).strip(): answer for answer in reversed(said)}.values())[::-1]
+    distinct = {str(answer).strip(): answer for answer in reversed(said)}
+    empty, repeated = len(drawn) - len(said), len(said) - len(distinct)
+    unended = _texts_without_end(drawn, notes if isinstance(notes, list) else [])
+    left_out.unended[place] = len(unended)
+    if unended and not left_out.keeps_unended:
+        distinct = {text: answer for text, answer in distinct.items() if text not in unended}
+        if len(distinct) < 2:
+            left_out.short.add(place)
+            return None
     if len(distinct) < 2 or len(distinct) == len(drawn):
         return row
-    left_out.empty[place] = len(drawn) - len(said)
-    left_out.repeated[place] = len(said) - len(distinct)
-    return {**row, "responses": distinct}
+    left_out.empty[place], left_out.repeated[place] = empty, repeated
+    return {**row, "responses": [*distinct.values()][::-1]}
+
+
+def _texts_without_end(drawn: Sequence[Any], notes: Sequence[Any]) -> set[str]:
+    """Return the texts of answers that were cut, wherever they were drawn, and not empty."""
+    ended: dict[str, bool] = {}
+    for answer, note in zip(drawn, notes, strict=False):
+        if isinstance(note, Mapping) and (text := str(answer).strip()):
+            ended[text] = ended.get(text, False) or bool(note.get("ended", True))
+    return {text for text, has_end in ended.items() if not has_end}
