@@ -32,6 +32,7 @@ def spell_out_losses(arguments: Sequence[str]) -> list[str]:
     by a configuration file, after which a flag repeats it.
     """
     spelled: list[str] = []
+    arguments = [_without_class_path(argument) for argument in arguments]
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         name, equals, value = argument.partition("=")
         inline = bool(equals) and name.startswith("-")
@@ -48,9 +49,15 @@ def unknown_loss_in(message: str) -> AlignkitError | None:
     return unknown_loss(found[1]) if found else None
 
 
+def _without_class_path(argument: str) -> str:
+    """Return ``--model.loss`` for ``--model.loss.class_path``, which say the same."""
+    name, equals, value = argument.partition("=")
+    return name.removesuffix(".class_path") + equals + value if name.startswith(_FLAG) else argument
+
+
 def _spelled_value(flag: str, value: str) -> str:
     """Return a flag's value; a loss as JSON with all of its parameters."""
-    if flag != _FLAG and not flag.startswith(f"{_FLAG}."):
+    if not f"{flag}.".startswith(f"{_FLAG}.") or flag.endswith(".help"):
         return value
     try:
         given = yaml.safe_load(value)

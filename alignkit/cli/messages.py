@@ -89,7 +89,10 @@ class OneLineErrors:
         if cause is not None:
             complaint = cause.complaint
             nested = _NESTED.search(message)
-            option = ".".join(filter(None, [option, nested["key"] if nested else cause.option]))
+            place = [option, nested["key"] if nested else ""]
+            if not f".{place[-1]}".endswith(f".{cause.option}"):  # one of the value's own
+                place.append(cause.option)
+            option = ".".join(filter(None, place))
             if complaint.startswith(_GIVE):  # an argument of the class that the option names
                 option, complaint = "", complaint.replace("--", f"--{option}.")
             if complaint == _NO_OPTION and option in set(self.known_options()):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-_FLAG = "--model.optimizer"
+_FLAGS = ("--model.optimizer", "--model.optimizer.class_path", "--model.optimizer.help")
 
 
 def spell_out_optimizers(arguments: Sequence[str]) -> list[str]:
@@ -17,10 +17,11 @@ def spell_out_optimizers(arguments: Sequence[str]) -> list[str]:
     """
     spelled: list[str] = []
     for previous, argument in zip(["", *arguments], arguments, strict=False):
-        if previous == _FLAG:
+        flag, equals, name = argument.partition("=")
+        if previous in _FLAGS:
             argument = _class_path(argument)
-        elif argument.startswith(f"{_FLAG}="):
-            argument = f"{_FLAG}={_class_path(argument.removeprefix(f'{_FLAG}='))}"
+        elif equals and flag in _FLAGS:
+            argument = f"{flag}={_class_path(name)}"
         spelled.append(argument)
     return spelled
 

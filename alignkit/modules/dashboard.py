@@ -71,8 +71,8 @@ class Dashboard(Callback):
             histograms["val/margins"] = watch.margins
         for logger in _tensorboards(trainer) if trainer.is_global_zero else ():
             for name, parts in histograms.items():
-                if parts:
-                    values = torch.cat(parts).float().cpu()
+                values = torch.cat([torch.empty(0), *(part.float().cpu() for part in parts)])
+                if len(values := values[values.isfinite()]):
                     logger.experiment.add_histogram(name, values, trainer.global_step)
         self._lay_out(trainer, pl_module)
 

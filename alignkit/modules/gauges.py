@@ -56,8 +56,8 @@ class RatedPairs:
 
     @property
     def credit(self) -> Tensor:
-        """Return 1 for a pair that is ranked right, ½ for a tie and 0 for a wrong one, [B]."""
-        return (self.margin.sign() + 1) / 2
+        """Return 1 for a pair that is ranked right, ½ for a tie, 0 for a wrong one, NaN for NaN."""
+        return (_sign(self.margin) + 1) / 2
 
     def sums(self) -> dict[str, Tensor]:
         """Return the sums over pairs of what TRL logs, by its names; a tie is half right."""
@@ -139,7 +139,7 @@ class LikeLengthAccuracy(Gauge):
     def batch_sums(self, pairs: RatedPairs) -> Tensor:
         """Return the credit and the number of those pairs."""
         alike = exact(pairs.alike)
-        return _sums(pairs.credit * alike, alike)
+        return _sums(pairs.credit.where(pairs.alike, 0), alike)
 
     def value(self, *sums: Tensor) -> Tensor:
         """Return their quotient."""
@@ -174,8 +174,8 @@ class Displacement(Gauge):
 
     def batch_sums(self, pairs: RatedPairs) -> Tensor:
         """Return the number of those pairs and of all."""
-        fell = exact(pairs.policy.chosen < pairs.reference.chosen)
-        return _sums(fell, torch.ones_like(fell))
+        change = exact(pairs.policy.chosen) - exact(pairs.reference.chosen)
+        return _sums(_sign(change).clamp(max=0).neg(), torch.ones_like(change))
 
     def value(self, *sums: Tensor) -> Tensor:
         """Return their quotient."""
@@ -215,7 +215,7 @@ class CalibrationError(Gauge):
     def batch_sums(self, pairs: RatedPairs) -> Tensor:
         """Return the number, the probability and the credit of the pairs of each bin."""
         predicted = torch.sigmoid(pairs.margin.abs())
-        bins = ((predicted - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+        bins = ((predicted - 0.5) * 2 * BINS).nan_to_num().long().clamp(max=BINS - 1)
         columns = (torch.ones_like(predicted), predicted, pairs.credit)
         zeros = predicted.new_zeros(BINS)
         return torch.cat([zeros.index_add(0, bins, column) for column in columns])
@@ -236,6 +236,11 @@ GAUGES: dict[str, type[Gauge]] = {
     "calibration_error": CalibrationError,
 }
 """The gauges by the names that they are logged under; TRL has none of them."""
+
+
+def _sign(values: Tensor) -> Tensor:
+    """Return −1, 0 or 1; NaN for NaN, where torch's own is 0."""
+    return values.sign().where(~values.isnan(), values)
 
 
 def _sums(*columns_B: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from alignkit.engine import PackedBatch, score_with_stats
+from alignkit.modules.answers import refuse_rejected_answers
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.language import cross_entropy_sum
@@ -12,6 +13,11 @@ class LanguageModule(AlignmentModule):
     """Minimise the mean negative log-likelihood of the scored tokens, in nats."""
 
     perplexity = True
+
+    def setup(self, stage: str) -> None:
+        """Refuse data in which some answers are not to be imitated."""
+        super().setup(stage)
+        refuse_rejected_answers(self)
 
     def compute_loss(self, batch: PackedBatch) -> LossOutput:
         """Return the summed cross-entropy, and in validation token accuracy and entropy."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from alignkit.modules.answers import refuse_rows_with_other_counts
+from alignkit.modules.answers import reads_as_we_do, refuse_rows_with_other_counts
 from alignkit.modules.base import AlignmentModule
 from alignkit.modules.gauges import GAUGES, Gauge, RatedPairs
 from alignkit.utils.exact import exact
@@ -40,8 +40,7 @@ class WatchedModule(AlignmentModule):
             AlignkitError: There is one.
         """
         super().setup(stage)
-        own = (getattr(type(self), name, None) for name in ("compute_loss", "scores"))
-        if all(each is None or each.__module__.startswith("alignkit.") for each in own):
+        if reads_as_we_do(self):
             data = getattr(self.trainer, "datamodule", None)
             splits = {"fit": ["train", "validation"], "validate": ["validation"], "test": ["test"]}
             read = splits.get(stage, [])
@@ -60,9 +59,9 @@ class WatchedModule(AlignmentModule):
         self.watch.reset()
 
     def on_train_batch_end(self, *args: Any) -> None:
-        """Check whether chosen answers fall, at the steps that are logged."""
+        """Check whether chosen answers fall, after the steps that are logged."""
         super().on_train_batch_end(*args)
-        if self.is_logged_step:
+        if self.is_logged_step and not self.window.micro_batches:
             self.watch.falling.check()
 
     def _log_evaluation(self, stage: str) -> None:

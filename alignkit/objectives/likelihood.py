@@ -120,7 +120,3 @@ class CPO(PreferenceLoss):
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
         margin_B = self.beta * (policy.chosen - policy.rejected)
         return smoothed(margin_B, self.label_smoothing) - self.alpha * policy.per_token().chosen
-
-    def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
-        """Return β log π(y|x) of both sides, [B] each."""
-        return self.beta * policy.chosen, self.beta * policy.rejected

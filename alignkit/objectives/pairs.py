@@ -8,8 +8,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from math import inf
+from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -105,6 +105,9 @@ class PreferenceLoss:
 
     def __post_init__(self) -> None:
         """Refuse parameters out of their range: ``label_smoothing`` lies in [0, 0.5)."""
+        for name, each in getattr(self, "__dataclass_fields__", {}).items():
+            if each.type in ("float", float) and not isinstance(getattr(self, name), Real):
+                self.refuse(name, "must be a number")
         for name in self.positive:
             if not 0 < getattr(self, name) < inf:
                 self.refuse(name, "must be positive")
@@ -118,7 +121,7 @@ class PreferenceLoss:
             AlignkitError: One is.
         """
         for name in names:
-            if not 0 <= getattr(self, name) < inf:
+            if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) < inf:
                 self.refuse(name, "must be at least 0")
 
     def refuse(self, name: str, rule: str) -> NoReturn:
@@ -156,8 +159,10 @@ class PreferenceLoss:
         """Return the rewards of the chosen and of the rejected responses, [B] fp32 each.
 
         By default they are DPO's implicit rewards, ``β log π(y|x)/π_ref(y|x)`` (arXiv:2305.18290,
-        equation 5, up to the partition function).
+        equation 5, up to the partition function), and ``β log π(y|x)`` without a reference.
         """
+        if not self.uses_reference:
+            return self.beta * policy.chosen, self.beta * policy.rejected
         return (
             self.beta * (policy.chosen - reference.chosen),
             self.beta * (policy.rejected - reference.rejected),
@@ -196,20 +201,3 @@ def known_losses() -> Iterator[type[PreferenceLoss]]:
         pending += kind.__subclasses__()
         if "__dataclass_fields__" in vars(kind):
             yield kind
-
-
-def unknown_loss(name: str) -> AlignkitError:
-    """Return the error about a name that no loss has, with a suggestion and the known names."""
-    kinds = {kind.__name__: kind for kind in known_losses()}
-    if name.casefold() == "kto":
-        return AlignkitError("model.loss KTO: takes unpaired answers; train it with KTOModule")
-    meant = [other for other, kind in kinds.items() if kind.trl_name == name]
-    folded = {other.casefold(): other for other in kinds}
-    close = get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
-    meant = meant or [folded[match] for match in close]
-    hint = f"did you mean {meant[0]}? " if meant else ""
-    listed = ", ".join(sorted(kinds, key=str.casefold))
-    return AlignkitError(
-        f"model.loss: there is no preference loss {name!r}; {hint}"
-        f"choose one of {listed}, or the class path of your own"
-    )

@@ -16,12 +16,13 @@ from alignkit.objectives.logistic import (
     RobustDPO,
     UnpairedAOT,
 )
-from alignkit.objectives.pairs import PairScores, PreferenceLoss, known_losses, unknown_loss
+from alignkit.objectives.pairs import PairScores, PreferenceLoss, known_losses
 from alignkit.objectives.pointwise import BCO, NCA, APODown, APOZero
 from alignkit.objectives.ranked import PlackettLuce, RankedScores
 from alignkit.objectives.reference_free import ORPO, AlphaPO, SimPO
 from alignkit.objectives.regression import IPO, SPPO, Hinge
 from alignkit.objectives.reweighted import LDDPO, WPO
+from alignkit.objectives.unknown import unknown_loss
 from alignkit.objectives.weighted import WeightedSum
 
 __all__ = [

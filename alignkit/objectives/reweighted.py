@@ -75,6 +75,8 @@ class WPO(PreferenceLoss):
         # A checkpoint's hyper-parameters hold the loss as plain values.
         if isinstance(self.of, Mapping):
             object.__setattr__(self, "of", PreferenceLoss.from_dict(self.of))
+        if not isinstance(self.of, PreferenceLoss):
+            self.refuse("of", "must be a loss, such as IPO()")
         if self.of.whole_step or self.of.ranks or self.of.weighs_tokens or self.of.weighs_answers:
             self.refuse("of", "must be a loss of single pairs, without weights of its own")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import inf
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -80,6 +81,9 @@ class KTO:
 
     def __post_init__(self) -> None:
         """Refuse parameters out of their range."""
+        for name, value in vars(self).items():
+            if not isinstance(value, Real):
+                raise AlignkitError(f"model.loss.{name} of KTO: must be a number, got {value!r}")
         if not 0 < self.beta < inf:
             raise AlignkitError(f"model.loss.beta of KTO: must be positive, got {self.beta}")
         for name in ("desirable_weight", "undesirable_weight"):

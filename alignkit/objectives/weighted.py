@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
+from numbers import Real
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -35,19 +36,24 @@ class WeightedSum(PreferenceLoss):
     def __post_init__(self) -> None:
         """Refuse no terms, terms that weigh tokens, and weights that are not one a term."""
         super().__post_init__()
+        for name in ("terms", "weights"):
+            if not isinstance(getattr(self, name), (list, tuple)):
+                self.refuse(name, "must be a list, of one value a term")
         # A checkpoint's hyper-parameters hold terms as plain values, in lists.
         terms = (PreferenceLoss.from_dict(t) if isinstance(t, Mapping) else t for t in self.terms)
         object.__setattr__(self, "terms", tuple(terms))
         object.__setattr__(self, "weights", tuple(self.weights) or (1.0,) * len(self.terms))
         if not self.terms:
             self.refuse("terms", "must name at least one loss")
+        if not all(isinstance(term, PreferenceLoss) for term in self.terms):
+            self.refuse("terms", "must all be losses over answers to one prompt")
         if any(term.weighs_tokens for term in self.terms):
             self.refuse("terms", "must share one sum of log-probs, and one of them weighs tokens")
         if self.ranks and self.whole_step:
             self.refuse("terms", "must not compare the pairs of a step and rank k answers at once")
         if len(self.weights) != len(self.terms):
             self.refuse("weights", f"must be one a term ({len(self.terms)})")
-        if not all(0 < weight < inf for weight in self.weights):
+        if not all(_is_number(weight) and 0 < weight < inf for weight in self.weights):
             self.refuse("weights", "must be positive")
 
     @property
@@ -89,3 +95,7 @@ class WeightedSum(PreferenceLoss):
             "weights": list(self.weights),
         }
         return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real)

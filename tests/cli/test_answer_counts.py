@@ -54,3 +54,33 @@ def test_a_row_with_more_answers(
     line = one_error(err)
     assert f"rows/{odd}.jsonl:3: has 3 answers: " in line and said in line
     assert "step 1/" not in err and not list(Path().rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "said"),
+    [
+        ("DPOModule", "UnpairedDataModule", "DPO compares the answers to a prompt"),
+        ("RewardModule", "UnpairedDataModule", "BradleyTerry compares the answers to a prompt"),
+        ("SFTModule", "UnpairedDataModule", "SFTModule imitates every answer"),
+        ("SFTModule", "PreferenceDataModule", "SFTModule imitates every answer"),
+        ("LoRAModule", "PreferenceDataModule", "use SFTDataModule, which takes the chosen ones"),
+    ],
+)
+def test_data_of_another_stage(
+    model: str, data: str, said: str, alignkit: Callable, model_dir: Callable, workplace: Path
+) -> None:
+    """They would train on answers that nobody prefers."""
+    pair = data == "PreferenceDataModule"
+    rows = [
+        {"prompt": f"Why {n}?", "chosen": f"{n}.", "rejected": "No."}
+        if pair
+        else {"prompt": f"Why {n}?", "completion": f"{n}.", "label": n % 2 == 0}
+        for n in range(80)
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, err = alignkit(
+        "fit", "--model", model, "--model.base", model_dir("gpt2"), "--data", data,
+        "--data.path", "rows.jsonl", "--trainer.max_steps", 1, "--trainer.accelerator", "cpu",
+    )  # fmt: skip
+    assert status == 2
+    assert said in one_error(err)

@@ -228,7 +228,14 @@ def test_a_weighted_sum_without_terms_is_refused(alignkit: Callable, workplace: 
     assert "NoSuchLoss" in err and len(err.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("flag", [["--model.optimizer", "SGD"], ["--model.optimizer=SGD"]])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        ["--model.optimizer", "SGD"],
+        ["--model.optimizer=SGD"],
+        ["--model.optimizer.class_path", "SGD"],
+    ],
+)
 def test_a_short_name_is_pytorchs_optimizer(
     flag: list[str], alignkit: Callable, workplace: Path
 ) -> None:
@@ -242,6 +249,25 @@ def test_a_short_name_is_pytorchs_optimizer(
     assert status == 0, err
     optimizer = yaml.safe_load(out)["model"]["init_args"]["optimizer"]
     assert optimizer["class_path"] == "torch.optim.SGD"
+    status, out, err = alignkit("fit", "--model", "SFTModule", "--model.optimizer.help", "SGD")
+    assert status == 0, err
+    assert "--optimizer.momentum MOMENTUM" in out
+
+
+@pytest.mark.parametrize("stage", ["dpo.yaml", "sft.yaml"])
+def test_a_policy_that_is_lost_ends_with_a_warning(
+    stage: str,
+    alignkit: Callable,
+    model_dir: Callable[[str], Path],
+    hh: Path,
+    text: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its step was finite, and what came out is not: gauges and histograms have nothing to show."""
+    rate = ["--model.optimizer.lr", 1e30]
+    status, _, err = alignkit(*quick(f"demo/{stage}", model_dir, hh, text, 1), *rate)
+    assert status == 0, err
+    assert "val/loss is nan" in caplog.text
 
 
 def test_print_config_is_a_config(alignkit: Callable, workplace: Path) -> None:

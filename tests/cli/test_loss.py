@@ -51,6 +51,8 @@ def loss_of(alignkit: Callable, workplace: Path) -> Callable[..., PreferenceLoss
             WeightedSum((WPO(SPPO()),)),
         ),
         (["{class_path: WPO, init_args: {of: SimPO}}"], WPO(SimPO())),
+        (["WPO", "--model.loss.of.class_path", "SPPO"], WPO(SPPO())),
+        (["IPO", "--model.loss.class_path=SimPO", "--model.loss.gamma", 0.7], SimPO(gamma=0.7)),
     ],
     ids=lambda value: str(value),
 )
@@ -102,3 +104,18 @@ def test_a_file_may_change_a_parameter_alone(loss_of: Callable) -> None:
 def test_by_the_short_flag(flags: list[object], loss: PreferenceLoss, loss_of: Callable) -> None:
     """Parameters go to the loss that it names, whatever stands first."""
     assert loss_of(*DPO_COMMAND, *flags) == loss
+
+
+@pytest.mark.parametrize("flag", [["--model.loss.help", "SimPO"], ["--model.loss.help=SimPO"]])
+def test_the_parameters_of_a_loss_are_told(flag: list[str], alignkit: Callable) -> None:
+    status, out, err = alignkit(*FIT, *flag)
+    assert status == 0, err
+    assert "--loss.gamma GAMMA" in out and "--loss.beta BETA" in out
+
+
+def test_a_mistake_inside_a_term_is_named(alignkit: Callable, workplace: Path) -> None:
+    terms = "[{class_path: DPO, init_args: {gamma: 0.3}}]"
+    loss = ["--model.loss", "WeightedSum", "--model.loss.terms", terms]
+    status, _, err = alignkit(*FIT, "--data.path", "pairs.jsonl", *loss)
+    assert status == 2
+    assert err.startswith("alignkit: error: model.loss.terms.gamma: no such option"), err

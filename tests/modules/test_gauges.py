@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,20 @@ def test_a_validation_logs_them_beside_what_trl_logs(model_dir: Callable, tmp_pa
     assert "val/accuracy" not in logged  # one number under one name
 
 
+@pytest.mark.parametrize("name", [*GAUGES])
+def test_a_policy_that_is_lost_is_not_a_number(name: str) -> None:
+    """A NaN is neither a tie nor the first bin, and no error of an index."""
+    gauge = GAUGES[name]()
+    gauge.update(rated([(nan, -50.0, -50.0, -50.0, 9, 9), (-40.0, -50.0, -50.0, -49.0, 9, 8)]))
+    assert gauge.compute().isnan()
+    apart = rated([(nan, -5.0, -5.0, -5.0, 90, 9), (-4.0, -5.0, -5.0, -4.9, 9, 9)])
+    assert apart.sums()["rewards/accuracies"].isnan()
+    if name == "accuracy_like_length":  # of pairs that the NaN is none of
+        gauge.reset()
+        gauge.update(apart)
+        assert gauge.compute() == 1
+
+
 def test_a_loss_without_a_reference_has_the_gauges_that_need_none(
     model_dir: Callable, tmp_path: Path
 ) -> None:
@@ -205,6 +220,25 @@ def test_training_that_pushes_both_down_is_told(
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, max_epochs=10).fit(module, loader(rows, 8))
     assert caplog.text.count("chosen answers become less likely") == 1
+
+
+def test_the_warning_waits_for_the_whole_step(
+    model_dir: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of eight pairs in four micro-batches, none of which has enough for a standard error."""
+    shared = list(range(10, 40))
+    rows = [Example([5, n], [[*shared, 50 + n], [*shared, 99]]) for n in range(8)]
+    module = DPOModule(
+        str(model_dir("gpt2")),
+        loss=SinkBoth(beta=0.5),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=0.02),
+        schedule="constant_with_warmup",
+    )
+    run = trainer(tmp_path, max_epochs=10, accumulate_grad_batches=4, log_every_n_steps=1)
+    with caplog.at_level(logging.WARNING):
+        run.fit(module, loader(rows, 2))
+    assert caplog.text.count("chosen answers become less likely") == 1
+    assert "of 8 pairs" in caplog.text
 
 
 class SinkBoth(DPO):

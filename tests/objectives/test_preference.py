@@ -7,8 +7,9 @@ plain fraction: σ(ln 3) = 3/4, σ(−ln 3) = 1/4, and βΔ = 2 ln 3 = ln 9 give
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from math import exp, inf, log, nan
+from typing import ClassVar
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from alignkit.objectives.preference import (
     ORPO,
     RPO,
     SPPO,
+    WPO,
     AlphaDPO,
     AlphaPO,
     APODown,
@@ -47,6 +49,8 @@ from alignkit.objectives.preference import (
     known_losses,
     unknown_loss,
 )
+from alignkit.objectives.reward import BradleyTerry
+from alignkit.objectives.unpaired import KTO
 
 BETA = 0.5
 LN3 = log(3)
@@ -348,6 +352,23 @@ def test_nothing_added_is_dpo() -> None:
     assert torch.equal(WeightedSum((DPO(BETA),))(REFERENCE, POLICY), plain)
 
 
+def test_rewards_without_a_reference_are_the_policy_s_own() -> None:
+    """Of a loss of one's own, whose reference scores are the policy's: a difference is 0."""
+
+    @dataclass(frozen=True)
+    class Margin(PreferenceLoss):
+        beta: float = 0.5
+        uses_reference: ClassVar[bool] = False
+
+        def __call__(self, policy: PairScores, reference: PairScores) -> torch.Tensor:
+            return policy.rejected - policy.chosen
+
+    for loss in (Margin(), WeightedSum((Margin(), DPO()))):
+        chosen, rejected = loss.rewards(POLICY, POLICY.detached())
+        assert torch.equal(chosen, 0.5 * POLICY.chosen)
+        assert torch.equal(rejected, 0.5 * POLICY.rejected)
+
+
 def test_a_sum_reads_the_reference_where_a_term_does() -> None:
     assert WeightedSum((ChosenNLL(), DPO())).uses_reference
     assert not WeightedSum((ChosenNLL(), SimPO())).uses_reference
@@ -365,6 +386,16 @@ def test_a_sum_reads_the_reference_where_a_term_does() -> None:
         (lambda: WeightedSum(()), "terms of WeightedSum: must name at least one loss"),
         (lambda: WeightedSum((DPO(),), (1.0, 2.0)), r"weights of WeightedSum: must be one a term"),
         (lambda: WeightedSum((DPO(),), (0.0,)), "weights of WeightedSum: must be positive"),
+        (lambda: WeightedSum((DPO(),), ("1",)), "weights of WeightedSum: must be positive"),
+        (lambda: WeightedSum((DPO(),), 1.0), "weights of WeightedSum: must be a list"),
+        (lambda: WeightedSum(DPO()), "terms of WeightedSum: must be a list"),
+        (lambda: WeightedSum((KTO(),)), "terms of WeightedSum: must all be losses over answers"),
+        (lambda: WPO("IPO"), "of of WPO: must be a loss, such as IPO"),
+        (lambda: DPO(beta="0.1"), "beta of DPO: must be a number, got 0.1"),
+        (lambda: DPO(label_smoothing=None), "label_smoothing of DPO: must be a number"),
+        (lambda: SimPO(gamma="1"), "gamma of SimPO: must be a number"),
+        (lambda: KTO(undesirable_weight=None), "undesirable_weight of KTO: must be a number"),
+        (lambda: BradleyTerry(margin="1"), "margin of BradleyTerry: must be at least 0"),
     ],
 )
 def test_parameters_that_cannot_work_are_refused(make: Callable, said: str) -> None:

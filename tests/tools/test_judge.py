@@ -17,7 +17,15 @@ from alignkit.engine import collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import adapters_disabled
 from alignkit.models.checkpoint import load_policy
-from alignkit.objectives.preference import DPO, IPO, SimPO, WeightedSum
+from alignkit.objectives.preference import (
+    DPO,
+    IPO,
+    WPO,
+    ChosenNLL,
+    PreferenceLoss,
+    SimPO,
+    WeightedSum,
+)
 from alignkit.objectives.unpaired import KTO
 from alignkit.tools.judge.command import judge
 from alignkit.tools.judge.scoring import FoundJudge, _trained_with
@@ -143,6 +151,18 @@ def test_a_run_is_judged_as_it_was_trained(
         judge(str(pairs), model=policy)
 
 
+def test_a_reference_that_moved_is_the_first_one(
+    model_dir: Callable, pairs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By TR-DPO the last reference may be the policy itself, against which nothing is better."""
+    base = model_dir("gpt2")
+    policy = str(fit("DPOModule", base, pairs, "--model.reference_every", 1))
+    named = judge(str(pairs), model=policy, reference=str(base))
+    assert "refreshed its reference" not in caplog.text
+    assert judge(str(pairs), model=policy) == named
+    assert "the run refreshed its reference; its first one is taken" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
@@ -261,6 +281,22 @@ def test_a_repeated_answer_does_not_cost_its_row(
     assert judged == [["Ash.", "Fig.", "Oak."], ["3.", "Three."]]
     assert run("audit", drawn, "--columns.responses", "candidates") == 0
     assert "alignkit audit --columns.responses candidates says why" in told
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        WPO(SimPO(beta=0.7)),
+        WPO(DPO(beta=0.7)),
+        WeightedSum((WeightedSum((DPO(beta=0.7), IPO())), ChosenNLL())),
+        WeightedSum((WPO(IPO(beta=0.7)), DPO())),
+    ],
+    ids=str,
+)
+def test_the_scale_of_a_loss_inside_a_loss(loss: PreferenceLoss) -> None:
+    settings = {"loss": loss.to_dict(), "reference": "base", "base": "gpt2", "lora": {}}
+    reads = loss.uses_reference
+    assert _trained_with(settings) == (None, 0.7 if reads else None)
 
 
 def test_answers_that_were_cut_are_counted(

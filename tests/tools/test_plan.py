@@ -62,6 +62,30 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
+@pytest.mark.parametrize(
+    ("loss", "models"),
+    [
+        ({"class_path": "WPO", "init_args": {"of": "IPO"}}, 2),
+        ({"class_path": "WeightedSum", "init_args": {"terms": ["DPO", "ChosenNLL"]}}, 2),
+        ({"class_path": "WeightedSum", "init_args": {"terms": ["SimPO", "ChosenNLL"]}}, 1),
+    ],
+)
+def test_a_loss_inside_a_loss_is_planned(loss: dict[str, Any], models: int, llama: Path) -> None:
+    settings = read_settings(parse(arguments(llama, loss=loss)))
+    assert settings.reference == ("copy" if models == 2 else "none")
+
+
+def test_unpaired_answers_are_planned(llama: Path) -> None:
+    settings = read_settings(
+        parse([
+            "--model", "KTOModule", "--model.base", str(llama), "--model.loss.beta", "0.2",
+            "--data", "UnpairedDataModule", "--data.path", "rows.jsonl",
+        ])
+    )  # fmt: skip
+    assert settings.reference == "copy"
+    assert plan(settings, 2**34).parameters["trained"] > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",

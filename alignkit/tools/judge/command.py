@@ -51,8 +51,8 @@ def judge(
             id, as the data modules take it.
         model: A reward model (a checkpoint, a run's folder, or what ``export --to reward`` wrote),
             or a policy, whose implicit reward is β (log π(y|x) − log π_ref(y|x)).
-        reference: π_ref, as ``model``; by default what a run of DPO or KTO was trained against, and
-            the policy without its adapters otherwise.
+        reference: π_ref, as ``model``; by default what a run of DPO or KTO was trained against (as
+            it began, where the run refreshed it), and the policy without its adapters otherwise.
         beta: β, the scale of the implicit reward; by default that of the run, or 0.1.
         output: A JSON-lines file for the rows: ``prompt``, ``responses`` from the best to the
             worst, and their ``scores``, which the data modules read. What a run that is stopped

@@ -113,8 +113,13 @@ def find_judge(
             is_reward = holds_reward(checkpoint)
             is_whole = checkpoint["hyper_parameters"]["lora"] is None
             if not is_reward:
-                theirs, scale = _trained_with(checkpoint["hyper_parameters"])
+                settings = checkpoint["hyper_parameters"]
+                theirs, scale = _trained_with(settings)
                 beta = scale if beta is None else beta
+                if reference is None and settings.get("reference_every"):
+                    log.warning(
+                        "%s: the run refreshed its reference; its first one is taken", place
+                    )
                 if reference is None and theirs is not None:
                     reference = _there(theirs, flags)
                     log.info("%s %s: as the run was trained", flags.reference, reference)
@@ -144,8 +149,9 @@ def _trained_with(settings: Mapping[str, Any]) -> tuple[str | None, float | None
     if named in (None, "base"):  # a whole model has no adapters to take off
         named = settings["base"] if settings.get("lora") is None else None
     values = loss.get("init_args") or loss
-    if values.get("terms"):  # whose rewards are those of the first
-        values = values["terms"][0].get("init_args") or {}
+    # The rewards of a sum are those of its first term, and WPO's those of the loss inside.
+    while inside := (values.get("terms") or [values.get("of")])[0]:
+        values = inside.get("init_args") or {}
     return named, values.get("beta")
 
 

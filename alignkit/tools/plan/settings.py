@@ -97,7 +97,7 @@ def read_settings(config: Namespace) -> Settings:
     """
     stage, model = _class_and_arguments(config.model)
     source, data = _class_and_arguments(config.data)
-    trainer = config.trainer.as_dict()
+    trainer = _plain(config.trainer)
     if shards_blocks(trainer.get("strategy") or "auto"):
         raise AlignkitError(
             "trainer.strategy: plan counts models that every process holds whole; leave the "
@@ -136,9 +136,18 @@ def read_settings(config: Namespace) -> Settings:
 
 
 def _class_and_arguments(part: Namespace) -> tuple[type, dict[str, Any]]:
-    arguments = part.as_dict()
+    arguments = _plain(part)
     given = {**(arguments.get("init_args") or {}), **(arguments.get("dict_kwargs") or {})}
     return _class_at(arguments["class_path"]), given
+
+
+def _plain(value: Any) -> Any:
+    """Return parsed values as dictionaries, those in lists as well."""
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _class_at(path: str) -> type:
@@ -170,7 +179,7 @@ def _reference(stage: type, model: Mapping[str, Any]) -> str:
     if choice is not None:
         return str(choice)
     loss = model.get("loss")
-    if isinstance(loss, Mapping):
+    if isinstance(loss, Mapping) and "class_path" in loss:  # KTO's are its parameters alone
         loss = _class_at(loss["class_path"])(**(loss.get("init_args") or {}))
     return COPY if getattr(loss, "uses_reference", True) else NONE
 
