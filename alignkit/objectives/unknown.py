@@ -1,4 +1,4 @@
-"""Name the losses that there are, where one was named that is none of them."""
+"""List the losses that there are, where one was named that is none of them."""
 
 from __future__ import annotations
 

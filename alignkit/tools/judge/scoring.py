@@ -117,9 +117,7 @@ def find_judge(
                 theirs, scale = _trained_with(settings)
                 beta = scale if beta is None else beta
                 if reference is None and settings.get("reference_every"):
-                    log.warning(
-                        "%s: the run refreshed its reference; its first one is taken", place
-                    )
+                    log.warning("%s: the run refreshed its reference; the first is taken", place)
                 if reference is None and theirs is not None:
                     reference = _there(theirs, flags)
                     log.info("%s %s: as the run was trained", flags.reference, reference)
