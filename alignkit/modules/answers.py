@@ -1,4 +1,4 @@
-"""Refuse rows with another number of answers than a loss takes, before a run or in a batch."""
+"""Refuse answers that an objective does not take: in number or in kind, before a run or in it."""
 
 from __future__ import annotations
 

@@ -205,10 +205,14 @@ def test_without_a_reference_validations_are_compared(caplog: pytest.LogCaptureF
     assert caplog.text.count("chosen answers become less likely (by 1 nats") == 1
 
 
+@pytest.mark.parametrize("micro_batches", [1, 4])
 def test_training_that_pushes_both_down_is_told(
-    model_dir: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    micro_batches: int, model_dir: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All rejected answers are one text, and the chosen ones share most of it: both fall."""
+    """All rejected answers are one text, and the chosen ones share most of it: both fall.
+
+    It is told of the whole step: a micro-batch of two pairs has too few for a standard error.
+    """
     shared = list(range(10, 40))
     rows = [Example([5, n], [[*shared, 50 + n], [*shared, 99]]) for n in range(8)]
     module = DPOModule(
@@ -217,26 +221,9 @@ def test_training_that_pushes_both_down_is_told(
         optimizer=lambda p: torch.optim.AdamW(p, lr=0.02),
         schedule="constant_with_warmup",
     )
+    steps = {"accumulate_grad_batches": micro_batches, "log_every_n_steps": 1}
     with caplog.at_level(logging.WARNING):
-        trainer(tmp_path, max_epochs=10).fit(module, loader(rows, 8))
-    assert caplog.text.count("chosen answers become less likely") == 1
-
-
-def test_the_warning_waits_for_the_whole_step(
-    model_dir: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of eight pairs in four micro-batches, none of which has enough for a standard error."""
-    shared = list(range(10, 40))
-    rows = [Example([5, n], [[*shared, 50 + n], [*shared, 99]]) for n in range(8)]
-    module = DPOModule(
-        str(model_dir("gpt2")),
-        loss=SinkBoth(beta=0.5),
-        optimizer=lambda p: torch.optim.AdamW(p, lr=0.02),
-        schedule="constant_with_warmup",
-    )
-    run = trainer(tmp_path, max_epochs=10, accumulate_grad_batches=4, log_every_n_steps=1)
-    with caplog.at_level(logging.WARNING):
-        run.fit(module, loader(rows, 2))
+        trainer(tmp_path, max_epochs=10, **steps).fit(module, loader(rows, 8 // micro_batches))
     assert caplog.text.count("chosen answers become less likely") == 1
     assert "of 8 pairs" in caplog.text
 
