@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,9 @@ def test_training_and_validation_need_no_float64(
     for name, module in list(sys.modules.items()):
         if name.startswith("alignkit.") and hasattr(module, "exact_dtype"):
             monkeypatch.setattr(module, "exact_dtype", lambda device: torch.float32)
-    examples = [Example(e.prompt, e.responses, label=i % 2 == 0) for i, e in enumerate(pairs(8))]
+    examples = pairs(8)
+    if kind is KTOModule:
+        examples = [replace(e, label=i % 2 == 0) for i, e in enumerate(examples)]
     if kind is SFTModule:
         examples = [Example(e.prompt, e.responses[:1]) for e in examples]
     made = kind(str(model_dir("llama")), optimizer=sgd, schedule="constant_with_warmup")
