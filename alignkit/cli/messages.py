@@ -39,6 +39,7 @@ _PROBLEM = re.compile(r"Problem with given class_path '(?P<path>[^']+)':\s*")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)")
 _GIVE = "give "
 _NO_OPTION = "no such option"
+_NOT_ADDED = "nothing can be added to it; give the whole list: '[…, …]'"
 _DUMP = re.compile(r"\s*\S*(?:Namespace|NestedArg)\(.*", re.DOTALL)
 
 
@@ -103,6 +104,9 @@ class OneLineErrors:
             if unknown and not option:
                 option, complaint = unknown["name"], _NO_OPTION
             complaint += self._suggestion(message, option)
+        listed, added, _ = option.partition("+")
+        if added and complaint.startswith((_NO_OPTION, _NOT_ADDED)):  # by an inner parser
+            option, complaint = listed, _NOT_ADDED
         command = self.prog.replace(" [options]", "")
         raise OptionError(option, complaint, command) from None
 

@@ -89,9 +89,14 @@ def test_mistaken_commands(arguments: list[str], line: str) -> None:
         (["--tokens_per_bacth", "3"], "did you mean data.tokens_per_batch?"),
         (["--model.loss", "IPOO"], "did you mean IPO?"),
         (["--model.loss.beat", "3"], "did you mean beta?"),
+        (["--model.lora.targets+", "c_attn"], "model.lora.targets: nothing can be added to it"),
+        (
+            ["--model.loss", "WeightedSum", "--model.loss.terms+=DPO"],
+            "model.loss.terms: nothing can be added to it; give the whole list: '[…, …]'; see",
+        ),
     ],
 )
-def test_a_mistaken_option_names_the_nearest(
+def test_a_mistaken_option_names_what_is_meant(
     alignkit: Callable, arguments: list[str], told: str
 ) -> None:
     stage = ("--model", "DPOModule", "--data", "HHPreferenceDataModule")
