@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alignkit.data import HHPreferenceDataModule
+from alignkit.data import HHPreferenceDataModule, PreferenceDataModule
 from alignkit.data.read.split_names import split_files
 from alignkit.errors import AlignkitError
 from alignkit.tools.audit.command import audit
-from tests.data.conftest import write_jsonl
+from tests.data.conftest import pair, write_jsonl
 
 GOOD = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
 OF_12 = [f"train-{i:05d}-of-00012.parquet" for i in range(12)]
@@ -115,3 +117,38 @@ def test_a_directory_of_choices_is_an_error_that_lists_them(
         make(HHPreferenceDataModule, tmp_path).train_dataloader()
     one = make(HHPreferenceDataModule, tmp_path / "train_prefs.jsonl")
     assert one.train_dataloader() and one.stats["rows"] == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("test.jsonl", "test"),
+        ("val.jsonl", "val"),
+        ("validation-00000-of-00001.jsonl", "validation"),
+        ("train.jsonl", ""),
+        ("rows.jsonl", ""),
+    ],
+)
+def test_one_file_is_train_alone_whatever_its_name(
+    name: str,
+    split: str,
+    tmp_path: Path,
+    make: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Read as both, what is measured would be what is trained, and audit would count it twice."""
+    path = write_jsonl(tmp_path / name, [pair(random.Random(i)) for i in range(20)])
+    data = make(PreferenceDataModule, path, val_fraction=0.2)
+    with caplog.at_level(logging.WARNING, "alignkit.data"):
+        data.setup()
+    train, held_out = ({str(e) for e in data._sets[s]} for s in ("train", "validation"))
+    assert (len(train), len(held_out), len(train & held_out)) == (16, 4, 0)
+    told = [r.message for r in caplog.records if "it is train" in r.message]
+    assert len(told) == bool(split)
+    assert audit(str(path))["rows"] == 20
+    if split:
+        asked = {"validation": split}
+        assert json.dumps(asked) in told[0]
+        measured = make(PreferenceDataModule, path, splits=asked)
+        measured.setup()
+        assert len(measured._sets["validation"]) == 20

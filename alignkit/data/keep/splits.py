@@ -21,7 +21,7 @@ from alignkit.data.keep.position import SETTINGS, SOURCES
 from alignkit.data.keep.store import ExampleSet, Store, StoreWriter
 from alignkit.data.read.hashes import digest_of
 from alignkit.data.read.rows import Source
-from alignkit.data.read.sources import DataPath, not_read, quotas, weights_of
+from alignkit.data.read.sources import DataPath, not_read, quotas, trained_on, weights_of
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import TextFormat
 from alignkit.utils.phases import phase
@@ -126,7 +126,7 @@ def open_splits(
     sizes: list[int] = []
     for place in weights:
         found = find(place)
-        if announce and not named and (told := not_read(place)):
+        if announce and not named and (told := not_read(place) or trained_on(place)):
             log.warning("%s", told)
         opened = {
             split: [opener.open(source) for source in sources] for split, sources in found.items()

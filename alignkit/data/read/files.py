@@ -65,12 +65,15 @@ def file_source(path: Path, hashes: Hashes = file_hash) -> Source:
 def file_splits(path: Path, hashes: Hashes, asked: Collection[str] | None = None) -> Splits:
     """Return the rows of one file as ``train``, or by the names asked for: that one or its own.
 
+    Unasked, ``test.jsonl`` is ``train`` alone: as both it would be measured on what it trains.
+
     Raises:
         AlignkitError: As `file_source`, or another name is asked for.
     """
     source = file_source(path, hashes)
     offered = dict.fromkeys(("train", *names_offered([path.name])))
-    return {name: [source] for name in pick_splits(str(path), offered, asked)}
+    names = ["train"] if asked is None else pick_splits(str(path), offered, asked)
+    return {name: [source] for name in names}
 
 
 def directory_splits(

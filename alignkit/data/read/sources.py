@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from alignkit.data.read.hashes import file_hash
 from alignkit.data.read.hub import hub_splits
 from alignkit.data.read.rows import Source
 from alignkit.data.read.slices import parse_splits, take
-from alignkit.data.read.split_names import SUFFIXES
+from alignkit.data.read.split_names import SUFFIXES, held_out_name
 from alignkit.errors import AlignkitError
 
 DataPath = str | list[str] | dict[str, float]
@@ -78,6 +79,21 @@ def not_read(path: str) -> str:
     if not names:
         return ""
     return f"{path}: {', '.join(names)}: not read; to use one, name it in data.splits"
+
+
+def trained_on(path: str) -> str:
+    """Tell of a file that is train for being given by itself, though its name says another split.
+
+    Empty of anything else.
+    """
+    name = held_out_name(Path(path).name) if Path(path).expanduser().is_file() else ""
+    if not name:
+        return ""
+    asked = json.dumps({"validation": name})
+    return (
+        f"{path}: one file, so it is train, not {name}; to hold it out, give its directory; to "
+        f"measure on all of it, data.splits='{asked}'"
+    )
 
 
 def weights_of(path: DataPath) -> dict[str, float | None]:

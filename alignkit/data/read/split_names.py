@@ -109,6 +109,12 @@ def names_offered(names: Iterable[str]) -> list[str]:
     return sorted({match[1] for match in found if match})
 
 
+def held_out_name(name: str) -> str:
+    """Return how a file's name calls a split that is held out, such as ``val``; empty if not so."""
+    match = _SPLIT_FILE.fullmatch(name)
+    return match[1] if match and _WORDS[match[1]] != "train" else ""
+
+
 def _sets_of(names: Iterable[str], pattern: re.Pattern[str]) -> dict[_Set, list[tuple[int, str]]]:
     """Return the files that a pattern fits, by what those of one set have in common."""
     sets: dict[_Set, list[tuple[int, str]]] = {}
