@@ -144,7 +144,8 @@ def test_hpc_is_the_newest_intact_one(sft: Callable) -> None:
 
 def test_a_resumed_run_remembers_the_best_of_the_run_before(sft: Callable) -> None:
     """It is not written again by a worse one, and the file before is left alone."""
-    rates = ["--model.optimizer.lr", 1.0, "--model.schedule", "constant_with_warmup"]
+    ascent = ["--model.optimizer", "SGD", "--model.optimizer.maximize", "true"]
+    rates = [*ascent, "--model.optimizer.lr", 1.0, "--model.schedule", "constant_with_warmup"]
     sft(*rates)
     before = (RUNS / "version_0/best.ckpt").read_bytes()
     sft(*rates, "--ckpt_path", "last", "--trainer.max_steps", 3)
