@@ -153,9 +153,9 @@ def _depends_on_later_tokens(model: PreTrainedModel, example: Example, spread: f
 def _rounding_fault(packed_N: Tensor, plain_N: Tensor, response_N: Tensor) -> str | None:
     """Find out whether rounding harms packed scores more than the model's own scores.
 
-    Single tokens, the sums of responses and the mean are compared. A change of its last bit may
-    send a token to another expert of a router, which makes an error of any size. An error therefore
-    counts for at most five times the usual one.
+    Single tokens, their median, the sums of responses and the mean are compared. A change of its
+    last bit may send a token to another expert of a router, which makes an error of any size. An
+    error therefore counts for at most five times the usual one.
 
     Args:
         packed_N, plain_N: Errors of both against fp32.
@@ -174,6 +174,9 @@ def _rounding_fault(packed_N: Tensor, plain_N: Tensor, response_N: Tensor) -> st
         return (
             f"rounding errors of {rms:.2g} nats a token are more than three times the {own_rms:.2g}"
         )
+    middle, own_middle = (errors_N.abs().median().item() for errors_N in (packed_N, plain_N))
+    if middle > 6 * own_middle + 1e-6:  # a few large errors of its own hide this from the above
+        return f"median errors of {middle:.2g} nats a token are far beyond the {own_middle:.2g}"
     mean, own_mean = (errors_N.mean().item() for errors_N in errors)
     if abs(mean) > abs(own_mean) + 5 * noise / math.sqrt(len(plain_N)):
         return f"mean errors of {mean:+.2g} nats are far beyond the {own_mean:+.2g}"
