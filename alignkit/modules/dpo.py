@@ -5,7 +5,6 @@ Shape letters: B pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -16,10 +15,12 @@ from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
 from alignkit.modules.answers import refuse_other_counts
 from alignkit.modules.gauges import RatedPairs
+from alignkit.modules.given_loss import given_loss
 from alignkit.modules.pair_scores import pair_scores, reference_pair_scores
 from alignkit.modules.watch import PairWatch, WatchedModule
 from alignkit.modules.whole_step import WholeStepModule, recomputed
 from alignkit.objectives.preference import DPO, PairScores, PreferenceLoss
+from alignkit.objectives.values import one_each
 
 
 class DPOModule(WholeStepModule[PairScores], WatchedModule):
@@ -64,9 +65,9 @@ class DPOModule(WholeStepModule[PairScores], WatchedModule):
         reference_checks: int = 1,
         **kwargs: Any,
     ) -> None:
+        loss = given_loss(loss, PreferenceLoss, "DPO()")
         super().__init__(*args, **kwargs)
-        # A checkpoint's hyper-parameters hold the loss as plain values.
-        self.loss = PreferenceLoss.from_dict(loss) if isinstance(loss, Mapping) else loss
+        self.loss = loss
         name, reads = type(self.loss).__name__, self.loss.uses_reference
         if self.loss.weighs_tokens and reference_cache is not None:
             raise AlignkitError(
@@ -145,4 +146,6 @@ class DPOModule(WholeStepModule[PairScores], WatchedModule):
         return self._rated(policy, reference).sums() | logps
 
     def _rated(self, policy: PairScores, reference: PairScores) -> RatedPairs:
-        return RatedPairs(policy, reference, *self.loss.rewards(policy, reference))
+        rewards = self.loss.rewards(policy, reference)
+        each = (one_each(values, policy.chosen, self.loss, "reward") for values in rewards)
+        return RatedPairs(policy, reference, *each)

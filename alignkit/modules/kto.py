@@ -5,7 +5,6 @@ Shape letters: B answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from torchmetrics import Metric
 from alignkit.batch import PackedBatch
 from alignkit.engine import response_sums, score
 from alignkit.errors import AlignkitError
+from alignkit.modules.given_loss import given_loss
 from alignkit.modules.whole_step import WholeStepModule, recomputed
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.unpaired import KTO, UnpairedScores
@@ -61,9 +61,9 @@ class KTOModule(WholeStepModule[UnpairedScores]):
         reference_checks: int = 1,
         **kwargs: Any,
     ) -> None:
+        loss = given_loss(loss, KTO, "KTO()")
         super().__init__(*args, **kwargs)
-        # A checkpoint's hyper-parameters hold the loss as plain values.
-        self.loss = KTO.from_dict(loss) if isinstance(loss, Mapping) else loss
+        self.loss = loss
         self.use_reference(
             "KTO", True, reference, every=reference_every, mix=reference_mix,
             cache=reference_cache, checks=reference_checks,

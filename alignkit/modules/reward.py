@@ -5,7 +5,6 @@ Shape letters: B prompts, R responses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from alignkit.batch import PackedBatch
@@ -14,6 +13,7 @@ from alignkit.models.load import load_tokenizer
 from alignkit.models.reward import attach_head, rewards
 from alignkit.modules.answers import refuse_other_counts
 from alignkit.modules.gauges import RatedPairs
+from alignkit.modules.given_loss import given_loss
 from alignkit.modules.watch import PairWatch, WatchedModule
 from alignkit.modules.window import LossOutput
 from alignkit.objectives.ranked import RankedScores
@@ -40,9 +40,9 @@ class RewardModule(WatchedModule):
         loss: BradleyTerry = BradleyTerry(),  # noqa: B008 (frozen)
         **kwargs: Any,
     ) -> None:
+        loss = given_loss(loss, BradleyTerry, "BradleyTerry()")
         super().__init__(*args, **kwargs)
-        # A checkpoint's hyper-parameters hold the loss as plain values.
-        self.loss = BradleyTerry(**loss) if isinstance(loss, Mapping) else loss
+        self.loss = loss
         self.watch = PairWatch(compares=False, warns=False)
         attach_head(self.model)
         tokenizer = load_tokenizer(self.hparams["tokenizer"] or self.base)

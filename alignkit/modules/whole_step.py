@@ -23,6 +23,7 @@ from alignkit.batch import PackedBatch
 from alignkit.modules.refreshed import RefreshedModule
 from alignkit.modules.tuning import mean_with_gradient_of_sum
 from alignkit.modules.window import LossOutput
+from alignkit.objectives.values import one_each
 
 Scores = TypeVar("Scores", bound=Any)
 """A dataclass of tensors [B]: `PairScores` of pairs, `UnpairedScores` of answers."""
@@ -53,8 +54,15 @@ class WholeStepModule(RefreshedModule, Generic[Scores]):
         """Return the summed loss of the batch alone; its weight is the number of losses."""
         policy, reference = self.scores(batch)
         # -log σ(β (log π_θ(y_w|x)/π_ref(y_w|x) - log π_θ(y_l|x)/π_ref(y_l|x))), equation 7 of DPO
-        loss_B = self.preference_loss(policy, reference)
+        loss_B = self._losses(policy, reference)
         return LossOutput(loss_B.sum(), len(loss_B), self.watched_metrics(policy, reference))
+
+    def _losses(self, policy: Scores, reference: Scores) -> Tensor:
+        """Return one loss for each pair or answer, however anyone's objective made them."""
+        scores_B = getattr(policy, fields(policy)[0].name)
+        own = type(self).preference_loss.__module__.startswith("alignkit.")
+        values = self.preference_loss(policy, reference)
+        return one_each(values, scores_B, self.loss if own else self)
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Forget the scores of a step that was not taken."""
@@ -84,7 +92,7 @@ class WholeStepModule(RefreshedModule, Generic[Scores]):
             return nothing
         ours, theirs = (of_all_ranks(each) for each in zip(*self._step_scores, strict=True))
         self._step_scores.clear()
-        loss_B = self.preference_loss(ours, theirs)
+        loss_B = self._losses(ours, theirs)
         # Every rank has computed the sum over all of them.
         share = LossOutput(loss_B.sum().detach() / trainer.world_size, count, metrics)
         self.window.add(share, batch, batch_idx)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from numbers import Real
 from typing import Any, ClassVar, NoReturn
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
+from alignkit.objectives.values import plain_fields, rebuilt
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ class PreferenceLoss:
     def to_dict(self) -> dict[str, Any]:
         """Return the class path and the parameters as plain values, as in a configuration file."""
         kind = type(self)
-        parameters = asdict(self)  # type: ignore[call-overload]
-        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": parameters}
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        return {"class_path": path, "init_args": plain_fields(self)}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> PreferenceLoss:
@@ -189,7 +190,7 @@ class PreferenceLoss:
         path = str(values["class_path"])
         for kind in known_losses():
             if path == f"{kind.__module__}.{kind.__qualname__}":
-                return kind(**values.get("init_args", {}))
+                return kind(**rebuilt(values.get("init_args", {}), PreferenceLoss.from_dict))
         raise AlignkitError(f"loss: no class {path} has been imported; import it first")
 
 
@@ -199,5 +200,5 @@ def known_losses() -> Iterator[type[PreferenceLoss]]:
     while pending:
         kind = pending.pop(0)
         pending += kind.__subclasses__()
-        if "__dataclass_fields__" in vars(kind):
+        if hasattr(kind, "__dataclass_fields__"):
             yield kind

@@ -5,6 +5,7 @@ Shape letters: B prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,3 +58,8 @@ class BradleyTerry:
     def to_dict(self) -> dict[str, float]:
         """Return the parameters as plain values."""
         return {"margin": self.margin, "center": self.center}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, float]) -> BradleyTerry:
+        """Rebuild the loss from the values that `to_dict` returned."""
+        return BradleyTerry(**values)

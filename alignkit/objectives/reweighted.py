@@ -5,15 +5,15 @@ Shape letters and symbols: as in `alignkit.objectives.logistic`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from alignkit.objectives.logistic import DPO
 from alignkit.objectives.pairs import PairScores, PreferenceLoss
+from alignkit.objectives.values import one_each
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,6 @@ class WPO(PreferenceLoss):
     def __post_init__(self) -> None:
         """Refuse a loss whose values are not those of single pairs."""
         super().__post_init__()
-        # A checkpoint's hyper-parameters hold the loss as plain values.
-        if isinstance(self.of, Mapping):
-            object.__setattr__(self, "of", PreferenceLoss.from_dict(self.of))
         if not isinstance(self.of, PreferenceLoss):
             self.refuse("of", "must be a loss, such as IPO()")
         if self.of.whole_step or self.of.ranks or self.of.weighs_tokens or self.of.weighs_answers:
@@ -88,12 +85,9 @@ class WPO(PreferenceLoss):
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
         if policy.chosen_weight is None or policy.rejected_weight is None:
             raise TypeError("WPO needs the weights of answers, which PairScores may hold")
-        return policy.chosen_weight * policy.rejected_weight * self.of(policy, reference)
+        loss_B = one_each(self.of(policy, reference), policy.chosen, self.of)
+        return policy.chosen_weight * policy.rejected_weight * loss_B
 
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
         """Return the rewards of the loss inside, [B] each."""
         return self.of.rewards(policy, reference)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return class and parameters as plain values, those of the loss inside as well."""
-        return {**super().to_dict(), "init_args": {"of": self.of.to_dict()}}

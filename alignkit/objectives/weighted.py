@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
 from numbers import Real
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from alignkit.objectives.pairs import PairScores, PreferenceLoss
+from alignkit.objectives.values import one_each
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class WeightedSum(PreferenceLoss):
         for name in ("terms", "weights"):
             if not isinstance(getattr(self, name), (list, tuple)):
                 self.refuse(name, "must be a list, of one value a term")
-        # A checkpoint's hyper-parameters hold terms as plain values, in lists.
-        terms = (PreferenceLoss.from_dict(t) if isinstance(t, Mapping) else t for t in self.terms)
-        object.__setattr__(self, "terms", tuple(terms))
+        object.__setattr__(self, "terms", tuple(self.terms))
         object.__setattr__(self, "weights", tuple(self.weights) or (1.0,) * len(self.terms))
         if not self.terms:
             self.refuse("terms", "must name at least one loss")
@@ -77,7 +75,7 @@ class WeightedSum(PreferenceLoss):
         return any(term.whole_step for term in self.terms)
 
     def __call__(self, policy: PairScores, reference: PairScores) -> Tensor:
-        values = [term(policy, reference) for term in self.terms]
+        values = [one_each(term(policy, reference), policy.chosen, term) for term in self.terms]
         return sum(
             (w * value for w, value in zip(self.weights, values, strict=True)),
             start=policy.chosen.new_zeros(len(policy.chosen)),
@@ -86,15 +84,6 @@ class WeightedSum(PreferenceLoss):
     def rewards(self, policy: PairScores, reference: PairScores) -> tuple[Tensor, Tensor]:
         """Return the first term's rewards, [B] each."""
         return self.terms[0].rewards(policy, reference)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return class and parameters as plain values, those of the terms as well."""
-        values = super().to_dict()
-        values["init_args"] = {
-            "terms": [term.to_dict() for term in self.terms],
-            "weights": list(self.weights),
-        }
-        return values
 
 
 def _is_number(value: Any) -> bool:
