@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from alignkit.cli.config_file import named_configs, read_config_file
+from alignkit.cli.near import did_you_mean
 from alignkit.errors import AlignkitError
 from alignkit.objectives.preference import PreferenceLoss, known_losses, unknown_loss
 
@@ -63,7 +64,7 @@ def _spelled_value(flag: str, value: str) -> str:
         given = yaml.safe_load(value)
     except yaml.YAMLError:  # the parser reports it
         return value
-    spelled = _spelled(given)
+    spelled = _spelled(given, flag.removeprefix("--"))
     return value if spelled == given else json.dumps(spelled)
 
 
@@ -74,7 +75,7 @@ def _losses_of_file(flag: str, value: str) -> Iterator[str]:
         options = content if flag == "--model" else content.get("model")
         given = options.get("init_args") if isinstance(options, Mapping) else None
         loss = given.get("loss") if isinstance(given, Mapping) else None
-        if (spelled := _spelled(loss)) != loss:
+        if (spelled := _spelled(loss, _FLAG.removeprefix("--"))) != loss:
             yield f"{_FLAG}={json.dumps(spelled)}"
 
 
@@ -84,13 +85,16 @@ def _files(flag: str, value: str) -> Iterator[Path]:
     yield from named_configs(flag, value)
 
 
-def _spelled(given: Any) -> Any:
+def _spelled(given: Any, place: str) -> Any:
     """Return a loss by name or by class and parameters with the defaults of its class.
 
     What is no loss, or one whose parameters are not known, stays; a list has each spelled out.
+
+    Raises:
+        AlignkitError: A parameter that the class has not. The parser would not say of which loss.
     """
     if isinstance(given, list):
-        return [_spelled(each) for each in given]
+        return [_spelled(each, place) for each in given]
     named = {"class_path": given} if isinstance(given, str) else given
     if not isinstance(named, Mapping) or not isinstance(named.get("class_path"), str):
         return given
@@ -99,10 +103,14 @@ def _spelled(given: Any) -> Any:
         return given
     init_args = named.get("init_args")
     values = dict(init_args) if isinstance(init_args, Mapping) else {}
+    known = {field.name for field in fields(kind) if field.init}
+    if unknown := next((str(name) for name in values if name not in known), None):
+        near = did_you_mean(unknown, known)
+        raise AlignkitError(f"{place}.{unknown}: no such option of {kind.__name__}{near}")
     for field in fields(kind):
         if field.name in values:
             if PreferenceLoss.__name__ in str(field.type):
-                values[field.name] = _spelled(values[field.name])
+                values[field.name] = _spelled(values[field.name], f"{place}.{field.name}")
         elif field.init and field.default is not MISSING:
             plain = field.default
             values[field.name] = plain.to_dict() if isinstance(plain, PreferenceLoss) else plain

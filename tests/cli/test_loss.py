@@ -119,3 +119,25 @@ def test_a_mistake_inside_a_term_is_named(alignkit: Callable, workplace: Path) -
     status, _, err = alignkit(*FIT, "--data.path", "pairs.jsonl", *loss)
     assert status == 2
     assert err.startswith("alignkit: error: model.loss.terms.gamma: no such option"), err
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (
+            "{class_path: IPO, init_args: {betta: 3}}",
+            "model.loss.betta: no such option of IPO; did",
+        ),
+        (
+            "{class_path: WPO, init_args: {of: {class_path: IPO, init_args: {x: 3}}}}",
+            "model.loss.of.x: no such option of IPO",
+        ),
+        ("", "model.loss: give a loss such as DPO(), not None"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(written: str, said: str, alignkit: Callable) -> None:
+    Path("c.yaml").write_text(f"model:\n  init_args:\n    loss: {written}\n")
+    rest = ["--config", "c.yaml", "--data.path", "pairs.jsonl", "--trainer.max_steps", 1]
+    status, _, err = alignkit(*FIT, *rest)
+    assert status == 2
+    assert err.splitlines()[-1].startswith(f"alignkit: error: {said}"), err
