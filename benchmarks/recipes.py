@@ -56,6 +56,7 @@ _ATTENTION = {
     "gpt_neox": ["query_key_value", "attention.dense"],
 }
 _APART = ["q_proj", "k_proj", "v_proj", "o_proj"]
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
 JUDGED = "rewards/accuracies"
 TOLD = ("loss", JUDGED, "rewards/margins")
 HELD_OUT = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
@@ -123,7 +124,7 @@ def add_run_flags(flags: ArgumentParser) -> None:
     add("--per-step", type=int, default=16, help="pairs of an optimizer step")
     add("--tokens-per-batch", type=int, default=4096, help="most tokens of a packed row")
     add("--max-length", type=int, default=512, help="most tokens of a prompt with one answer")
-    add("--precision", default="32-true", help="of the trainer")
+    add("--precision", default="32-true", help=f"of the trainer: {', '.join(PRECISIONS)}")
 
 
 def budget_of(options: Namespace) -> Budget:
@@ -139,6 +140,8 @@ def budget_of(options: Namespace) -> Budget:
     for name in ("trials", "seeds", "pairs", "per_step", "tokens_per_batch", "max_length", "looks"):
         if getattr(options, name, 1) < 1:
             raise AlignkitError(f"--{name.replace('_', '-')}: must be 1 or more")
+    if options.precision not in PRECISIONS:
+        raise AlignkitError(f"--precision {options.precision}: choose {', '.join(PRECISIONS)}")
     return Budget(
         options.pairs,
         options.per_step,

@@ -131,7 +131,12 @@ def run_arm(arm: Arm, budget: Budget, options: argparse.Namespace, seed: int) ->
 
 def run(options: argparse.Namespace, budget: Budget, console: Console) -> int:
     """Run the arms that are missing, each as often as there are seeds; then tell and draw."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AlignkitError(
+            f"--out {options.out}: cannot be made a folder: {error.strerror}"
+        ) from None
     lines = options.out / "study.jsonl"
     settled = {
         "budget": asdict(budget),
@@ -174,19 +179,20 @@ def read_lines(path: Path, settled: Mapping[str, Any]) -> dict[tuple[str, int], 
         return found
     written = path.read_text(encoding="utf-8")
     whole = written[: written.rfind("\n") + 1]
-    if whole != written:  # the run that wrote it was stopped
-        write_atomically(path, whole)
     for number, text in enumerate(whole.splitlines(), 1):
         try:
             line = json.loads(text)
-        except ValueError:
+            place, others = (line["arm"], line["seed"]), line["settings"]
+        except (ValueError, KeyError, TypeError):
             raise AlignkitError(f"{path}:{number}: is no line of this study") from None
-        if line["settings"] != settled:
+        if others != settled:
             raise AlignkitError(
                 f"{path}:{number}: was run with other settings, another model or other data; name "
                 "another --out"
             )
-        found[line["arm"], line["seed"]] = line
+        found[place] = line
+    if whole != written:  # the run that wrote it was stopped
+        write_atomically(path, whole)
     return found
 
 

@@ -55,32 +55,64 @@ _TESTED = "tested"
 """The study's note on what its best trial gave on the test pairs."""
 
 
-def study_of(options: argparse.Namespace, loss: str, budget: Budget) -> Any:
-    """Open the study of a loss in the file that holds all of them.
-
-    Raises:
-        AlignkitError: It was begun with another budget, model or data.
-    """
+def storage_of(path: Path) -> Any:
+    """Open the file that holds the studies of all losses; makes it if it is not there."""
     import optuna
-    from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+
+
+def settings_of(options: argparse.Namespace, budget: Budget) -> dict[str, Any]:
+    """Return what a study may not change: what it runs, and how its trials are searched."""
+    settings = {"budget": asdict(budget), "content": content_of(options)}
+    if options.what == "search":
+        settings |= {"rates": list(options.rates), "looks": options.looks}
+    return settings
+
+
+def refuse_other_study(options: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+    """Refuse a file that is no study, or of another search, before anything is written to it.
+
+    Raises:
+        AlignkitError: It is one.
+    """
+    path = options.study
+    if path.is_dir():
+        raise AlignkitError(f"--study {path}: is a folder; name a file")
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        try:
+            first = json.loads(file.readline())
+        except ValueError:
+            first = None
+    if not isinstance(first, dict) or "op_code" not in first:
+        raise AlignkitError(f"--study {path}: is no study of a search; name another file")
+    for study in storage_of(path).get_all_studies():
+        for name, value in settings.items() if study.study_name in options.losses else ():
+            settled = study.user_attrs.get(name)
+            if settled not in (None, value):
+                told = {"budget": "the budget", "rates": "the --rates", "looks": "--looks"}
+                began = f"{told[name]} {settled}" if name in told else "another --model or --data"
+                raise AlignkitError(f"--study {path}: was begun with {began}")
+
+
+def study_of(options: argparse.Namespace, loss: str, settings: Mapping[str, Any]) -> Any:
+    """Open the study of a loss in the file that holds all of them, and note its settings."""
+    import optuna
+
     study = optuna.create_study(
         study_name=loss,
-        storage=JournalStorage(JournalFileBackend(str(options.study))),
+        storage=storage_of(options.study),
         direction="maximize",
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
         load_if_exists=True,
     )
     # Of another seed after every start: the first draws would be those of the start before.
     study.sampler = optuna.samplers.TPESampler(seed=options.seed + len(study.trials))
-    settings = {"budget": asdict(budget), "content": content_of(options)}
     for name, value in settings.items():
-        settled = study.user_attrs.get(name)
-        if settled not in (None, value):
-            told = f"the budget {settled}" if name == "budget" else "another --model or --data"
-            raise AlignkitError(f"--study {options.study}: was begun with {told}")
         study.set_user_attr(name, value)
     return study
 
@@ -109,8 +141,9 @@ def search(options: argparse.Namespace, budget: Budget, console: Console) -> int
             trial.set_user_attr(name, value)
         return found[JUDGED]
 
+    settings = settings_of(options, budget)
     for loss in options.losses:
-        study = study_of(options, loss, budget)
+        study = study_of(options, loss, settings)
         if _TESTED in study.user_attrs and len(study.trials) < options.trials:
             raise AlignkitError(
                 f"--study {options.study}: the test pairs of {loss} have been measured with the "
@@ -148,8 +181,9 @@ def final(options: argparse.Namespace, budget: Budget, console: Console) -> int:
     if not options.study.exists():
         raise AlignkitError(f"--study {options.study}: is not there; search first")
     found: dict[str, Any] = {}
+    settings = settings_of(options, budget)
     for loss in options.losses:
-        study = study_of(options, loss, budget)
+        study = study_of(options, loss, settings)
         finished = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
         if not finished:
             raise AlignkitError(f"--study {options.study}: holds no finished trial of {loss}")
@@ -233,7 +267,8 @@ def check(options: argparse.Namespace) -> Budget:
     """Refuse what would fail after the first run, or with a trace; returns the budget.
 
     Raises:
-        AlignkitError: Optuna, a folder or a file is missing, or a number is out of its range.
+        AlignkitError: Optuna, a folder or a file is missing, a number is out of its range, or the
+            study is another one.
     """
     if importlib.util.find_spec("optuna") is None:
         raise AlignkitError("optuna is not installed; run pip install 'alignkit[sweep]'")
@@ -243,7 +278,9 @@ def check(options: argparse.Namespace) -> Budget:
         )
     if not options.study.parent.is_dir():
         raise AlignkitError(f"--study {options.study}: its folder is missing")
-    return budget_of(options)
+    budget = budget_of(options)
+    refuse_other_study(options, settings_of(options, budget))
+    return budget
 
 
 if __name__ == "__main__":

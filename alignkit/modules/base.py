@@ -38,7 +38,7 @@ from alignkit.modules.dashboard import Dashboard
 from alignkit.modules.nonfinite import OnNonFinite, refuse_nonfinite
 from alignkit.modules.optimize import check_rates, make_optimizer, make_schedule, total_steps
 from alignkit.modules.resume import KEY as SETTINGS
-from alignkit.modules.resume import apply_settings, run_settings
+from alignkit.modules.resume import apply_settings, run_settings, tell_other_loss
 from alignkit.modules.runs import claim_run_folder
 from alignkit.modules.sharding import refuse_probe
 from alignkit.modules.signals import Signals
@@ -253,6 +253,7 @@ class AlignmentModule(TrainerSupport):
         check_stamp(self.checkpoint_stamp(), self.base_identity, checkpoint[STAMP])
         self.text_format = format_of_checkpoint(self._trainer, checkpoint, self.text_format)
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            tell_other_loss(checkpoint, self._trainer, self.hparams)
             return
         super().on_load_checkpoint(checkpoint)
         self._steps_before = checkpoint["global_step"]

@@ -44,7 +44,7 @@ def reference_pair_scores(
     reference: Reference, batch: PackedBatch, loss: PreferenceLoss
 ) -> PairScores:
     """Score a batch under the reference, live or from its cache, as a loss takes it."""
-    weights_N = _token_weights(batch, loss) if loss.weighs_tokens else None
+    weights_N = token_weights(batch, loss) if loss.weighs_tokens else None
     return arranged(reference.sums(batch, weights_N), batch, loss)
 
 
@@ -52,7 +52,7 @@ def weighted(logps_N: Tensor, batch: PackedBatch, loss: PreferenceLoss | None) -
     """Return token log-probs times the loss's weights of them, [N] fp32."""
     if loss is None or not loss.weighs_tokens:
         return logps_N
-    return logps_N * _token_weights(batch, loss)
+    return logps_N * token_weights(batch, loss)
 
 
 def arranged(sums_R: Tensor, batch: PackedBatch, loss: PreferenceLoss | None) -> PairScores:
@@ -64,10 +64,20 @@ def arranged(sums_R: Tensor, batch: PackedBatch, loss: PreferenceLoss | None) ->
     return RankedScores.from_ranked(sums_R, lengths_R, counts)
 
 
-def _token_weights(batch: PackedBatch, loss: PreferenceLoss) -> Tensor:
-    """Return the loss's weight of each scored token of pairs, [N] fp32."""
+def token_weights(
+    batch: PackedBatch, loss: PreferenceLoss, others_R: Tensor | None = None
+) -> Tensor:
+    """Return the loss's weight of each scored token, [N] fp32.
+
+    Args:
+        batch: The batch.
+        loss: The loss, which weighs tokens.
+        others_R: [R] int64, the length of the answer that each is compared with; ``None`` for that
+            of its pair.
+    """
     lengths_R = response_lengths(batch)
-    others_R = lengths_R.view(-1, 2).flip(1).flatten()
+    if others_R is None:
+        others_R = lengths_R.view(-1, 2).flip(1).flatten()
     index_N = batch.response_index
     first_R = lengths_R.cumsum(0) - lengths_R
     place_N = torch.arange(len(index_N), device=index_N.device) - first_R[index_N]

@@ -30,6 +30,7 @@ class RefreshedModule(ReferencedModule):
 
     _every: int | None = None
     _mix: float = 1.0
+    _choice = COPY
     _moved = False  # whether the reference is no longer the policy's first weights
 
     def use_reference(
@@ -79,8 +80,10 @@ class RefreshedModule(ReferencedModule):
             raise AlignkitError(
                 "model.reference_mix: mixes at a refresh; give model.reference_every as well"
             )
-        if every is not None and every < 1:
-            raise AlignkitError(f"model.reference_every={every}: give at least 1 step, or null")
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise AlignkitError(
+                f"model.reference_every={every}: give a whole number of steps, at least 1, or null"
+            )
         if every is not None and choice != COPY:
             raise AlignkitError(
                 "model.reference_every: refreshes a copy of the policy, and model.reference is "
@@ -91,7 +94,7 @@ class RefreshedModule(ReferencedModule):
                 "model.reference_cache: keeps the log-probs of one reference, and "
                 "model.reference_every changes it; leave one of them out"
             )
-        self._every, self._mix = every, mix
+        self._every, self._mix, self._choice = every, mix, choice
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, and refresh the reference if it is due."""
@@ -121,12 +124,18 @@ class RefreshedModule(ReferencedModule):
         """Restore the reference's parameters, once the checkpoint is found to fit.
 
         Raises:
-            AlignkitError: There is a cache, which is of another reference, or the model is sharded.
+            AlignkitError: The reference is no copy that could be moved, a cache is of another one,
+                or the model is sharded.
         """
         super().on_load_checkpoint(checkpoint)
         state: dict[str, Tensor] | None = checkpoint.get(KEY)
         if state is None:
             return
+        if self.reference is not None and self._choice != COPY:
+            raise AlignkitError(
+                "ckpt_path: holds a refreshed reference, which would be moved into a copy of the "
+                f"policy; leave out model.reference {self._choice}"
+            )
         kept = self.reference is not None and self.reference.cache is not None
         wrong = "model.reference_cache" if kept else "trainer.strategy=fsdp2"
         if kept or units(self):

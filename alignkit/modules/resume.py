@@ -117,6 +117,22 @@ def apply_settings(
         log.info("resuming with changed settings: %s", "; ".join(changes))
 
 
+def tell_other_loss(
+    checkpoint: Mapping[str, Any], trainer: Trainer | None, hparams: Mapping[str, Any]
+) -> None:
+    """Log how the loss that a checkpoint is measured by differs from the one it was trained by.
+
+    Args:
+        checkpoint: The checkpoint, as loaded.
+        trainer: The trainer; ``None`` where nothing is measured.
+        hparams: The hyper-parameters of the module that measures.
+    """
+    own = {name: value for name, value in hparams.items() if name == "loss"}
+    changes = _changes("model.", checkpoint.get("hyper_parameters", {}), own)
+    if changes and trainer is not None and trainer.is_global_zero:
+        log.info("measuring with changed settings: %s", "; ".join(changes))
+
+
 def _group_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer group's settings as plain values, with the rate before the schedule."""
     options = {name: _plain(v) for name, v in group.items() if name not in _NOT_SETTINGS}

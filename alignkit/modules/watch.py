@@ -61,14 +61,17 @@ class WatchedModule(AlignmentModule):
     def on_train_batch_end(self, *args: Any) -> None:
         """Check whether chosen answers fall, after the steps that are logged."""
         super().on_train_batch_end(*args)
-        if self.is_logged_step and not self.window.micro_batches:
-            self.watch.falling.check()
+        falling = self.watch.falling
+        if falling.compares and self.is_logged_step and not self.window.micro_batches:
+            falling.check()
 
     def _log_evaluation(self, stage: str) -> None:
         super()._log_evaluation(stage)
         for name, gauge in self.watch.named().items():
             self.log(f"{stage}/{name}", gauge, metric_attribute=f"watch.gauges.{name}")
-        if not self.trainer.sanity_checking:
+        if self.trainer.sanity_checking:  # its few batches are no validation
+            self.watch.falling.reset()
+        else:
             self.watch.falling.check()
 
 
@@ -118,7 +121,7 @@ class FallingChosen:
 
     With a reference the batches since the last check are judged: their chosen answers are less
     likely than under the reference, and their margins above 0, both by two standard errors. Without
-    one, a validation is compared with the run's first.
+    one, each pair of a validation is compared with itself in the run's first, by the same rule.
 
     Args:
         compares: Whether there is a reference.
@@ -127,12 +130,12 @@ class FallingChosen:
     def __init__(self, compares: bool) -> None:
         self.compares = compares
         self.told = False
-        self._sums: Tensor | None = None
-        self._first: tuple[float, float] | None = None
+        self._batches: list[Tensor] = []
+        self._first: Tensor | None = None
 
     def reset(self) -> None:
         """Forget the batches since the last check."""
-        self._sums = None
+        self._batches = []
 
     def add(self, pairs: RatedPairs, training: bool) -> None:
         """Add a batch, without waiting for the device."""
@@ -141,31 +144,24 @@ class FallingChosen:
         chosen = exact(pairs.policy.chosen)
         if self.compares:
             chosen = chosen - exact(pairs.reference.chosen)
-        columns = (chosen, pairs.margin, torch.ones_like(chosen))
-        own = torch.stack([part.sum() for part in (*columns, *(c.square() for c in columns[:2]))])
-        self._sums = own if self._sums is None else self._sums + own
+        self._batches.append(torch.stack((chosen, pairs.margin)))
 
     def check(self) -> None:
         """Warn if chosen answers fell in the batches since the last check, the first time alone."""
-        if self._sums is None or self.told:
+        if not self._batches or self.told:
             return
-        chosen, margin, count, chosen_squares, margin_squares = self._sums.tolist()
-        self._sums = None
+        moved = torch.cat(self._batches, dim=1)
+        self.reset()
+        if not self.compares:
+            if self._first is None or self._first.shape != moved.shape:
+                self._first = moved
+            moved = moved - self._first.to(moved.device)
+        count = moved.shape[1]
         if count < _FEWEST:
             return
-        means = chosen / count, margin / count
-        errors = [
-            (max(squares / count - mean**2, 0.0) / (count - 1)) ** 0.5
-            for squares, mean in zip((chosen_squares, margin_squares), means, strict=True)
-        ]
-        if self.compares:
-            fallen = means[0] < -_SURE * errors[0] and means[1] > _SURE * errors[1]
-            change, grown = means
-        else:
-            self._first = self._first or means
-            change, grown = (now - then for now, then in zip(means, self._first, strict=True))
-            fallen = change < 0 < grown
-        if fallen:
+        means, errors = moved.mean(dim=1), moved.std(dim=1) / count**0.5
+        (change, grown), sure = torch.stack((means, _SURE * errors)).tolist()
+        if change < -sure[0] and grown > sure[1]:
             self.told = True
             log.warning(
                 "chosen answers become less likely (by %.3g nats on average, of %d pairs) while "

@@ -57,3 +57,23 @@ def test_every_kind_of_arm_learns_and_no_run_is_done_twice(
     assert study("--arms", "dpo", "--beta", "0.2") == 2
     assert "was run with other settings" in capsys.readouterr().err
     assert study("--seeds", "0") == 2
+
+
+def test_mistakes_are_one_line_and_change_no_file(
+    study: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "out" / "study.jsonl"
+    for held in ("notes\nmore", '{"a": 1}\nmore', "3\nmore"):
+        lines.parent.mkdir(exist_ok=True)
+        lines.write_text(held)
+        assert study("--arms", "dpo") == 2
+        assert "study.jsonl:1: is no line of this study" in capsys.readouterr().err
+        assert lines.read_text() == held
+    for flags, part in (
+        (["--out", str(lines)], "cannot be made a folder: File exists"),
+        (["--out", str(lines / "below")], "cannot be made a folder: Not a directory"),
+        (["--precision", "foo"], "--precision foo: choose 32-true, "),
+    ):
+        assert study(*flags) == 2
+        line = capsys.readouterr().err.strip()
+        assert line.startswith("error: ") and part in line and "\n" not in line

@@ -50,6 +50,12 @@ def test_a_search_goes_on_and_its_best_are_tested_once(
     assert sweep("search", "--trials", "2") == 0 and "DPO" not in capsys.readouterr().out
     assert sweep("search", "--trials", "3", "--pairs", "32") == 2
     assert "was begun with the budget" in capsys.readouterr().err
+    for flags, part in (
+        (("--rates", "1e-5", "1e-4"), "was begun with the --rates [1e-05, 0.002]"),
+        (("--looks", "2"), "was begun with --looks 4"),
+    ):
+        assert sweep("search", "--trials", "3", *flags) == 2
+        assert part in capsys.readouterr().err
 
     assert sweep("final", "--seeds", "2", "--json", results) == 0
     found = json.loads(Path(results).read_text())["losses"]
@@ -114,10 +120,26 @@ def test_mistakes_are_one_line(
         (["--seeds", "0"], "--seeds: must be 1 or more"),
         (["--looks", "0"], "--looks: must be 1 or more"),
         (["--rates", "1e-3", "1e-4"], "--rates 0.001 0.0001: give a least"),
+        (["--precision", "foo"], "--precision foo: choose 32-true, "),
+        (["--study", str(tmp_path)], "is a folder; name a file"),
     ):
         assert sweep("search", *flags) == 2
         line = capsys.readouterr().err.strip()
         assert line.startswith("error: ") and part in line and "\n" not in line
+    assert not (tmp_path / "study.log").exists()
+
+
+@pytest.mark.parametrize("held", ["notes\n", '{"budget": 3}\n', "3\n", "no end", "\x00\xff"])
+def test_a_file_that_is_no_study_is_left_as_it_is(
+    held: str, sweep: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(held.encode("latin-1"))
+    for what in ("search", "final"):
+        assert sweep(what, "--study", str(other), "--json", str(tmp_path / "found.json")) == 2
+        line = capsys.readouterr().err.strip()
+        assert line == f"error: --study {other}: is no study of a search; name another file"
+    assert other.read_bytes() == held.encode("latin-1")
 
 
 def test_a_search_whose_trials_all_fail_says_so(

@@ -205,6 +205,39 @@ def test_without_a_reference_validations_are_compared(caplog: pytest.LogCaptureF
     assert caplog.text.count("chosen answers become less likely (by 1 nats") == 1
 
 
+def test_noise_between_validations_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Each pair is held against itself: half of them rise by 2.9 and half fall by 3.1."""
+    watch = FallingChosen(compares=False)
+    watch.add(moved(0.0, 0.0, count=16), training=False)
+    watch.check()
+    for chosen in (-3.1, 2.9):
+        watch.add(moved(chosen, -20.0), training=False)
+    watch.check()
+    assert not caplog.text
+
+
+def test_the_sanity_check_is_no_validation(
+    model_dir: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a learning rate of 0 nothing falls, though the first rows are the shortest."""
+    held_out = sorted(pairs(24), key=lambda each: sum(map(len, each.responses)))
+    module = DPOModule(
+        str(model_dir("gpt2")),
+        loss=SimPO(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        schedule="constant_with_warmup",
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    run = trainer(tmp_path, max_epochs=1, num_sanity_val_steps=2)
+    run.fit(module, loader(pairs(8), 4), loader(held_out, 4))
+    assert module.watch.falling._first.shape == (2, 24)
+    assert "less likely" not in caplog.text
+
+
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_training_that_pushes_both_down_is_told(
     micro_batches: int, model_dir: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -121,6 +121,9 @@ def test_a_refreshed_reference_is_kept_by_runs_that_refresh_it_no_more(
     with pytest.raises(AlignkitError, match=r"model\.reference_cache: does not work with a refr"):
         trainer(tmp_path).validate(cached, loader(pairs(4), 2), ckpt_path=place, verbose=False)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    base = made(model_dir, reference="base")
+    with pytest.raises(AlignkitError, match=r"holds a refreshed.*leave out model\.reference base"):
+        trainer(tmp_path).validate(base, loader(pairs(4), 2), ckpt_path=place, verbose=False)
 
 
 def test_sharded_blocks_are_refused_at_the_start(model_dir: Callable, tmp_path: Path) -> None:
@@ -131,7 +134,8 @@ def test_sharded_blocks_are_refused_at_the_start(model_dir: Callable, tmp_path: 
 def test_what_does_not_go_together_is_one_line(model_dir: Callable, tmp_path: Path) -> None:
     base = str(model_dir("gpt2"))
     wrong: list[tuple[dict, str]] = [
-        ({"reference_every": 0}, "model.reference_every=0: give at least 1 step, or null"),
+        ({"reference_every": 0}, "model.reference_every=0: give a whole number of steps, at"),
+        ({"reference_every": 2.5}, "model.reference_every=2.5: give a whole number of steps, at"),
         ({"reference_every": 2, "reference_mix": 0.0}, "model.reference_mix=0.0: give a share"),
         ({"reference_checks": 3}, "model.reference_checks=3: checks cached rows; give"),
         ({"reference_mix": 0.5}, "give model.reference_every as well"),

@@ -323,3 +323,19 @@ def test_another_seed_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     run(resume=last)
     monkeypatch.delenv("PL_GLOBAL_SEED")  # a run in Python without a seed goes on as before
     run(resume=last)
+
+
+def test_a_loss_that_a_run_is_measured_by_and_was_not_trained_by_is_told(
+    run: Run, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """In validation and in test, of the loss alone; nothing where it is the same."""
+    last = run(steps=1, kind=DPOModule, loss=DPO(beta=0.3))[2]
+    told = "measuring with changed settings: model.loss.beta 0.3 -> 0.1"
+    for loss, said in ((DPO(beta=0.3), []), (DPO(), [told])):
+        module = DPOModule(run.base, loss=loss, warmup_steps=3)
+        measures = trainer(tmp_path)
+        for measure in (measures.validate, measures.test):
+            caplog.clear()
+            with caplog.at_level(logging.INFO, "alignkit"):
+                measure(module, loader(pairs(2), 1), ckpt_path=last, verbose=False)
+            assert [m for m in caplog.messages if "changed settings" in m] == said

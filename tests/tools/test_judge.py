@@ -13,22 +13,26 @@ from transformers import AutoTokenizer
 
 from alignkit.cli import main
 from alignkit.data import PreferenceDataModule
-from alignkit.engine import collate, response_sums, score
+from alignkit.engine import Example, collate, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import adapters_disabled
 from alignkit.models.checkpoint import load_policy
+from alignkit.modules import DPOModule
 from alignkit.objectives.preference import (
     DPO,
     IPO,
+    LDDPO,
     WPO,
-    ChosenNLL,
+    ForwardKLDPO,
+    NormalizedDPO,
     PreferenceLoss,
     SimPO,
-    WeightedSum,
 )
 from alignkit.objectives.unpaired import KTO
 from alignkit.tools.judge.command import judge
-from alignkit.tools.judge.scoring import FoundJudge, _trained_with
+from alignkit.tools.judge.scoring import FoundJudge
+from alignkit.tools.judge.trained import trained_with, weights_of
+from tests.modules.helpers import trainer
 
 ROWS = [
     {
@@ -63,6 +67,13 @@ def fit(kind: str, base: Path, pairs: Path, *more: object) -> Path:
         "--model.optimizer.lr", 0.02, *more, *quiet,
     ) == 0  # fmt: skip
     return next(Path(kind).resolve().rglob("*.ckpt"))
+
+
+class Unknown:
+    """A loss of one's own, as a checkpoint has it that was written elsewhere."""
+
+    def to_dict(self) -> dict:
+        return {"class_path": "mine.Loss", "init_args": {"beta": 0.7}}
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -131,6 +142,42 @@ def test_by_dpos_implicit_reward(model_dir: Callable, pairs: Path, tmp_path: Pat
     assert judge(str(pairs), model=str(checkpoint), reference=str(checkpoint)).accuracy == 0.5
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [DPO(0.3), NormalizedDPO(), IPO(0.3), LDDPO(0.3), ForwardKLDPO(), WPO(IPO(0.7))],
+    ids=lambda loss: type(loss).__name__,
+)
+def test_rewards_are_those_that_the_run_logs(
+    loss: PreferenceLoss, model_dir: Callable, pairs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of rows of two answers, and each answer's own whatever stands beside it."""
+    base = str(model_dir("gpt2"))
+    torch.manual_seed(0)
+    module = DPOModule(
+        base, loss=loss, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02), schedule="cosine"
+    )
+    held_out = PreferenceDataModule(
+        base, str(pairs), splits={"train": "train", "validation": "train"}
+    )
+    quiet = trainer(pairs.parent, max_steps=6, num_sanity_val_steps=0)
+    quiet.fit(module, held_out)
+    quiet.save_checkpoint("run.ckpt")
+    (logged,) = quiet.validate(module, held_out, verbose=False)
+    found = judge(str(pairs), model="run.ckpt", output="ranked.jsonl")
+    assert found.margin == pytest.approx(logged["val/rewards/margins"], rel=1e-3)
+    assert found.accuracy == pytest.approx(logged["val/rewards/accuracies"])
+    assert f"({type(loss).__name__}'s rewards, as in training)" in capsys.readouterr().out
+    plain = judge(str(pairs), model="run.ckpt", beta=0.3)
+    assert "(implicit rewards, 0.3 log π/π_ref)" in capsys.readouterr().out
+    assert (plain == found) == (type(loss) is DPO)
+
+
+def test_weights_of_tokens_are_those_of_the_shortest_other_answer() -> None:
+    examples = [Example([1], [[2] * 3, [2] * 2, [2] * 4]), Example([1], [[2] * 2])]
+    weights = weights_of(LDDPO(alpha=0.5), collate(examples), examples)
+    assert weights.tolist() == [1, 1, 0.5, 1, 1, 1, 1, 0.5, 0.5, 1, 1]
+
+
 def test_a_run_is_judged_as_it_was_trained(
     model_dir: Callable, pairs: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,8 +190,7 @@ def test_a_run_is_judged_as_it_was_trained(
     policy = str(fit("DPOModule", base, pairs, "--model.init_from", start, *loss))
     found = judge(str(pairs), model=policy)
     assert f"--reference {start}: as the run was trained" in caplog.text
-    named = judge(str(pairs), model=policy, reference=str(start), beta=0.3)
-    assert found == named
+    assert found == judge(str(pairs), model=policy, reference=str(start))
     assert found.margin != judge(str(pairs), model=policy, reference=str(base)).margin
     start.rename(start.with_name("moved.ckpt"))
     with pytest.raises(AlignkitError, match=r"--reference: the run was trained against .*; name"):
@@ -166,24 +212,26 @@ def test_a_reference_that_moved_is_the_first_one(
 @pytest.mark.parametrize(
     ("settings", "found"),
     [
-        ({"loss": DPO(0.3)}, (None, 0.3)),
-        ({"loss": DPO(0.3), "lora": None}, ("base", 0.3)),
-        ({"loss": IPO(0.3), "init_from": "sft"}, ("sft", 0.3)),
-        ({"loss": KTO(0.3), "init_from": "sft", "reference": "base"}, (None, 0.3)),
-        ({"loss": DPO(0.3), "init_from": "sft", "reference": "other"}, ("other", 0.3)),
-        ({"loss": SimPO(3.0), "init_from": "sft"}, (None, None)),
-        ({"loss": DPO(0.3), "init_from": "sft", "reference": "none"}, (None, None)),
-        ({"loss": WeightedSum((DPO(0.3),)), "init_from": "sft"}, ("sft", 0.3)),
-        ({"init_from": "sft"}, (None, None)),
+        ({"loss": DPO(0.3)}, (None, None, DPO(0.3))),
+        ({"loss": DPO(0.3), "lora": None}, ("base", None, DPO(0.3))),
+        ({"loss": IPO(0.3), "init_from": "sft"}, ("sft", None, IPO(0.3))),
+        ({"loss": KTO(0.3), "init_from": "sft", "reference": "base"}, (None, 0.3, None)),
+        ({"loss": DPO(), "init_from": "sft", "reference": "other"}, ("other", None, DPO())),
+        ({"loss": SimPO(3.0), "init_from": "sft"}, (None, None, None)),
+        ({"loss": WPO(SimPO(3.0)), "init_from": "sft"}, (None, None, None)),
+        ({"loss": DPO(0.3), "init_from": "sft", "reference": "none"}, (None, None, None)),
+        ({"loss": WPO(IPO(0.3)), "init_from": "sft"}, ("sft", None, WPO(IPO(0.3)))),
+        ({"loss": Unknown(), "init_from": "sft"}, ("sft", 0.7, None)),
+        ({"init_from": "sft"}, (None, None, None)),
     ],
     ids=str,
 )
 def test_what_a_run_was_trained_with(settings: dict, found: tuple) -> None:
-    """Reference and β; nothing of losses without one, nor of other stages."""
+    """Reference and loss, or β; nothing of losses without one, nor of other stages."""
     given = {"base": "base", "lora": {"r": 8}, "init_from": None, **settings}
     if "loss" in settings:
         given = {"reference": None, **given, "loss": settings["loss"].to_dict()}
-    assert _trained_with(given) == found
+    assert trained_with(given) == found
 
 
 def test_what_cannot_be_judged_is_one_line(
@@ -281,22 +329,6 @@ def test_a_repeated_answer_does_not_cost_its_row(
     assert judged == [["Ash.", "Fig.", "Oak."], ["3.", "Three."]]
     assert run("audit", drawn, "--columns.responses", "candidates") == 0
     assert "alignkit audit --columns.responses candidates says why" in told
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        WPO(SimPO(beta=0.7)),
-        WPO(DPO(beta=0.7)),
-        WeightedSum((WeightedSum((DPO(beta=0.7), IPO())), ChosenNLL())),
-        WeightedSum((WPO(IPO(beta=0.7)), DPO())),
-    ],
-    ids=str,
-)
-def test_the_scale_of_a_loss_inside_a_loss(loss: PreferenceLoss) -> None:
-    settings = {"loss": loss.to_dict(), "reference": "base", "base": "gpt2", "lora": {}}
-    reads = loss.uses_reference
-    assert _trained_with(settings) == (None, 0.7 if reads else None)
 
 
 def test_answers_that_were_cut_are_counted(

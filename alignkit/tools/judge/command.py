@@ -41,7 +41,7 @@ def judge(
     tokens_per_batch: int = 4096,
     device: str = "auto",
 ) -> Verdict:
-    """Score the answers of a file by a reward model, or by DPO's implicit reward, and rank them.
+    """Score the answers of a file by a reward model, or by a policy's reward, and rank them.
 
     Scores that the file has already count for nothing but the order of the answers. Of rows that
     ``alignkit sample`` wrote, empty and repeated answers are left out where two others remain.
@@ -50,10 +50,12 @@ def judge(
         path: Pairs, ranked answers or what ``alignkit sample`` wrote: a file, a directory or a Hub
             id, as the data modules take it.
         model: A reward model (a checkpoint, a run's folder, or what ``export --to reward`` wrote),
-            or a policy, whose implicit reward is β (log π(y|x) − log π_ref(y|x)).
+            or a policy: a run of DPO gives the rewards of the loss that it was trained by, any
+            other the implicit reward β (log π(y|x) − log π_ref(y|x)).
         reference: π_ref, as ``model``; by default what a run of DPO or KTO was trained against (as
             it began, where the run refreshed it), and the policy without its adapters otherwise.
-        beta: β, the scale of the implicit reward; by default that of the run, or 0.1.
+        beta: β of the implicit reward, which a run of DPO then gives as well; by default that of a
+            run of KTO, or 0.1.
         output: A JSON-lines file for the rows: ``prompt``, ``responses`` from the best to the
             worst, and their ``scores``, which the data modules read. What a run that is stopped
             has scored lies there too, or beside a file that is there already.
@@ -121,7 +123,7 @@ def judge(
     rows = f"{verdict.rows:,} row{'s' if verdict.rows > 1 else ''}{left_out}"
     print(
         f"{path}: {rows}, first answer above the last in {verdict.accuracy:.1%}{error}, by "
-        f"{verdict.margin:.4g} on average"
+        f"{verdict.margin:.4g} on average ({found.scores})"
     )
     return verdict
 

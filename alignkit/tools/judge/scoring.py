@@ -1,13 +1,13 @@
-"""Load what scores answers: a reward model, or a policy by DPO's implicit reward."""
+"""Load what scores answers: a reward model, or a policy by its loss's or DPO's implicit reward."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from alignkit.data.encode.draft import DraftExample
 from alignkit.data.read.rows import Source
 from alignkit.data.text.policies import Policies
 from alignkit.data.text.shapes import Sides
-from alignkit.engine import Example, collate, response_sums, score
+from alignkit.engine import Example, collate, response_lengths, response_sums, score
 from alignkit.errors import AlignkitError
 from alignkit.lora import adapters_disabled
 from alignkit.models.checkpoint import (
@@ -36,6 +36,7 @@ from alignkit.models.reward import holds_reward, is_classifier, load_classifier,
 from alignkit.models.text_format import PromptChoice
 from alignkit.models.tokenizer import refuse_other_tokens
 from alignkit.objectives.preference import PreferenceLoss
+from alignkit.tools.judge.trained import rewards_of, trained_with, weights_of
 
 log = logging.getLogger(__name__)
 _BETA = 0.1
@@ -74,11 +75,12 @@ class FoundJudge(NamedTuple):
         True
 
     Attributes:
-        place: A reward model, or a policy, whose implicit reward is β (log π − log π_ref).
+        place: A reward model, or a policy.
         is_reward: Whether it is a reward model.
         reference: π_ref; ``None`` for the policy without its adapters.
-        beta: β; ``None`` for 0.1.
+        beta: β of the policy's implicit reward, β (log π − log π_ref); ``None`` for 0.1.
         flags: What these are called in messages.
+        loss: What the policy was trained by, whose reward takes the place of the implicit one.
     """
 
     place: str
@@ -86,6 +88,16 @@ class FoundJudge(NamedTuple):
     reference: str | None = None
     beta: float | None = None
     flags: Flags = FLAGS
+    loss: PreferenceLoss | None = None
+
+    @property
+    def scores(self) -> str:
+        """Tell what the scores are."""
+        if self.is_reward:
+            return "the reward model's scores"
+        if self.loss is not None:
+            return f"{type(self.loss).__name__}'s rewards, as in training"
+        return f"implicit rewards, {_BETA if self.beta is None else self.beta:g} log π/π_ref"
 
 
 def find_judge(
@@ -96,7 +108,7 @@ def find_judge(
     Args:
         model: See `FoundJudge`; a run's folder stands for its newest checkpoint.
         reference: See `FoundJudge`; ``None`` for what a run of DPO or KTO was trained against.
-        beta: See `FoundJudge`; ``None`` for that of such a run.
+        beta: See `FoundJudge`; ``None`` for the reward of such a run's own loss.
         flags: See `FoundJudge`.
 
     Raises:
@@ -104,7 +116,7 @@ def find_judge(
     """
     if beta is not None and not 0 < beta < float("inf"):
         raise AlignkitError(f"{flags.beta} {beta}: must be above 0")
-    place = find_checkpoint(model)
+    place, loss = find_checkpoint(model), None
     is_reward, is_whole = is_classifier(place), not is_adapter(place)
     with as_argument(flags.model.removeprefix("--"), place):
         read_config(policy_base(place))
@@ -114,8 +126,9 @@ def find_judge(
             is_whole = checkpoint["hyper_parameters"]["lora"] is None
             if not is_reward:
                 settings = checkpoint["hyper_parameters"]
-                theirs, scale = _trained_with(settings)
-                beta = scale if beta is None else beta
+                theirs, scale, own = trained_with(settings)
+                if beta is None:
+                    beta, loss = scale, own
                 if reference is None and settings.get("reference_every"):
                     log.warning("%s: the run refreshed its reference; the first is taken", place)
                 if reference is None and theirs is not None:
@@ -132,32 +145,7 @@ def find_judge(
             f"{flags.model} {model}: is a whole model, whose implicit reward needs "
             f"{flags.reference}"
         )
-    return FoundJudge(place, is_reward, reference, beta, flags)
-
-
-def _trained_with(settings: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """Return a run's reference, if it is not the base alone, and its β; nothing of other stages."""
-    loss, named = settings.get("loss"), settings.get("reference")
-    if not isinstance(loss, Mapping) or "reference" not in settings:
-        return None, None
-    if named == "none" or ("class_path" in loss and not _reads_reference(loss)):
-        return None, None
-    if named in (None, "copy"):  # of the policy as it started
-        named = settings.get("init_from")
-    if named in (None, "base"):  # a whole model has no adapters to take off
-        named = settings["base"] if settings.get("lora") is None else None
-    values = loss.get("init_args") or loss
-    # The rewards of a sum are those of its first term, and WPO's those of the loss inside.
-    while inside := (values.get("terms") or [values.get("of")])[0]:
-        values = inside.get("init_args") or {}
-    return named, values.get("beta")
-
-
-def _reads_reference(loss: Mapping[str, Any]) -> bool:
-    try:
-        return bool(PreferenceLoss.from_dict(loss).uses_reference)
-    except AlignkitError:  # a loss of one's own, which is not imported here
-        return True
+    return FoundJudge(place, is_reward, reference, beta, flags, loss)
 
 
 def _there(reference: str, flags: Flags) -> str:
@@ -202,7 +190,7 @@ def load_scorer(judge: FoundJudge, device: torch.device) -> tuple[Scorer, PreTra
 
 
 def _load(judge: FoundJudge, device: torch.device) -> tuple[Scorer, PreTrainedTokenizerBase]:
-    model, is_reward, reference, beta, flags = judge
+    model, is_reward, reference, beta, flags, loss = judge
     named = flags.model.removeprefix("--")
     if is_reward:
         if not model.endswith(".ckpt"):
@@ -227,14 +215,19 @@ def _load(judge: FoundJudge, device: torch.device) -> tuple[Scorer, PreTrainedTo
             raise AlignkitError(f"{flags.reference} {reference}: {error}") from None
     scale = _BETA if beta is None else beta
 
-    def implicit(examples: Sequence[Example]) -> list[list[float]]:
+    def rewarded(examples: Sequence[Example]) -> list[list[float]]:
         batch = collate(examples).to(device)
-        ours = response_sums(score(policy, batch), batch)
+        weights_N: Tensor | float = 1.0
+        if loss is not None and loss.weighs_tokens:
+            weights_N = weights_of(loss, batch, examples)
+        ours = response_sums(score(policy, batch) * weights_N, batch)
         with adapters_disabled(policy) if other is policy else nullcontext():
-            theirs = response_sums(score(other, batch), batch)
-        return _split(scale * (ours - theirs), examples)
+            theirs = response_sums(score(other, batch) * weights_N, batch)
+        if loss is None:
+            return _split(scale * (ours - theirs), examples)
+        return _split(rewards_of(loss, ours, theirs, response_lengths(batch)), examples)
 
-    return implicit, tokenizer
+    return rewarded, tokenizer
 
 
 def row_encoder(
