@@ -14,6 +14,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -214,10 +215,19 @@ class _RecordUnpickler(pickle.Unpickler):
         """Return a class by its name, if it is one of the record's."""
         if module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"):
             return PurePosixPath  # where the checkpoint lay, which nobody reads
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         known = name in _RECORD_CLASSES.get(module, ())
         if not known and not (module == "torch" and isinstance(getattr(torch, name), torch.dtype)):
             raise pickle.UnpicklingError(f"{module}.{name} is not part of a record")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Enum:
+    """Return a member of an enumeration, which early Pythons 3.11 pickle as an attribute."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"{kind}.{name} is not part of a record")
+    return kind[name]
 
 
 def _reason(error: BaseException) -> str:

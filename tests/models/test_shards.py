@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import socket
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import xxhash
+from torch.distributed.checkpoint import metadata
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -138,6 +140,27 @@ def test_a_record_builds_nothing_but_its_own_classes(
     with pytest.raises(AlignkitError, match=r"posix\.mkdir is not part of a record"):
         load_checkpoint(path)
     assert not (tmp_path / "made").exists()
+
+
+class Attribute:
+    """Is pickled as an attribute of something, as Python 3.11.2 pickles members of enumerations."""
+
+    def __init__(self, of: Any, name: str) -> None:
+        self.of, self.name = of, name
+
+    def __reduce__(self) -> tuple[Callable, tuple[Any, str]]:
+        return getattr, (self.of, self.name)
+
+
+def test_a_record_may_hold_members_and_no_other_attributes() -> None:
+    def read(value: Any) -> Any:
+        return shards._RecordUnpickler(io.BytesIO(pickle.dumps(value))).load()
+
+    kept = metadata._MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    assert read(Attribute(metadata._MEM_FORMAT_ENCODING, kept.name)) is kept
+    for of, name in ((metadata.Metadata, "__init__"), (torch.Size, "mro"), ("text", "format")):
+        with pytest.raises(pickle.UnpicklingError, match=f"{name} is not part of a record"):
+            read(Attribute(of, name))
 
 
 def test_a_folder_outside_is_refused(tmp_path: Path, mesh: DeviceMesh) -> None:
