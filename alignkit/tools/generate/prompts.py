@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.read.sources import find_splits
-from alignkit.data.text.dialogue import HUMAN, Dialogue, RowError
+from alignkit.data.text.dialogue import HUMAN, Dialogue, RowError, messages_of
 from alignkit.data.text.formats import Format
 from alignkit.data.text.shapes import Side, sft_sides
 from alignkit.data.text.templated import Templated
@@ -57,7 +57,7 @@ def as_prompts(
     templated = Templated(tokenizer, specials=form.specials)
     prompts = []
     for index, question in enumerate(questions, start=1):
-        side = _question_side(question, system)
+        side = _side_of(_led(question, system))
         if (sign := templated.find([side])) and sign.grave:
             log.warning(
                 "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
@@ -106,38 +106,47 @@ def chat_prompt(
     if kind == "raw" or kind == "text":
         return "\n".join(message["content"] for message in messages)
     form = Format(kind, tokenizer, chat_template=asked.chat_template)
-    side = sft_sides({"prompt": list(messages), "completion": ""})[0]
+    side = _side_of([dict(message) for message in messages])
     dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
     return form.render(dialogue).prompt
 
 
 def with_system(question: Question, asked: TextFormat) -> Question:
-    """Return a question with the system message that it is asked with, as the prompt of a row.
+    """Return the prompt that a question is asked with, as the ``prompt`` of a row.
+
+    Whoever judges and trains on the row reads the text that the model was asked.
 
     Args:
         question: As in `as_prompts`.
         asked: The text format that it is asked in; ``raw`` and ``text`` have no system message.
     """
-    return question if asked.prompt_format in ("raw", "text") else _led(question, asked.system)
+    if asked.prompt_format in ("raw", "text"):
+        return shown(question)
+    return _led(question, asked.system)
 
 
 def _led(question: Question, system: str | None) -> Question:
-    if system is None or (isinstance(question, list) and question[0]["role"] == "system"):
-        return question
-    prompt = question.strip() if isinstance(question, str) else question
-    side = sft_sides({"prompt": prompt, "completion": ""})[0]
-    if side.starts is None:  # a dialogue already
-        return f"{system}\n\n{side.prompt.lstrip()}"
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"role": "system", "content": system}, *messages]
+    """Return a question as a row has it, with a system message unless it has one of its own."""
+    system_message = {"role": "system", "content": system or ""}
+    if isinstance(question, list):
+        led = system is None or question[0]["role"] == "system"
+        return question if led else [system_message, *question]
+    words = question.strip()
+    side = _side_of(words)
+    if side.starts is not None:  # no dialogue yet, but what the human says
+        return words if system is None else [system_message, {"role": "user", "content": words}]
+    # A dialogue's own white space is what training reads, but for what follows the last label.
+    told = question if side.continued else question.rstrip()
+    if system is None:
+        return told
+    if side.continued:  # as one text it would be read as what the human says
+        turns = ({"role": m.role, "content": m.content.strip()} for m in messages_of(words))
+        return [system_message, *turns]
+    return f"{system}\n\n{told.lstrip()}"
 
 
-def _question_side(question: Question, system: str | None) -> Side:
-    """Return a question as training reads the prompt of a row."""
-    told = _led(question, system)
-    if isinstance(told, str) and told is not question:
-        return Side(told, "")
-    prompt = told.strip() if isinstance(told, str) else told
+def _side_of(prompt: Question) -> Side:
+    """Return a row's prompt as training reads it."""
     return sft_sides({"prompt": prompt, "completion": ""})[0]
 
 
@@ -225,6 +234,11 @@ def _question_of(row: Row, where: str) -> Question:
         raise AlignkitError(f"{where}: has no prompt")
     if side.messages is None:
         return side.prompt
+    given = row.get("prompt")
+    if isinstance(given, str) and [each.content.strip() for each in side.messages] == [
+        given.strip()
+    ]:
+        return given  # ``raw`` reads its white space too
     return [{"role": each.role, "content": each.content} for each in side.messages]
 
 
