@@ -68,6 +68,7 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
     place = find_checkpoint(model)
     options = gather_options(options)
     request = Request(**options)
+    request.refuse_overwriting({"--output": target})
     if answers < 2:
         raise AlignkitError(f"answers: must be 2 or more, got {answers}; generate draws one")
     if request.temperature == 0:

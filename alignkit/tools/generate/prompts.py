@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,10 +18,9 @@ from alignkit.data.text.shapes import Side, sft_sides
 from alignkit.data.text.templated import Templated
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import TextFormat, TextKind
+from alignkit.tools.generate.prompt_files import read_prompts
 
 TURN = f"\n\n{HUMAN}"
-
-_SUFFIXES = (".jsonl", ".json", ".txt", "")
 
 Question = str | list[dict[str, str]]
 """What the human says or a whole dialogue, as text or as messages with ``role`` and ``content``."""
@@ -180,7 +178,7 @@ def gather_prompts(
             raise AlignkitError(f"prompts: prompt {index + 1} is empty; give it some text")
     found: list[Question] = [*given]
     if prompts_file is not None:
-        found += _read(prompts_file)
+        found += read_prompts(prompts_file)
     if data is not None:
         found += data_prompts(data)
     if not found:
@@ -210,13 +208,25 @@ def data_prompts(path: str) -> Iterator[Question]:
                 yield question
 
 
+def files_asked(prompts_file: str | None, data: str | None) -> list[str]:
+    """Return the files that prompts are read from, as in `gather_prompts`."""
+    files = [] if prompts_file is None else [str(Path(prompts_file).expanduser())]
+    if data is not None and Path(data.partition("#")[0]).expanduser().exists():
+        files += [source.name for source in _sources_of(data)]
+    return files
+
+
+def _no_hash(path: Path) -> str:
+    return ""  # no cache is to know when the file has changed
+
+
 def _sources_of(path: str) -> list[Source]:
     place, _, wanted = path.partition("#")
     if not wanted:
-        splits = find_splits(place)
+        splits = find_splits(place, hashes=_no_hash)
         return next(splits[name] for name in ("test", "validation", "train") if name in splits)
     try:
-        return find_splits(place, splits={"test": wanted})["test"]
+        return find_splits(place, splits={"test": wanted}, hashes=_no_hash)["test"]
     except AlignkitError as error:
         raise AlignkitError(f"data '{path}': {str(error).removeprefix('data.splits: ')}") from error
 
@@ -240,60 +250,3 @@ def _question_of(row: Row, where: str) -> Question:
     ]:
         return given  # ``raw`` reads its white space too
     return [{"role": each.role, "content": each.content} for each in side.messages]
-
-
-def _read(name: str) -> Iterator[str]:
-    path = Path(name).expanduser()
-    if path.suffix not in _SUFFIXES:
-        raise AlignkitError(
-            f"prompts_file '{name}': pass a .jsonl, .json or .txt file, not {path.suffix}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise AlignkitError(
-            f"prompts_file '{name}': {error.strerror}; pass a .jsonl or text file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise AlignkitError(
-            f"prompts_file '{name}': byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from error
-    if path.suffix == ".json":
-        rows = _parsed(text, name)
-        for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
-            yield _prompt_of_row(
-                {"prompt": row} if isinstance(row, str) else row, f"{name}:{number}"
-            )
-        return
-    # Not by splitlines, which also parts at characters that JSON and prose may hold: U+2028, say.
-    numbered = enumerate(text.split("\n"), start=1)
-    lines = [(number, line) for number, line in numbered if line.strip()]
-    if path.suffix != ".jsonl" and (_holds_json(text) or (lines and _holds_json(lines[0][1]))):
-        raise AlignkitError(f"prompts_file '{name}': holds JSON; name it .jsonl or .json")
-    for number, line in lines:
-        where = f"{name}:{number}"
-        yield _prompt_of_row(_parsed(line, where), where) if path.suffix == ".jsonl" else line
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise AlignkitError(f'{where}: not JSON; write {{"prompt": "..."}}') from error
-
-
-def _holds_json(text: str) -> bool:
-    """Tell whether a text is a JSON object, or an array of objects or texts."""
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return False
-    items = value if isinstance(value, list) else []
-    return isinstance(value, dict) or any(isinstance(item, dict | str) for item in items)
-
-
-def _prompt_of_row(row: Any, where: str) -> str:
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise AlignkitError(f'{where}: no prompt; write {{"prompt": "..."}}')
-    return prompt

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,9 @@ from alignkit.models.checkpoint import load_policy, policy_format
 from alignkit.models.text_format import TextFormat, TextKind
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.asking import DEFAULT_FORMAT, choose_format, warn_of_length
-from alignkit.tools.generate.prompts import TURN, Question, as_prompts, gather_prompts
+from alignkit.tools.generate.prompts import TURN, Question, as_prompts, files_asked, gather_prompts
 from alignkit.tools.generate.sampling import Sampling, complete
+from alignkit.utils.atomic import refuse_overwriting
 
 
 @dataclass
@@ -97,6 +99,10 @@ class Request:
         drawn = {f.name: getattr(self, f.name) for f in fields(Sampling) if f.name != "stop"}
         self.sampling = Sampling(**drawn)
         self.target = resolve_device(self.device)
+
+    def refuse_overwriting(self, outputs: Mapping[str, Path | None]) -> None:
+        """Refuse to write a file that prompts are read from; see `refuse_overwriting`."""
+        refuse_overwriting(outputs, files_asked(self.prompts_file, self.data))
 
     def load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model and tokenizer that ``path`` names, in eval mode on the device.
