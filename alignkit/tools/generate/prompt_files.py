@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from alignkit.data.read.opened import Place, bare_suffix, damage_told, open_bytes
 from alignkit.errors import AlignkitError
 
 _SUFFIXES = (".jsonl", ".json", ".txt", "")
@@ -22,21 +24,13 @@ def read_prompts(name: str) -> Iterator[str]:
         AlignkitError: The file cannot be read, or a row has no prompt, by its place.
     """
     path = Path(name).expanduser()
-    if path.suffix not in _SUFFIXES:
+    suffix = bare_suffix(path)
+    if suffix not in _SUFFIXES:
         raise AlignkitError(
-            f"prompts_file '{name}': pass a .jsonl, .json or .txt file, not {path.suffix}"
+            f"prompts_file '{name}': pass a .jsonl, .json or .txt file, not {suffix}"
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise AlignkitError(
-            f"prompts_file '{name}': {error.strerror}; pass a .jsonl or text file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise AlignkitError(
-            f"prompts_file '{name}': byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from error
-    if path.suffix == ".json":
+    text = _text_of(path, name)
+    if suffix == ".json":
         rows = _parsed(text, name)
         for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
             yield _prompt_of_row(
@@ -46,11 +40,33 @@ def read_prompts(name: str) -> Iterator[str]:
     # Not by splitlines, which also parts at characters that JSON and prose may hold: U+2028, say.
     numbered = enumerate(text.split("\n"), start=1)
     lines = [(number, line) for number, line in numbered if line.strip()]
-    if path.suffix != ".jsonl" and (_holds_json(text) or (lines and _holds_json(lines[0][1]))):
+    if suffix != ".jsonl" and (_holds_json(text) or (lines and _holds_json(lines[0][1]))):
         raise AlignkitError(f"prompts_file '{name}': holds JSON; name it .jsonl or .json")
     for number, line in lines:
         where = f"{name}:{number}"
-        yield _prompt_of_row(_parsed(line, where), where) if path.suffix == ".jsonl" else line
+        yield _prompt_of_row(_parsed(line, where), where) if suffix == ".jsonl" else line
+
+
+def _text_of(path: Path, name: str) -> str:
+    """Return the text of a file, which may be compressed.
+
+    Raises:
+        AlignkitError: It cannot be read.
+    """
+    try:
+        stream = open_bytes(path)
+    except OSError as error:
+        raise AlignkitError(
+            f"prompts_file '{name}': {error.strerror or error}; pass a .jsonl or text file"
+        ) from error
+    with stream, damage_told(path, Place()):
+        content = stream.read()
+    try:
+        return StringIO(content.decode("utf-8"), newline=None).getvalue()
+    except UnicodeDecodeError as error:
+        raise AlignkitError(
+            f"prompts_file '{name}': byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
 
 
 def _parsed(text: str, where: str) -> Any:

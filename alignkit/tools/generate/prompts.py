@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +15,8 @@ from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.dialogue import HUMAN, Dialogue, RowError, messages_of
 from alignkit.data.text.formats import Format
+from alignkit.data.text.known_shapes import SFT
+from alignkit.data.text.recognise import columns_of, readings
 from alignkit.data.text.shapes import Side, sft_sides
 from alignkit.data.text.templated import Templated
 from alignkit.errors import AlignkitError
@@ -232,21 +235,47 @@ def _sources_of(path: str) -> list[Source]:
 
 
 def _question_of(row: Row, where: str) -> Question:
-    """Return the prompt of a row as its data module reads it."""
+    """Return the prompt of a row as its data module reads it.
+
+    Raises:
+        AlignkitError: It has none, or an empty one.
+    """
     try:
         if isinstance(row, BadRow):
             raise RowError(row.reason)
-        alone = row.keys() == {"prompt"}
-        side = sft_sides({**row, "completion": ""} if alone else row)[0]
+        side = sft_sides(_answered(row))[0]
     except RowError as error:
         raise AlignkitError(f"{where}: {error}") from error
-    if not side.prompt.strip():
-        raise AlignkitError(f"{where}: has no prompt")
+    question = _given(side, row.get("prompt"))
+    last = question if isinstance(question, str) else question[-1]["content"] if question else ""
+    if not last.strip():
+        raise AlignkitError(f"{where}: its prompt is empty; give it some text")
+    return question
+
+
+def _answered(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row that has an answer, an empty one if it holds a prompt and none to it.
+
+    Raises:
+        RowError: It has neither a prompt nor an answer with what was asked.
+    """
+    try:
+        readings(row, SFT)
+    except RowError:
+        if row.get("prompt") is None:
+            there = ", ".join(f"`{name}`" for name in row)[:200] or "nothing"
+            raise RowError(f"it has no prompt, only {there}; name a column `prompt`") from None
+        read = columns_of("prompts with completions")
+        return {**{name: row[name] for name in row if name in read}, "completion": ""}
+    return row
+
+
+def _given(side: Side, prompt: Any) -> Question:
+    """Return the prompt of a side: the row's own text where that is all of it."""
     if side.messages is None:
         return side.prompt
-    given = row.get("prompt")
-    if isinstance(given, str) and [each.content.strip() for each in side.messages] == [
-        given.strip()
-    ]:
-        return given  # ``raw`` reads its white space too
-    return [{"role": each.role, "content": each.content} for each in side.messages]
+    if isinstance(prompt, str) and [m.content.strip() for m in side.messages] == [prompt.strip()]:
+        return prompt  # ``raw`` reads its white space too
+    question = [{"role": each.role, "content": each.content} for each in side.messages]
+    begun = [{"role": "assistant", "content": side.continued}] if side.continued else []
+    return question + begun

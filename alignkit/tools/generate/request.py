@@ -35,7 +35,7 @@ class Request:
     Args:
         prompts: A prompt, or a list of them.
         prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, a .json array of them or
-            of texts, or a .txt file with one a line.
+            of texts, or a .txt file with one a line; .gz and .zst as well.
         data: A data set whose prompts are answered, each once: those of its test split if it has
             one; DATA#SPLIT takes another, and DATA#test[:100] a part of one.
         base: The base model of a checkpoint or adapter, if it has moved since training.
