@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,13 @@ from alignkit.data.text.recognise import columns_of, readings
 from alignkit.data.text.shapes import Side, sft_sides
 from alignkit.data.text.templated import Templated
 from alignkit.errors import AlignkitError
-from alignkit.models.text_format import TextFormat, TextKind
+from alignkit.models.text_format import SPECIALS, TextFormat, TextKind
 from alignkit.tools.generate.prompt_files import read_prompts
 
 TURN = f"\n\n{HUMAN}"
 
 Question = str | list[dict[str, str]]
 """What the human says or a whole dialogue, as text or as messages with ``role`` and ``content``."""
-
-log = logging.getLogger(__name__)
 
 
 def as_prompts(
@@ -55,18 +52,33 @@ def as_prompts(
     if kind == "raw" or kind == "text":
         return [shown(question) for question in questions]
     form = Format(kind, tokenizer, chat_template=chat_template)
-    templated = Templated(tokenizer, specials=form.specials)
     prompts = []
-    for index, question in enumerate(questions, start=1):
+    for question in questions:
         side = _side_of(_led(question, system))
-        if (sign := templated.find([side])) and sign.grave:
-            log.warning(
-                "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
-                "rendered already", index, sign.told, kind,
-            )  # fmt: skip
         dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
         prompts.append(form.render(dialogue).prompt)
     return prompts
+
+
+def rendered_before(
+    questions: Sequence[Question], asked: TextFormat, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[int, str]]:
+    """Yield the number of each question that was rendered before, and what shows it.
+
+    Training and judge refuse such a prompt, as its markers or labels would come twice.
+
+    Args:
+        questions: As in `as_prompts`.
+        asked: The text format to ask in; ``raw`` and ``text`` render nothing.
+        tokenizer: The model's tokenizer.
+    """
+    if asked.prompt_format in ("raw", "text"):
+        return
+    templated = Templated(tokenizer, specials=asked.prompt_format in SPECIALS)
+    for number, question in enumerate(questions, start=1):
+        sign = templated.find([_side_of(_led(question, asked.system))])
+        if sign is not None and sign.grave:
+            yield number, sign.told
 
 
 def encode_prompts(

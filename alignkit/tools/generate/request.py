@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,9 +19,18 @@ from alignkit.models.checkpoint import load_policy, policy_format
 from alignkit.models.text_format import TextFormat, TextKind
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.asking import DEFAULT_FORMAT, choose_format, warn_of_length
-from alignkit.tools.generate.prompts import TURN, Question, as_prompts, files_asked, gather_prompts
+from alignkit.tools.generate.prompts import (
+    TURN,
+    Question,
+    as_prompts,
+    files_asked,
+    gather_prompts,
+    rendered_before,
+)
 from alignkit.tools.generate.sampling import Sampling, complete
 from alignkit.utils.atomic import refuse_overwriting
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -178,7 +188,8 @@ def answer_questions(
     batch_size: int = 8,
     told: Callable[[str], None] | None = None,
     heard: Callable[[Answer], None] | None = None,
-    first: int = 0,
+    draws: int = 1,
+    done: int = 0,
 ) -> Iterator[str]:
     """Yield a model's answers to questions; see `alignkit.tools.generate.sampling.complete`.
 
@@ -192,12 +203,18 @@ def answer_questions(
         batch_size: Questions computed side by side.
         told: Gets each piece of an answer as it is drawn.
         heard: Gets each answer with its tokens.
-        first: Place of the first question in a longer list, which the noise depends on.
+        draws: As in `complete`, as for ``done``.
+        done: Questions that are left out.
 
     Raises:
         AlignkitError: A question cannot be formatted, is empty or is too long for the model.
     """
     kind = asked.prompt_format
+    for number, sign in rendered_before(questions, asked, tokenizer):
+        log.warning(
+            "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
+            "rendered already", number, sign, kind,
+        )  # fmt: skip
     texts = as_prompts(
         questions, kind, tokenizer, chat_template=asked.chat_template, system=asked.system
     )
@@ -213,7 +230,8 @@ def answer_questions(
         ends=asked.ends,
         told=told,
         heard=heard,
-        first=first,
+        draws=draws,
+        done=done,
     )
 
 

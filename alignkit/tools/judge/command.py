@@ -113,8 +113,9 @@ def judge(
                 lines.append(json.dumps(ranked_row(draft, scores), ensure_ascii=False))
                 margins.append(scores[0] - scores[-1])
         save = write_atomically
-    except DefectError as defect:  # this command has no policies
-        raise AlignkitError(defect.told) from None
+    except DefectError as defect:  # this command has no policies, and one flag of the data's
+        told = defect.told.replace("data.prompt_format", "--prompt_format")
+        raise AlignkitError(told) from None
     finally:  # also what was scored before a signal
         if written is not None and lines:
             save(written, "".join(f"{line}\n" for line in lines))
