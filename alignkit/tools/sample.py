@@ -30,14 +30,9 @@ from alignkit.models.find import find_checkpoint
 from alignkit.models.fingerprint import base_fingerprint
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
+from alignkit.tools.generate.fitting import rendered_before
 from alignkit.tools.generate.options import gather_options
-from alignkit.tools.generate.prompts import (
-    Question,
-    encode_prompts,
-    rendered_before,
-    shown,
-    with_system,
-)
+from alignkit.tools.generate.prompts import Question, encode_prompts, shown, with_system
 from alignkit.tools.generate.request import Request, answer_questions, describe_format
 from alignkit.utils.atomic import PARTIAL, check_output, write_atomically
 from alignkit.utils.progress import counting

@@ -73,7 +73,24 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     rows.write_text('{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}\n', encoding="utf-8")
     text.write_text("a\u2028b\x0bc\n\nd", encoding="utf-8")
     assert gather_prompts(None, str(rows)) == ["a\u2028b\u0085c", "d"]
-    assert gather_prompts(None, str(text)) == ["a\u2028b\x0bc", "d"]
+    assert gather_prompts(None, str(text)) == ["a\u2028b c", "d"]
+
+
+def test_what_no_tokenizer_encodes_is_replaced_as_in_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, data = tmp_path / "p.jsonl", tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n{"prompt": "a \\ud800 b"}\n')
+    chat = [{"role": "user", "content": "d\0e"}]
+    data.write_text(f'{{"prompt": "\\udc80c"}}\n{json.dumps({"prompt": chat})}\n')
+    found = gather_prompts(["f\ud83d"], str(rows), str(data))
+    mended = [{"role": "user", "content": "d e"}]
+    assert found == ["f\ufffd", "a", "a \ufffd b", "\ufffdc", mended]
+    (record,) = caplog.records
+    told = "4 of 5 hold NUL and other control characters, or half of a surrogate pair"
+    assert f"prompts: {told} (the first is prompt 1): replaced" in record.getMessage()
+    with pytest.raises(AlignkitError, match="prompt 2 is empty"):
+        gather_prompts(["a", "\0"], None)
 
 
 def test_missing_file_none_and_empty(tmp_path: Path) -> None:

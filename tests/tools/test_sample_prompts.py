@@ -114,3 +114,15 @@ def test_compare_warns_of_a_prompt_once(
     compare([moved_models["dpo"]], **options)
     (told,) = (record.getMessage() for record in caplog.records)
     assert told.startswith("prompt 2: a message begins with 'Human:'")
+
+
+def test_half_a_surrogate_pair_is_written_and_judged_as_it_was_asked(
+    base: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "prompts.jsonl", "a \ud800 b")
+    output = tmp_path / "drawn.jsonl"
+    sample(base, output=str(output), prompts_file=path, answers=2, **SHORT)
+    assert json.loads(output.read_text(encoding="utf-8"))["prompt"] == "a \ufffd b"
+    options = {"prompts_file": path, **SHORT}
+    generate(base, jsonl=str(tmp_path / "a.jsonl"), **options)
+    compare([base], html=str(tmp_path / "a.html"), json=str(tmp_path / "a.json"), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,23 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.read.sources import find_splits
+from alignkit.data.text.defects import readable
 from alignkit.data.text.dialogue import HUMAN, Dialogue, RowError, messages_of
 from alignkit.data.text.formats import Format
 from alignkit.data.text.known_shapes import SFT
+from alignkit.data.text.policies import MEANING
 from alignkit.data.text.recognise import columns_of, readings
 from alignkit.data.text.shapes import Side, sft_sides
-from alignkit.data.text.templated import Templated
 from alignkit.errors import AlignkitError
-from alignkit.models.text_format import SPECIALS, TextFormat, TextKind
+from alignkit.models.text_format import TextFormat, TextKind
 from alignkit.tools.generate.prompt_files import read_prompts
 
 TURN = f"\n\n{HUMAN}"
 
 Question = str | list[dict[str, str]]
 """What the human says or a whole dialogue, as text or as messages with ``role`` and ``content``."""
+
+log = logging.getLogger(__name__)
 
 
 def as_prompts(
@@ -58,27 +62,6 @@ def as_prompts(
         dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
         prompts.append(form.render(dialogue).prompt)
     return prompts
-
-
-def rendered_before(
-    questions: Sequence[Question], asked: TextFormat, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[int, str]]:
-    """Yield the number of each question that was rendered before, and what shows it.
-
-    Training and judge refuse such a prompt, as its markers or labels would come twice.
-
-    Args:
-        questions: As in `as_prompts`.
-        asked: The text format to ask in; ``raw`` and ``text`` render nothing.
-        tokenizer: The model's tokenizer.
-    """
-    if asked.prompt_format in ("raw", "text"):
-        return
-    templated = Templated(tokenizer, specials=asked.prompt_format in SPECIALS)
-    for number, question in enumerate(questions, start=1):
-        sign = templated.find([_side_of(_led(question, asked.system))])
-        if sign is not None and sign.grave:
-            yield number, sign.told
 
 
 def encode_prompts(
@@ -187,11 +170,7 @@ def gather_prompts(
         AlignkitError: There is no prompt, an empty one, a file that cannot be read, or a row
             without a prompt (with its line number).
     """
-    given = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    for index, prompt in enumerate(given):
-        if not prompt.strip():
-            raise AlignkitError(f"prompts: prompt {index + 1} is empty; give it some text")
-    found: list[Question] = [*given]
+    found: list[Question] = [prompts] if isinstance(prompts, str) else list(prompts or [])
     if prompts_file is not None:
         found += read_prompts(prompts_file)
     if data is not None:
@@ -201,7 +180,27 @@ def gather_prompts(
         raise AlignkitError(
             f"prompts: {where}; pass --prompts TEXT, --prompts_file FILE or --data DATA"
         )
-    return found
+    mended = [_mended(question) for question in found]
+    if changed := [
+        number
+        for number, pair in enumerate(zip(found, mended, strict=True), 1)
+        if pair[0] != pair[1]
+    ]:
+        log.warning(
+            "prompts: %d of %d hold %s (the first is prompt %d): replaced, as in training",
+            len(changed), len(found), MEANING["control_characters"], changed[0],
+        )  # fmt: skip
+    for number, question in enumerate(mended, start=1):
+        if not shown(question).strip():
+            raise AlignkitError(f"prompts: prompt {number} is empty; give it some text")
+    return mended
+
+
+def _mended(question: Question) -> Question:
+    """Return a question with what no tokenizer encodes replaced, as training replaces it."""
+    if isinstance(question, str):
+        return readable(question)
+    return [{**message, "content": readable(message["content"])} for message in question]
 
 
 def data_prompts(path: str) -> Iterator[Question]:

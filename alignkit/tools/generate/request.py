@@ -19,14 +19,8 @@ from alignkit.models.checkpoint import load_policy, policy_format
 from alignkit.models.text_format import TextFormat, TextKind
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.asking import DEFAULT_FORMAT, choose_format, warn_of_length
-from alignkit.tools.generate.prompts import (
-    TURN,
-    Question,
-    as_prompts,
-    files_asked,
-    gather_prompts,
-    rendered_before,
-)
+from alignkit.tools.generate.fitting import rendered_before
+from alignkit.tools.generate.prompts import TURN, Question, as_prompts, files_asked, gather_prompts
 from alignkit.tools.generate.sampling import Sampling, complete
 from alignkit.utils.atomic import refuse_overwriting
 
