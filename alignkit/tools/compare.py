@@ -75,6 +75,9 @@ def compare(
     judging = _judge(judge, judge_reference, judge_beta)
     options = gather_options(options)
     request = Request(**options)
+    request.refuse_overwriting(
+        {"--markdown": markdown_file, "--json": json_file, "--html": page_file}
+    )
     comparison = Comparison([shown(question) for question in request.questions])
     pages: Pages = {}
     console = Console()

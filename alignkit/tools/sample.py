@@ -30,13 +30,15 @@ from alignkit.models.find import find_checkpoint
 from alignkit.models.fingerprint import base_fingerprint
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.command import REQUEST_FLAGS, add_request
+from alignkit.tools.generate.fitting import rendered_before
 from alignkit.tools.generate.options import gather_options
-from alignkit.tools.generate.prompts import Question, encode_prompts, with_system
+from alignkit.tools.generate.prompts import Question, encode_prompts, shown, with_system
 from alignkit.tools.generate.request import Request, answer_questions, describe_format
 from alignkit.utils.atomic import PARTIAL, check_output, write_atomically
 from alignkit.utils.progress import counting
 
 log = logging.getLogger(__name__)
+_SHOWN = 40  # characters of a prompt in a message
 
 
 def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path:
@@ -68,6 +70,7 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
     place = find_checkpoint(model)
     options = gather_options(options)
     request = Request(**options)
+    request.refuse_overwriting({"--output": target})
     if answers < 2:
         raise AlignkitError(f"answers: must be 2 or more, got {answers}; generate draws one")
     if request.temperature == 0:
@@ -82,30 +85,35 @@ def sample(model: str, *, output: str, answers: int = 8, **options: Any) -> Path
         "options": {**request.to_dict(), "answers": answers},
         "prompts": digest_of(json.dumps(request.questions).encode()),
     }
+    for number, sign in rendered_before(request.questions, asked, tokenizer):
+        told = shown(request.questions[number - 1]).strip()[:_SHOWN]
+        raise AlignkitError(
+            f"prompts: prompt {number} ({told!r}): {sign}, as if rendered already, which judge and "
+            "training refuse; mend it, or pass --raw"
+        )
     prompts = [with_system(question, asked) for question in request.questions]
+    ids = encode_prompts(request.questions, asked, tokenizer, encoder)
     with _writing_alone(target), _Part(target, identity, prompts) as part:
         begun = len(part.rows)
-        left = request.questions[begun:]
         heard: list[Answer] = []
         given = answer_questions(
             policy,
             tokenizer,
-            [question for question in left for _ in range(answers)],
+            request.questions,
             request.sampling_for(asked),
             asked,
             name=model,
             batch_size=request.batch_size,
             heard=heard.append,
-            first=begun * answers,
+            draws=answers,
+            done=begun,
         )
         with counting("prompt", len(request.questions)) as count:
-            for question in left:
+            for prompt, row_ids in zip(prompts[begun:], ids[begun:], strict=True):
                 for _ in range(answers):
                     next(given)
                 drawn, heard[:] = heard[:answers], heard[answers:]
-                (prompt,) = encode_prompts([question], asked, tokenizer, encoder)
-                row = _row(prompts[len(part.rows)], drawn, log_probs(policy, prompt, drawn))
-                part.add(row)
+                part.add(_row(prompt, drawn, log_probs(policy, row_ids, drawn)))
                 count.reach(len(part.rows))
         part.finish()
     several = "s" if len(part.rows) > 1 else ""

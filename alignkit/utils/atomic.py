@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -140,6 +140,22 @@ def check_outputs(files: Mapping[str, str | None]) -> list[Path | None]:
                 raise AlignkitError(f"{argument} '{path}': is that of {asked[place]}, too")
             asked[place] = argument
     return [check_output(path, argument) for argument, path in files.items()]
+
+
+def refuse_overwriting(outputs: Mapping[str, Path | None], inputs: Iterable[str]) -> None:
+    """Refuse an output that is a file which the command reads, also through a link.
+
+    Args:
+        outputs: The files that are to be written, by their arguments.
+        inputs: The files that are read; what is no file is passed over.
+
+    Raises:
+        AlignkitError: One is.
+    """
+    read = [name for name in inputs if Path(name).is_file()]
+    for argument, path in outputs.items():
+        if path is not None and path.is_file() and any(path.samefile(name) for name in read):
+            raise AlignkitError(f"{argument} {path}: is a file that is read; name another")
 
 
 def make_writable_folder(folder: Path) -> None:

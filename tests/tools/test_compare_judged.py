@@ -66,6 +66,28 @@ def test_every_answer_is_scored_as_the_command_scores_a_file(
     assert found["base"][2] == pytest.approx(found["dpo"][2], abs=1e-6)  # the same answer
 
 
+def test_a_dialogue_is_scored_as_the_command_scores_it(
+    moved_models: dict[str, str], tmp_path: Path
+) -> None:
+    """With the empty line in front of its first ``Human:``."""
+    prompts = [f"\n\nHuman: {prompt}\n\nAssistant:" for prompt in PROMPTS]
+    answers = {"one": [f"Yes {n}." for n in range(4)], "two": [f"No, not {n}." for n in range(4)]}
+    found = Judge(moved_models["dpo"]).scores(prompts, answers, torch.device("cpu"))
+    rows = [
+        {"prompt": prompt, "chosen": one, "rejected": two}
+        for prompt, one, two in zip(prompts, answers["one"], answers["two"], strict=True)
+    ]
+    pairs, ranked = tmp_path / "pairs.jsonl", tmp_path / "ranked.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge(str(pairs), model=moved_models["dpo"], output=str(ranked))
+    told = [json.loads(line) for line in ranked.read_text().splitlines()]
+    for index, row in enumerate(told):
+        scored = dict(zip(map(str.strip, row["responses"]), row["scores"], strict=True))
+        for name in ("one", "two"):
+            wanted = pytest.approx(scored[answers[name][index]], abs=1e-5)
+            assert found[name][index] == wanted
+
+
 def test_ratings_beside_the_first_model() -> None:
     scores = {"base": [0.0, 1.0, 2.0, 0.5], "dpo": [1.0, 1.0, 3.0, 0.0]}
     answers = {"base": ["a"] * 4, "dpo": ["a"] * 4}

@@ -446,7 +446,7 @@ def test_no_file_is_lost(
     (tmp_path / "link.jsonl").symlink_to(pairs)
     for output in (pairs, tmp_path / "link.jsonl"):
         assert run("judge", pairs, *judges, "--output", output) == 2
-        assert "is the file that is judged; name another" in capsys.readouterr().err
+        assert "is a file that is read; name another" in capsys.readouterr().err
     assert pairs.read_text() == before
     bad = write(tmp_path / "bad.jsonl", [*ROWS * 40, {"prompt": "Say it.", "chosen": "a"}])
     whole = write(tmp_path / "whole.jsonl", [{"prompt": "a", "responses": ["b", "c"]}])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignkit.errors import AlignkitError
 from alignkit.models import load_tokenizer
-from alignkit.tools.generate.prompts import as_prompts, gather_prompts
+from alignkit.tools.generate.prompts import as_prompts, data_prompts, gather_prompts
 
 
 def test_questions_are_asked_as_in_training(tokenizer_dir: Path) -> None:
@@ -70,7 +73,24 @@ def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
     rows.write_text('{"prompt": "a\u2028b\u0085c"}\r\n{"prompt": "d"}\n', encoding="utf-8")
     text.write_text("a\u2028b\x0bc\n\nd", encoding="utf-8")
     assert gather_prompts(None, str(rows)) == ["a\u2028b\u0085c", "d"]
-    assert gather_prompts(None, str(text)) == ["a\u2028b\x0bc", "d"]
+    assert gather_prompts(None, str(text)) == ["a\u2028b c", "d"]
+
+
+def test_what_no_tokenizer_encodes_is_replaced_as_in_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, data = tmp_path / "p.jsonl", tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n{"prompt": "a \\ud800 b"}\n')
+    chat = [{"role": "user", "content": "d\0e"}]
+    data.write_text(f'{{"prompt": "\\udc80c"}}\n{json.dumps({"prompt": chat})}\n')
+    found = gather_prompts(["f\ud83d"], str(rows), str(data))
+    mended = [{"role": "user", "content": "d e"}]
+    assert found == ["f\ufffd", "a", "a \ufffd b", "\ufffdc", mended]
+    (record,) = caplog.records
+    told = "4 of 5 hold NUL and other control characters, or half of a surrogate pair"
+    assert f"prompts: {told} (the first is prompt 1): replaced" in record.getMessage()
+    with pytest.raises(AlignkitError, match="prompt 2 is empty"):
+        gather_prompts(["a", "\0"], None)
 
 
 def test_missing_file_none_and_empty(tmp_path: Path) -> None:
@@ -91,6 +111,55 @@ def test_an_array_is_read_by_its_items(tmp_path: Path) -> None:
     path.write_text('["a", 3]', encoding="utf-8")
     with pytest.raises(AlignkitError, match=r"p\.json:2: no prompt"):
         gather_prompts(None, str(path))
+
+
+def test_a_file_may_be_compressed(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"prompt": "a"}\r\n{"prompt": "b"}\n'))
+    assert gather_prompts(None, str(path)) == ["a", "b"]
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(AlignkitError, match="damaged gzip data"):
+        gather_prompts(None, str(path))
+    (tmp_path / "p.txt.gz").write_bytes(gzip.compress(b"a\r\nb\n"))
+    assert gather_prompts(None, str(tmp_path / "p.txt.gz")) == ["a", "b"]
+
+
+def test_a_row_with_a_prompt_and_no_answer_is_a_prompt(tmp_path: Path) -> None:
+    """Whatever else it holds; the system's message is part of it."""
+    user, begun = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Well,"}
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "id": 3},
+        {"prompt": "b", "completion": None, "text": "c"},
+        {"prompt": "d", "candidates": ["e", "f"], "drawn": []},
+        {"prompt": [user, begun], "source": "web"},
+        {"prompt": "g", "system": "Be brief.", "id": 4},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    led = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "g"}]
+    assert list(data_prompts(str(path))) == ["a", "b", "d", [user, begun], led]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": ""}, "its prompt is empty; give it some text"),
+        ({"prompt": " \n", "id": 1}, "its prompt is empty; give it some text"),
+        ({"prompt": []}, "its prompt is empty; give it some text"),
+        ({"prompt": [{"role": "user", "content": " "}]}, "its prompt is empty"),
+        ({"prompt": "", "completion": "a"}, "its prompt is empty; give it some text"),
+        ({"prompt": None, "id": 1}, "no prompt, only `prompt`, `id`; name a column `prompt`"),
+        ({"text": "a"}, "no prompt, only `text`; name a column `prompt`"),
+        ({"prompt": 3, "id": 1}, "`prompt` must be text or a list of messages"),
+    ],
+)
+def test_a_row_without_a_prompt_is_refused_by_its_line(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"prompt": "a"}}\n{json.dumps(row)}\n')
+    with pytest.raises(AlignkitError, match=rf"rows\.jsonl:2: .*{re.escape(message)}"):
+        list(data_prompts(str(path)))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from alignkit.cli import main
 from alignkit.data.encode.dialogues import DialogueEncoder
 from alignkit.data.read.rows import Source
-from alignkit.data.text.policies import Tally
+from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.shapes import preference_sides
 from alignkit.errors import AlignkitError
 from alignkit.models import load_model, load_tokenizer
@@ -109,7 +111,7 @@ def test_a_row_holds_the_system_message(base: str, tmp_path: Path) -> None:
         return rows_of(path)
 
     plain, told = of(None, "plain.jsonl"), of("Be brief.", "told.jsonl")
-    assert [row["prompt"] for row in plain] == [chat[1:], text, chat]
+    assert [row["prompt"] for row in plain] == ["Why?", text, chat]
     brief = [{"role": "system", "content": "Be brief."}, chat[1]]
     assert [row["prompt"] for row in told] == [brief, f"Be brief.{text}", chat]
     tokenizer = load_tokenizer(base)
@@ -120,6 +122,90 @@ def test_a_row_holds_the_system_message(base: str, tmp_path: Path) -> None:
     for draft, question in zip(encoder.drafts(source, Tally()), given, strict=True):
         (ids,) = encode_prompts([question], asked, tokenizer)
         assert list(draft.prompt) == ids
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+HH = "\n\nHuman: Why?\n\nAssistant: So.\n\nHuman:  But why? \n\nAssistant:"
+ROWS: dict[str, list[Any]] = {
+    "boundary": [HH, f"{HH} Well, I"],
+    "stripped": [HH],
+    "chat": [HH, f"{HH} Well, I"],
+    "raw": [HH, "  User: Why?\nBot:\n"],
+}
+
+
+@pytest.fixture
+def chat_base(base: str, tmp_path: Path) -> str:
+    """A model whose tokenizer has a chat template."""
+    folder = tmp_path / "chat_base"
+    shutil.copytree(base, folder)
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def ids_asked(
+    monkeypatch: pytest.MonkeyPatch, base: str, output: Path, **options: Any
+) -> list[list[int]]:
+    """Return the ids of each prompt that `sample` asks."""
+    asked: list[list[int]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sample_module, "log_probs", lambda *a: asked.append(list(a[1])) or log_probs(*a)
+        )
+        sample(base, output=str(output), **{**FEW, "max_new_tokens": 2, **options})
+    return asked
+
+
+def ids_read(base: str, prompts: list[Any], prompt_format: Any) -> list[list[int]]:
+    """Return the ids of each prompt as training encodes it with two answers."""
+    encoder = DialogueEncoder(
+        load_tokenizer(base),
+        preference_sides,
+        max_length=512,
+        prompt_format=prompt_format,
+        policies=Policies(boundary="keep"),
+    )
+    rows = [{"prompt": prompt, "responses": [" Yes.", " No."]} for prompt in prompts]
+    source = Source("rows", "", lambda: iter(enumerate(rows, start=1)))
+    return [list(encoder.example(draft).prompt) for draft in encoder.drafts(source, Tally())]
+
+
+@pytest.mark.parametrize("prompt_format", [*ROWS])
+def test_a_data_set_is_asked_as_training_encodes_it(
+    chat_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt_format: str
+) -> None:
+    """With the empty line in front of the first ``Human:``, and all white space of ``raw``."""
+    prompts = ROWS[prompt_format]
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": each, "chosen": " Yes.", "rejected": " No."} for each in prompts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "drawn.jsonl"
+    options = {"data": str(data), "prompt_format": prompt_format}
+    asked = ids_asked(monkeypatch, chat_base, output, **options)
+    assert asked == ids_read(chat_base, prompts, prompt_format)
+    assert [row["prompt"] for row in rows_of(output)] == prompts
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("prompt_format", [*ROWS])
+def test_a_row_holds_the_prompt_that_was_asked(
+    chat_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompt_format: str,
+    system: str | None,
+) -> None:  # fmt: skip
+    """White space around it, or after the last label, is in both or in neither."""
+    begun = [] if prompt_format == "stripped" else [f"{HH} Well, I"]
+    output = tmp_path / "drawn.jsonl"
+    asked = ids_asked(
+        monkeypatch, chat_base, output, prompt_format=prompt_format, system=system,
+        prompts=["  Why? \n", "\u00a0Why?\t", "a\r\nb", HH, f"{HH} \n", *begun],
+    )  # fmt: skip
+    written = [row["prompt"] for row in rows_of(output)]
+    assert asked == ids_read(chat_base, written, prompt_format)
 
 
 def test_a_refused_request_leaves_nothing_in_the_way(base: str, tmp_path: Path) -> None:
@@ -175,10 +261,9 @@ def test_prompts_of_a_data_set(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "not this"}\n')
     path = tmp_path / "test.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    single = [{"role": "user", "content": "Why?"}]
-    assert list(data_prompts(str(tmp_path))) == [single, chat, hh]
+    assert list(data_prompts(str(tmp_path))) == ["Why?", chat, hh]
     assert len(list(data_prompts(f"{tmp_path}#train"))) == 1
-    assert list(data_prompts(f"{tmp_path}#test[1:3]")) == [single, chat]
+    assert list(data_prompts(f"{tmp_path}#test[1:3]")) == ["Why?", chat]
     path.write_text('{"prompt": "Why?"}\n{"prompt": 3}\n')
     with pytest.raises(AlignkitError, match=r"test\.jsonl:2: "):
         list(data_prompts(str(tmp_path)))

@@ -47,6 +47,7 @@ def generate(
     output, lines = check_outputs({"--json": json, "--jsonl": jsonl})
     options = gather_options(options)
     request = Request(**options)
+    request.refuse_overwriting({"--json": output, "--jsonl": lines})
     check_stream(stream, request)
     console = Console()
     place = find_checkpoint(model)

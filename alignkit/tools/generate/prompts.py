@@ -13,16 +13,18 @@ from transformers import PreTrainedTokenizerBase
 from alignkit.data.encode.tokens import TextEncoder
 from alignkit.data.read.rows import BadRow, Row, Source
 from alignkit.data.read.sources import find_splits
-from alignkit.data.text.dialogue import HUMAN, Dialogue, RowError
+from alignkit.data.text.defects import readable
+from alignkit.data.text.dialogue import HUMAN, Dialogue, RowError, messages_of
 from alignkit.data.text.formats import Format
+from alignkit.data.text.known_shapes import SFT
+from alignkit.data.text.policies import MEANING
+from alignkit.data.text.recognise import columns_of, readings
 from alignkit.data.text.shapes import Side, sft_sides
-from alignkit.data.text.templated import Templated
 from alignkit.errors import AlignkitError
 from alignkit.models.text_format import TextFormat, TextKind
+from alignkit.tools.generate.prompt_files import read_prompts
 
 TURN = f"\n\n{HUMAN}"
-
-_SUFFIXES = (".jsonl", ".json", ".txt", "")
 
 Question = str | list[dict[str, str]]
 """What the human says or a whole dialogue, as text or as messages with ``role`` and ``content``."""
@@ -54,15 +56,9 @@ def as_prompts(
     if kind == "raw" or kind == "text":
         return [shown(question) for question in questions]
     form = Format(kind, tokenizer, chat_template=chat_template)
-    templated = Templated(tokenizer, specials=form.specials)
     prompts = []
-    for index, question in enumerate(questions, start=1):
-        side = _question_side(question, system)
-        if (sign := templated.find([side])) and sign.grave:
-            log.warning(
-                "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
-                "rendered already", index, sign.told, kind,
-            )  # fmt: skip
+    for question in questions:
+        side = _side_of(_led(question, system))
         dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
         prompts.append(form.render(dialogue).prompt)
     return prompts
@@ -106,38 +102,47 @@ def chat_prompt(
     if kind == "raw" or kind == "text":
         return "\n".join(message["content"] for message in messages)
     form = Format(kind, tokenizer, chat_template=asked.chat_template)
-    side = sft_sides({"prompt": list(messages), "completion": ""})[0]
+    side = _side_of([dict(message) for message in messages])
     dialogue = Dialogue(side.prompt, (), side.starts, side.messages, continued=side.continued)
     return form.render(dialogue).prompt
 
 
 def with_system(question: Question, asked: TextFormat) -> Question:
-    """Return a question with the system message that it is asked with, as the prompt of a row.
+    """Return the prompt that a question is asked with, as the ``prompt`` of a row.
+
+    Whoever judges and trains on the row reads the text that the model was asked.
 
     Args:
         question: As in `as_prompts`.
         asked: The text format that it is asked in; ``raw`` and ``text`` have no system message.
     """
-    return question if asked.prompt_format in ("raw", "text") else _led(question, asked.system)
+    if asked.prompt_format in ("raw", "text"):
+        return shown(question)
+    return _led(question, asked.system)
 
 
 def _led(question: Question, system: str | None) -> Question:
-    if system is None or (isinstance(question, list) and question[0]["role"] == "system"):
-        return question
-    prompt = question.strip() if isinstance(question, str) else question
-    side = sft_sides({"prompt": prompt, "completion": ""})[0]
-    if side.starts is None:  # a dialogue already
-        return f"{system}\n\n{side.prompt.lstrip()}"
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return [{"role": "system", "content": system}, *messages]
+    """Return a question as a row has it, with a system message unless it has one of its own."""
+    system_message = {"role": "system", "content": system or ""}
+    if isinstance(question, list):
+        led = system is None or question[0]["role"] == "system"
+        return question if led else [system_message, *question]
+    words = question.strip()
+    side = _side_of(words)
+    if side.starts is not None:  # no dialogue yet, but what the human says
+        return words if system is None else [system_message, {"role": "user", "content": words}]
+    # A dialogue's own white space is what training reads, but for what follows the last label.
+    told = question if side.continued else question.rstrip()
+    if system is None:
+        return told
+    if side.continued:  # as one text it would be read as what the human says
+        turns = ({"role": m.role, "content": m.content.strip()} for m in messages_of(words))
+        return [system_message, *turns]
+    return f"{system}\n\n{told.lstrip()}"
 
 
-def _question_side(question: Question, system: str | None) -> Side:
-    """Return a question as training reads the prompt of a row."""
-    told = _led(question, system)
-    if isinstance(told, str) and told is not question:
-        return Side(told, "")
-    prompt = told.strip() if isinstance(told, str) else told
+def _side_of(prompt: Question) -> Side:
+    """Return a row's prompt as training reads it."""
     return sft_sides({"prompt": prompt, "completion": ""})[0]
 
 
@@ -165,13 +170,9 @@ def gather_prompts(
         AlignkitError: There is no prompt, an empty one, a file that cannot be read, or a row
             without a prompt (with its line number).
     """
-    given = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    for index, prompt in enumerate(given):
-        if not prompt.strip():
-            raise AlignkitError(f"prompts: prompt {index + 1} is empty; give it some text")
-    found: list[Question] = [*given]
+    found: list[Question] = [prompts] if isinstance(prompts, str) else list(prompts or [])
     if prompts_file is not None:
-        found += _read(prompts_file)
+        found += read_prompts(prompts_file)
     if data is not None:
         found += data_prompts(data)
     if not found:
@@ -179,7 +180,27 @@ def gather_prompts(
         raise AlignkitError(
             f"prompts: {where}; pass --prompts TEXT, --prompts_file FILE or --data DATA"
         )
-    return found
+    mended = [_mended(question) for question in found]
+    if changed := [
+        number
+        for number, pair in enumerate(zip(found, mended, strict=True), 1)
+        if pair[0] != pair[1]
+    ]:
+        log.warning(
+            "prompts: %d of %d hold %s (the first is prompt %d): replaced, as in training",
+            len(changed), len(found), MEANING["control_characters"], changed[0],
+        )  # fmt: skip
+    for number, question in enumerate(mended, start=1):
+        if not shown(question).strip():
+            raise AlignkitError(f"prompts: prompt {number} is empty; give it some text")
+    return mended
+
+
+def _mended(question: Question) -> Question:
+    """Return a question with what no tokenizer encodes replaced, as training replaces it."""
+    if isinstance(question, str):
+        return readable(question)
+    return [{**message, "content": readable(message["content"])} for message in question]
 
 
 def data_prompts(path: str) -> Iterator[Question]:
@@ -201,85 +222,71 @@ def data_prompts(path: str) -> Iterator[Question]:
                 yield question
 
 
+def files_asked(prompts_file: str | None, data: str | None) -> list[str]:
+    """Return the files that prompts are read from, as in `gather_prompts`."""
+    files = [] if prompts_file is None else [str(Path(prompts_file).expanduser())]
+    if data is not None and Path(data.partition("#")[0]).expanduser().exists():
+        files += [source.name for source in _sources_of(data)]
+    return files
+
+
+def _no_hash(path: Path) -> str:
+    return ""  # no cache is to know when the file has changed
+
+
 def _sources_of(path: str) -> list[Source]:
     place, _, wanted = path.partition("#")
     if not wanted:
-        splits = find_splits(place)
+        splits = find_splits(place, hashes=_no_hash)
         return next(splits[name] for name in ("test", "validation", "train") if name in splits)
     try:
-        return find_splits(place, splits={"test": wanted})["test"]
+        return find_splits(place, splits={"test": wanted}, hashes=_no_hash)["test"]
     except AlignkitError as error:
         raise AlignkitError(f"data '{path}': {str(error).removeprefix('data.splits: ')}") from error
 
 
 def _question_of(row: Row, where: str) -> Question:
-    """Return the prompt of a row as its data module reads it."""
+    """Return the prompt of a row as its data module reads it.
+
+    Raises:
+        AlignkitError: It has none, or an empty one.
+    """
     try:
         if isinstance(row, BadRow):
             raise RowError(row.reason)
-        alone = row.keys() == {"prompt"}
-        side = sft_sides({**row, "completion": ""} if alone else row)[0]
+        side = sft_sides(_answered(row))[0]
     except RowError as error:
         raise AlignkitError(f"{where}: {error}") from error
-    if not side.prompt.strip():
-        raise AlignkitError(f"{where}: has no prompt")
+    question = _given(side, row.get("prompt"))
+    last = question if isinstance(question, str) else question[-1]["content"] if question else ""
+    if not last.strip():
+        raise AlignkitError(f"{where}: its prompt is empty; give it some text")
+    return question
+
+
+def _answered(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row that has an answer, an empty one if it holds a prompt and none to it.
+
+    Raises:
+        RowError: It has neither a prompt nor an answer with what was asked.
+    """
+    try:
+        readings(row, SFT)
+    except RowError:
+        if row.get("prompt") is None:
+            there = ", ".join(f"`{name}`" for name in row)[:200] or "nothing"
+            raise RowError(f"it has no prompt, only {there}; name a column `prompt`") from None
+        read = columns_of("prompts with completions")
+        return {**{name: row[name] for name in row if name in read}, "completion": ""}
+    return row
+
+
+def _given(side: Side, prompt: Any) -> Question:
+    """Return the prompt of a side: the row's own text where that is all of it."""
     if side.messages is None:
         return side.prompt
-    return [{"role": each.role, "content": each.content} for each in side.messages]
-
-
-def _read(name: str) -> Iterator[str]:
-    path = Path(name).expanduser()
-    if path.suffix not in _SUFFIXES:
-        raise AlignkitError(
-            f"prompts_file '{name}': pass a .jsonl, .json or .txt file, not {path.suffix}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise AlignkitError(
-            f"prompts_file '{name}': {error.strerror}; pass a .jsonl or text file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise AlignkitError(
-            f"prompts_file '{name}': byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from error
-    if path.suffix == ".json":
-        rows = _parsed(text, name)
-        for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
-            yield _prompt_of_row(
-                {"prompt": row} if isinstance(row, str) else row, f"{name}:{number}"
-            )
-        return
-    # Not by splitlines, which also parts at characters that JSON and prose may hold: U+2028, say.
-    numbered = enumerate(text.split("\n"), start=1)
-    lines = [(number, line) for number, line in numbered if line.strip()]
-    if path.suffix != ".jsonl" and (_holds_json(text) or (lines and _holds_json(lines[0][1]))):
-        raise AlignkitError(f"prompts_file '{name}': holds JSON; name it .jsonl or .json")
-    for number, line in lines:
-        where = f"{name}:{number}"
-        yield _prompt_of_row(_parsed(line, where), where) if path.suffix == ".jsonl" else line
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise AlignkitError(f'{where}: not JSON; write {{"prompt": "..."}}') from error
-
-
-def _holds_json(text: str) -> bool:
-    """Tell whether a text is a JSON object, or an array of objects or texts."""
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        return False
-    items = value if isinstance(value, list) else []
-    return isinstance(value, dict) or any(isinstance(item, dict | str) for item in items)
-
-
-def _prompt_of_row(row: Any, where: str) -> str:
-    prompt = row.get("prompt") if isinstance(row, dict) else None
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise AlignkitError(f'{where}: no prompt; write {{"prompt": "..."}}')
-    return prompt
+    if isinstance(prompt, str) and [m.content.strip() for m in side.messages] == [prompt.strip()]:
+        return prompt  # ``raw`` reads its white space too
+    question = [{"role": each.role, "content": each.content} for each in side.messages]
+    begun = [{"role": "assistant", "content": side.continued}] if side.continued else []
+    return question + begun

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,8 +19,12 @@ from alignkit.models.checkpoint import load_policy, policy_format
 from alignkit.models.text_format import TextFormat, TextKind
 from alignkit.tools.generate.answer import Answer
 from alignkit.tools.generate.asking import DEFAULT_FORMAT, choose_format, warn_of_length
-from alignkit.tools.generate.prompts import TURN, Question, as_prompts, gather_prompts
+from alignkit.tools.generate.fitting import rendered_before
+from alignkit.tools.generate.prompts import TURN, Question, as_prompts, files_asked, gather_prompts
 from alignkit.tools.generate.sampling import Sampling, complete
+from alignkit.utils.atomic import refuse_overwriting
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Request:
     Args:
         prompts: A prompt, or a list of them.
         prompts_file: More prompts: a .jsonl file of {"prompt": ...} rows, a .json array of them or
-            of texts, or a .txt file with one a line.
+            of texts, or a .txt file with one a line; .gz and .zst as well.
         data: A data set whose prompts are answered, each once: those of its test split if it has
             one; DATA#SPLIT takes another, and DATA#test[:100] a part of one.
         base: The base model of a checkpoint or adapter, if it has moved since training.
@@ -97,6 +103,10 @@ class Request:
         drawn = {f.name: getattr(self, f.name) for f in fields(Sampling) if f.name != "stop"}
         self.sampling = Sampling(**drawn)
         self.target = resolve_device(self.device)
+
+    def refuse_overwriting(self, outputs: Mapping[str, Path | None]) -> None:
+        """Refuse to write a file that prompts are read from; see `refuse_overwriting`."""
+        refuse_overwriting(outputs, files_asked(self.prompts_file, self.data))
 
     def load(self, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the model and tokenizer that ``path`` names, in eval mode on the device.
@@ -172,7 +182,8 @@ def answer_questions(
     batch_size: int = 8,
     told: Callable[[str], None] | None = None,
     heard: Callable[[Answer], None] | None = None,
-    first: int = 0,
+    draws: int = 1,
+    done: int = 0,
 ) -> Iterator[str]:
     """Yield a model's answers to questions; see `alignkit.tools.generate.sampling.complete`.
 
@@ -186,12 +197,18 @@ def answer_questions(
         batch_size: Questions computed side by side.
         told: Gets each piece of an answer as it is drawn.
         heard: Gets each answer with its tokens.
-        first: Place of the first question in a longer list, which the noise depends on.
+        draws: As in `complete`, as for ``done``.
+        done: Questions that are left out.
 
     Raises:
         AlignkitError: A question cannot be formatted, is empty or is too long for the model.
     """
     kind = asked.prompt_format
+    for number, sign in rendered_before(questions, asked, tokenizer):
+        log.warning(
+            "prompt %d: %s, and is put as prompt_format=%s once more; pass --raw if it was "
+            "rendered already", number, sign, kind,
+        )  # fmt: skip
     texts = as_prompts(
         questions, kind, tokenizer, chat_template=asked.chat_template, system=asked.system
     )
@@ -207,7 +224,8 @@ def answer_questions(
         ends=asked.ends,
         told=told,
         heard=heard,
-        first=first,
+        draws=draws,
+        done=done,
     )
 
 

@@ -101,9 +101,10 @@ def complete(
     ends: Sequence[int] = (),
     told: Callable[[str], None] | None = None,
     heard: Callable[[Answer], None] | None = None,
-    first: int = 0,
+    draws: int = 1,
+    done: int = 0,
 ) -> Iterator[str]:
-    """Yield the continuation of each prompt, in order and batch by batch.
+    """Yield the continuations of each prompt, in order and batch by batch.
 
     Args:
         model: The model, on the device to compute on. Its mode and generation config are restored.
@@ -115,10 +116,11 @@ def complete(
         ends: Token ids that ended answers in training, beside EOS.
         told: Gets each piece of an answer as it is drawn; one prompt at a time then.
         heard: Gets each answer with its tokens.
-        first: Place of the first prompt in a longer list, which its noise depends on.
+        draws: How many answers to give to each prompt, each with noise of its own.
+        done: Leave out so many prompts, which have their answers; the others' are the same.
 
     Yields:
-        One answer a prompt, without EOS, ``sampling.stop`` and surrounding white space.
+        Each answer, without EOS, ``sampling.stop`` and surrounding white space.
 
     Raises:
         AlignkitError: A prompt is empty, or is too long for the model's context together with its
@@ -133,9 +135,10 @@ def complete(
     check_lengths(model, [len(row) for row in rows], sampling.max_new_tokens)
     if told is not None:
         batch_size = 1
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        for answer in _complete_batch(model, tokenizer, batch, sampling, first + start, ends, told):
+    drawn = [row for row in rows for _ in range(draws)]
+    for start in range(done * draws, len(drawn), batch_size):
+        batch = drawn[start : start + batch_size]
+        for answer in _complete_batch(model, tokenizer, batch, sampling, start, ends, told):
             if heard is not None:
                 heard(answer)
             yield answer.text

@@ -11,7 +11,6 @@ import torch
 from jsonargparse import ArgumentParser
 
 from alignkit.data.encode.draft import DraftExample
-from alignkit.data.read.rows import Source
 from alignkit.data.read.sources import find_splits
 from alignkit.data.text.defects import DefectError
 from alignkit.data.text.recognise import check_columns
@@ -22,7 +21,12 @@ from alignkit.tools.generate.request import resolve_device
 from alignkit.tools.judge.rows import LeftOut, drafts_to_judge, rows_to_judge
 from alignkit.tools.judge.scoring import batches, find_judge, load_scorer, row_encoder
 from alignkit.tools.judge.verdict import Verdict
-from alignkit.utils.atomic import check_output, write_atomically, write_beside
+from alignkit.utils.atomic import (
+    check_output,
+    refuse_overwriting,
+    write_atomically,
+    write_beside,
+)
 
 
 @torch.no_grad()
@@ -86,7 +90,7 @@ def judge(
     if split is not None and split not in offered:
         raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     sources = [s for name in offered if split in (None, name) for s in offered[name]]
-    _refuse_overwriting(written, sources)
+    refuse_overwriting({"--output": written}, [source.name for source in sources])
     left_out = LeftOut(keeps_unended=unended == "keep")
     sources = rows_to_judge(sources, check_columns(columns), left_out)
     if unended == "drop" and not left_out.sampled:
@@ -111,8 +115,9 @@ def judge(
                 lines.append(json.dumps(ranked_row(draft, scores), ensure_ascii=False))
                 margins.append(scores[0] - scores[-1])
         save = write_atomically
-    except DefectError as defect:  # this command has no policies
-        raise AlignkitError(defect.told) from None
+    except DefectError as defect:  # this command has no policies, and one flag of the data's
+        told = defect.told.replace("data.prompt_format", "--prompt_format")
+        raise AlignkitError(told) from None
     finally:  # also what was scored before a signal
         if written is not None and lines:
             save(written, "".join(f"{line}\n" for line in lines))
@@ -126,18 +131,6 @@ def judge(
         f"{verdict.margin:.4g} on average ({found.scores})"
     )
     return verdict
-
-
-def _refuse_overwriting(written: Path | None, sources: Sequence[Source]) -> None:
-    """Refuse an output that is a file of the rows.
-
-    Raises:
-        AlignkitError: It is one.
-    """
-    if written is not None and written.is_file():
-        for source in sources:
-            if Path(source.name).exists() and written.samefile(source.name):
-                raise AlignkitError(f"--output {written}: is the file that is judged; name another")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import isnan, nan
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +15,8 @@ from alignkit.data.text.defects import DefectError
 from alignkit.data.text.policies import Policies, Tally
 from alignkit.data.text.shapes import sft_sides
 from alignkit.errors import AlignkitError
+from alignkit.models.text_format import TextFormat, TextKind
+from alignkit.tools.generate.prompts import Question, with_system
 from alignkit.tools.judge.scoring import (
     Flags,
     Scorer,
@@ -81,7 +83,7 @@ class Judge:
     @torch.no_grad()
     def scores(
         self,
-        questions: Sequence[Any],
+        questions: Sequence[Question],
         answers: Mapping[str, Sequence[str]],
         device: torch.device,
     ) -> dict[str, list[float]]:
@@ -96,9 +98,14 @@ class Judge:
             AlignkitError: The judge cannot be loaded, or an answer cannot be read by it.
         """
         scorer, tokenizer = load_scorer(self._found, device)
-        sources = [_source(name, questions, given) for name, given in answers.items()]
+
+        def sources(kind: TextKind) -> list[Source]:
+            asked = TextFormat(kind, max_length=0)
+            prompts = [with_system(question, asked) for question in questions]
+            return [_source(name, prompts, given) for name, given in answers.items()]
+
         encoder = row_encoder(
-            sources,
+            sources("boundary"),
             tokenizer,
             self._found.place,
             sft_sides,
@@ -106,16 +113,19 @@ class Judge:
             policies=_AS_IT_STANDS,
         )
         try:
-            return {source.name: _scored(source, encoder, scorer) for source in sources}
+            return {
+                source.name: _scored(source, encoder, scorer)
+                for source in sources(encoder.prompt_format)
+            }
         except DefectError as defect:  # nobody chose these policies
             raise AlignkitError(f"--judge: {defect.told}") from None
 
 
-def _source(name: str, questions: Sequence[Any], answers: Sequence[str]) -> Source:
+def _source(name: str, prompts: Sequence[Question], answers: Sequence[str]) -> Source:
     """Return a model's answers as rows, whose numbers are those of the prompts."""
     rows = [
-        {"prompt": q.strip() if isinstance(q, str) else q, "completion": answer}
-        for q, answer in zip(questions, answers, strict=True)
+        {"prompt": prompt, "completion": answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
     ]
     return Source(name, "", lambda: iter(enumerate(rows, start=1)))
 
