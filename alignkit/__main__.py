@@ -6,6 +6,7 @@ The signal handlers are installed before the packages are imported, which takes 
 import sys
 
 from alignkit.utils.interrupts import exit_on_signals, stop_on_signals
+from alignkit.utils.leaving import leave_group
 
 
 def main() -> int:
@@ -15,6 +16,7 @@ def main() -> int:
 
         status = run()
     exit_on_signals()
+    leave_group(status)
     return status
 
 
