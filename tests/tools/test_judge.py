@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def fit(kind: str, base: Path, pairs: Path, *more: object) -> Path:
     return next(Path(kind).resolve().rglob("*.ckpt"))
 
 
+@dataclass
 class Unknown:
     """A loss of one's own, as a checkpoint has it that was written elsewhere."""
 
@@ -329,6 +331,22 @@ def test_a_repeated_answer_does_not_cost_its_row(
     assert judged == [["Ash.", "Fig.", "Oak."], ["3.", "Three."]]
     assert run("audit", drawn, "--columns.responses", "candidates") == 0
     assert "alignkit audit --columns.responses candidates says why" in told
+
+
+def test_an_answer_that_begins_as_a_dialogue_does_not_cost_the_file(
+    model_dir: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training would refuse it, as its label would come twice, and judge refused all rows."""
+    drawn, ranked = tmp_path / "drawn.jsonl", tmp_path / "ranked.jsonl"
+    rows = [
+        {"prompt": "Say.", "candidates": ["a", "Assistant: b", "c"]},
+        {"prompt": "\n\nHuman: Say.\n\nAssistant:", "candidates": ["a", "Assistant: b", "c"]},
+    ]
+    write(drawn, rows)
+    command = ("judge", drawn, "--model", model_dir("gpt2"), "--reference", model_dir("llama"))
+    assert run(*command, "--output", ranked) == 0
+    assert "2 rows, 1 role-labelled answer left out, first" in capsys.readouterr().out
+    assert [len(row["responses"]) for row in rows_of(ranked)] == [2, 3]
 
 
 def test_answers_that_were_cut_are_counted(

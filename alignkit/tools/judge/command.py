@@ -48,7 +48,8 @@ def judge(
     """Score the answers of a file by a reward model, or by a policy's reward, and rank them.
 
     Scores that the file has already count for nothing but the order of the answers. Of rows that
-    ``alignkit sample`` wrote, empty and repeated answers are left out where two others remain.
+    ``alignkit sample`` wrote, answers that are empty or repeated, or begin with ``Assistant:``, are
+    left out where two others remain.
 
     Args:
         path: Pairs, ranked answers or what ``alignkit sample`` wrote: a file, a directory or a Hub

@@ -14,9 +14,12 @@ from alignkit.data.text.dialogue import RowError
 from alignkit.data.text.policies import Tally
 from alignkit.data.text.ranked import SAMPLED, without_scores
 from alignkit.data.text.recognise import renamed
+from alignkit.data.text.shapes import sft_sides
+from alignkit.data.text.templated import Templated
 
 _LINES_SHOWN = 5
 _SAMPLED = {"responses": SAMPLED}
+_RENDERED = Templated()
 
 
 @dataclass
@@ -33,6 +36,7 @@ class LeftOut:
         sampled: Whether the rows are those of ``alignkit sample``.
         empty: How many answers of a row are empty, by file and line.
         repeated: How many are there before.
+        labelled: How many begin with a role's label, which training would take for a second one.
         cut: How many prompts lost their left end.
         unended: How many answers of a row the model had not ended, by file and line.
         short: Where rows have not two answers that it had ended, if the others do not stay.
@@ -44,6 +48,7 @@ class LeftOut:
     sampled: bool = False
     empty: dict[tuple[str, int], int] = field(default_factory=dict)
     repeated: dict[tuple[str, int], int] = field(default_factory=dict)
+    labelled: dict[tuple[str, int], int] = field(default_factory=dict)
     cut: int = 0
     unended: dict[tuple[str, int], int] = field(default_factory=dict)
     short: set[tuple[str, int]] = field(default_factory=set)
@@ -52,7 +57,8 @@ class LeftOut:
     def __str__(self) -> str:
         """Return what a sentence says about it, nothing where there is none."""
         told = ""
-        for kind, rows in (("empty", self.empty), ("repeated", self.repeated)):
+        kinds = {"empty": self.empty, "repeated": self.repeated, "role-labelled": self.labelled}
+        for kind, rows in kinds.items():
             if count := sum(rows.values()):
                 told += f", {count:,} {kind} answer{'s' if count > 1 else ''} left out"
         if self.cut:
@@ -81,8 +87,9 @@ def rows_to_judge(
 ) -> list[Source]:
     """Return rows with all their answers, in the order of the scores that they have.
 
-    Of rows that ``alignkit sample`` wrote, only one of each text is there, and no empty one, as
-    long as two remain: a model that gives short answers would lose most of its rows otherwise.
+    Of rows that ``alignkit sample`` wrote, only one of each text is there, no empty one and none
+    that begins with ``Assistant:``, as long as two remain: a model that gives short answers, or
+    begins some as a dialogue does, would lose most of its rows otherwise.
 
     Args:
         sources: The rows.
@@ -140,8 +147,10 @@ def _distinct(
     drawn = row["responses"]
     notes: Any = row.get("drawn")
     said = [answer for answer in drawn if str(answer).strip()]
-    distinct = {str(answer).strip(): answer for answer in reversed(said)}
-    empty, repeated = len(drawn) - len(said), len(said) - len(distinct)
+    plain = [answer for answer in said if not _is_labelled(row["prompt"], answer)]
+    distinct = {str(answer).strip(): answer for answer in reversed(plain)}
+    empty, labelled = len(drawn) - len(said), len(said) - len(plain)
+    repeated = len(plain) - len(distinct)
     unended = _texts_without_end(drawn, notes if isinstance(notes, list) else [])
     left_out.unended[place] = len(unended)
     if unended and not left_out.keeps_unended:
@@ -152,7 +161,17 @@ def _distinct(
     if len(distinct) < 2 or len(distinct) == len(drawn):
         return row
     left_out.empty[place], left_out.repeated[place] = empty, repeated
+    left_out.labelled[place] = labelled
     return {**row, "responses": [*distinct.values()][::-1]}
+
+
+def _is_labelled(prompt: Any, answer: Any) -> bool:
+    """Tell whether an answer begins with a role's label, beside that of its prompt."""
+    try:
+        sign = _RENDERED.find(sft_sides({"prompt": prompt, "completion": answer}))
+    except RowError:  # what is wrong with the row is told where it is read
+        return False
+    return sign is not None and sign.grave
 
 
 def _texts_without_end(drawn: Sequence[Any], notes: Sequence[Any]) -> set[str]:
