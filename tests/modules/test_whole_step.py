@@ -64,7 +64,10 @@ def test_micro_batches_are_one_batch(
     trainer(tmp_path, max_epochs=1, accumulate_grad_batches=3).fit(module, loader(examples, 2))
     trainer(tmp_path, max_epochs=1).fit(whole, loader(examples, 6))
     for name, value in whole.state_dict().items():
-        torch.testing.assert_close(module.state_dict()[name], value, atol=5e-5, rtol=1e-3)
+        moved_by = (value - start[name]).abs().max().item()
+        torch.testing.assert_close(
+            module.state_dict()[name], value, atol=1e-5 + 3e-3 * moved_by, rtol=1e-3
+        )
     assert any(not torch.equal(value, start[name]) for name, value in whole.state_dict().items())
     for name in ("train/loss", "train/grad_norm", "train/rewards/margins"):
         assert logged[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
