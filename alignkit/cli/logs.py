@@ -51,6 +51,8 @@ def configure_logs(quiet: bool = False) -> None:
         logger.propagate = True
     # Messages that advertise other products.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    # On some processors it misses a package on every start, also where nothing has 4 bits.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
