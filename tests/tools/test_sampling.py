@@ -218,6 +218,13 @@ def test_an_answer_past_the_context_is_refused(
         list(complete(tiny_model(), tokenizer, ["bread"], sampling))
 
 
+def test_healing_needs_a_bos(tiny_model: Callable, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of which transformers would fail inside torch."""
+    sampling = Sampling(max_new_tokens=2, generation={"token_healing": True})
+    with pytest.raises(AlignkitError, match="token_healing: needs a tokenizer with a BOS token"):
+        list(complete(tiny_model(), tokenizer, ["bread"], sampling))
+
+
 def test_special_tokens_in_a_prompt_are_text_unless_asked_for(
     tiny_model: Callable[..., PreTrainedModel], tokenizer: PreTrainedTokenizerBase
 ) -> None:

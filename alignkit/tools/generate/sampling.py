@@ -175,6 +175,8 @@ def _complete_batch(
 
     generator: Any = model  # `generate` is mixed in where type checkers cannot see it
     given = dict(sampling.generation)
+    if given.get("token_healing") and tokenizer.bos_token_id is None:
+        raise AlignkitError("token_healing: needs a tokenizer with a BOS token; leave it out")
     refused = readable("generation", given) if given else nullcontext()
     with _as_generator(model), refused:
         stops = stopping_at(tokenizer, sampling.stop, strings, width)
