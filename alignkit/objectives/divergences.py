@@ -92,7 +92,8 @@ class AlphaDPO(_DivergenceDPO):
     """Compute f-DPO under the α-divergence: f'(u) = (1 − u^{−α}) / α.
 
     Wang et al. 2023, arXiv:2309.16240, table 1: α → 0 is DPO, α = 1 the forward KL. TRL's
-    ``f_alpha_divergence_coef`` is 1 − α.
+    ``f_alpha_divergence_coef`` is 1 − α. An answer more than 80/α nats below the reference has no
+    gradient any more.
 
     Args:
         beta: Strength of the tie to the reference.
