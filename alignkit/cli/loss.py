@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from alignkit.cli.config_file import named_configs, read_config_file
 from alignkit.cli.near import did_you_mean
 from alignkit.errors import AlignkitError
 from alignkit.objectives.preference import PreferenceLoss, known_losses, unknown_loss
+from alignkit.objectives.values import has_fields
 
 _FLAG = "--model.loss"
 # The parser's message about a name that is no known class.
@@ -99,7 +100,7 @@ def _spelled(given: Any, place: str) -> Any:
     if not isinstance(named, Mapping) or not isinstance(named.get("class_path"), str):
         return given
     kind = _class_of(named["class_path"])
-    if kind is None or not is_dataclass(kind):
+    if kind is None or not has_fields(kind):
         return given
     init_args = named.get("init_args")
     values = dict(init_args) if isinstance(init_args, Mapping) else {}

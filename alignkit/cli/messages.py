@@ -104,8 +104,9 @@ class OneLineErrors:
             if unknown and not option:
                 option, complaint = unknown["name"], _NO_OPTION
             complaint += self._suggestion(message, option)
-        listed, added, _ = option.partition("+")
-        if added and complaint.startswith((_NO_OPTION, _NOT_ADDED)):  # by an inner parser
+        listed, added, inner = option.partition("+")
+        is_known = bool(inner) or listed in set(self.known_options())
+        if added and is_known and complaint.startswith((_NO_OPTION, _NOT_ADDED)):
             option, complaint = listed, _NOT_ADDED
         command = self.prog.replace(" [options]", "")
         raise OptionError(option, complaint, command) from None

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignkit.errors import AlignkitError
+from alignkit.objectives.pairs import PreferenceLoss
+from alignkit.objectives.values import has_fields
 
 
 def given_loss(loss: Any, kind: Any, example: str) -> Any:
@@ -17,15 +19,22 @@ def given_loss(loss: Any, kind: Any, example: str) -> Any:
         example: One of them as one writes it.
 
     Raises:
-        AlignkitError: It is no such loss, or no dataclass, of which checkpoints hold the fields.
+        AlignkitError: It is no such loss, or one that checkpoints would not hold: no dataclass, or
+            a subclass of a loss that is kept without its class.
     """
     if isinstance(loss, Mapping):
         loss = kind.from_dict(loss)
     if not isinstance(loss, kind):
         raise AlignkitError(f"model.loss: give a loss such as {example}, not {loss!r}")
-    if not hasattr(loss, "__dataclass_fields__"):
+    name = type(loss).__name__
+    if not has_fields(type(loss)):
         raise AlignkitError(
-            f"model.loss {type(loss).__name__}: put @dataclass(frozen=True) above its class, as "
-            "checkpoints hold the fields"
+            f"model.loss {name}: put @dataclass(frozen=True) above its class, and fields in the "
+            "place of __init__, as checkpoints hold the fields"
+        )
+    if kind is not PreferenceLoss and type(loss) is not kind:
+        raise AlignkitError(
+            f"model.loss {name}: checkpoints hold the parameters of {kind.__name__} alone; "
+            "override compute_loss of the module in its place"
         )
     return loss

@@ -59,10 +59,11 @@ class WholeStepModule(RefreshedModule, Generic[Scores]):
 
     def _losses(self, policy: Scores, reference: Scores) -> Tensor:
         """Return one loss for each pair or answer, however anyone's objective made them."""
-        scores_B = getattr(policy, fields(policy)[0].name)
-        own = type(self).preference_loss.__module__.startswith("alignkit.")
         values = self.preference_loss(policy, reference)
-        return one_each(values, scores_B, self.loss if own else self)
+        if not type(self).preference_loss.__module__.startswith("alignkit."):
+            return one_each(values, None, self)
+        scores_B = getattr(policy, "chosen", getattr(policy, "answers", None))
+        return one_each(values, scores_B, self.loss)
 
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         """Forget the scores of a step that was not taken."""

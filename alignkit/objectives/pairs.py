@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignkit.errors import AlignkitError
-from alignkit.objectives.values import plain_fields, rebuilt
+from alignkit.objectives.values import has_fields, plain_fields, rebuilt
 
 
 @dataclass(frozen=True)
@@ -200,5 +200,5 @@ def known_losses() -> Iterator[type[PreferenceLoss]]:
     while pending:
         kind = pending.pop(0)
         pending += kind.__subclasses__()
-        if hasattr(kind, "__dataclass_fields__"):
+        if has_fields(kind):
             yield kind

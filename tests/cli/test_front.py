@@ -90,6 +90,7 @@ def test_mistaken_commands(arguments: list[str], line: str) -> None:
         (["--model.loss", "IPOO"], "did you mean IPO?"),
         (["--model.loss.beat", "3"], "did you mean beta?"),
         (["--model.lora.targets+", "c_attn"], "model.lora.targets: nothing can be added to it"),
+        (["--data.nosuch+", "1"], "data.nosuch+: no such option"),
         (
             ["--model.loss", "WeightedSum", "--model.loss.terms+=DPO"],
             "model.loss.terms: nothing can be added to it; give the whole list: '[…, …]'; see",

@@ -149,6 +149,7 @@ def test_one_file_is_train_alone_whatever_its_name(
     if split:
         asked = {"validation": split}
         assert json.dumps(asked) in told[0]
+        assert audit(str(path), split=split)["rows"] == 20
         measured = make(PreferenceDataModule, path, splits=asked)
         measured.setup()
         assert len(measured._sets["validation"]) == 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from alignkit.objectives.preference import (
 )
 from alignkit.objectives.reward import BradleyTerry
 from alignkit.objectives.unpaired import KTO
+from alignkit.utils.plain import without_objects
 from tests.modules.helpers import loader, pairs, sgd, trainer
 
 
@@ -84,6 +85,46 @@ class Undecorated(DPO):
         return 2 * super().__call__(policy, reference)
 
 
+class OwnInit(DPO):
+    """Has a parameter that is no field, unlike DPO's."""
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        super().__init__(beta=0.1 * gamma)
+
+
+@dataclass(frozen=True)
+class OwnKTO(KTO):
+    """Would be KTO again, out of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class OwnBradleyTerry(BradleyTerry):
+    """Would be BradleyTerry again, out of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Are a parameter."""
+
+    low: float = 0.25
+
+
+class Bounds(NamedTuple):
+    """Are another."""
+
+    low: float = 0.5
+    high: float = 0.75
+
+
+@dataclass(frozen=True)
+class Structured(DPO):
+    """Has parameters that are no numbers."""
+
+    numbers: Numbers = Numbers()
+    bounds: Bounds = Bounds()  # noqa: RUF009 (immutable)
+    parts: dict[str, PreferenceLoss] = field(default_factory=lambda: {"x": IPO(beta=0.7)})
+
+
 class NoDataclass(PreferenceLoss):
     """Has parameters that no checkpoint would hold."""
 
@@ -133,7 +174,7 @@ def test_so_is_an_objective_of_a_module_and_a_reward(model_dir: Callable, fit: C
             return margins(policy, reference).mean()
 
     module = MeanDPO(str(model_dir("gpt2")), optimizer=sgd)
-    with pytest.raises(AlignkitError, match=r"MeanDPO: must return one loss .*\[4\], .* \[\]"):
+    with pytest.raises(AlignkitError, match=r"MeanDPO: must return one loss .* and returned \[\]"):
         trainer(".", max_epochs=1).fit(module, loader(pairs(8), 4))
     with pytest.raises(
         AlignkitError, match=r"MeanRewards: must return one reward .* returned \[\]"
@@ -149,6 +190,9 @@ def test_so_is_an_objective_of_a_module_and_a_reward(model_dir: Callable, fit: C
         (DPOModule, IPO, r"such as DPO\(\), not <class"),
         (DPOModule, KTO(), r"such as DPO\(\), not KTO\("),
         (DPOModule, NoDataclass(), r"NoDataclass: put @dataclass\(frozen=True\) above"),
+        (DPOModule, OwnInit(), r"OwnInit: put @dataclass\(frozen=True\) above.* place of __init__"),
+        (KTOModule, OwnKTO(), r"OwnKTO: checkpoints hold the parameters of KTO alone"),
+        (RewardModule, OwnBradleyTerry(), r"hold the parameters of BradleyTerry alone"),
         (KTOModule, DPO(), r"such as KTO\(\), not DPO\("),
         (KTOModule, None, r"such as KTO\(\), not None"),
         (RewardModule, DPO(), r"such as BradleyTerry\(\), not DPO\("),
@@ -184,3 +228,47 @@ def test_losses_inside_losses_survive_plain_values(
     run.save_checkpoint(tmp_path / "last.ckpt")
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["hyper_parameters"]["loss"] == made
     assert kind.load_from_checkpoint(tmp_path / "last.ckpt").loss == loss
+
+
+def test_parameters_of_any_structure_are_in_the_checkpoint(model_dir: Callable) -> None:
+    module = DPOModule(str(model_dir("gpt2")), loss=Structured(), optimizer=sgd)
+    kept = module.hparams["loss"]["init_args"]
+    assert (kept["numbers"], kept["bounds"]) == ({"low": 0.25}, (0.5, 0.75))
+    assert type(kept["bounds"]) is tuple
+    assert without_objects({"loss": module.hparams["loss"]}) == {"loss": module.hparams["loss"]}
+    again = PreferenceLoss.from_dict(module.hparams["loss"])
+    assert isinstance(again, Structured) and again.parts == {"x": IPO(beta=0.7)}
+
+
+def test_a_metric_may_call_a_loss_without_gradients(model_dir: Callable, tmp_path: Path) -> None:
+    class Twice(DPOModule):
+        def metrics(self, policy: PairScores, reference: PairScores) -> dict[str, Tensor]:
+            again = self.loss(policy, reference).sum()
+            return super().metrics(policy, reference) | {"again": again}
+
+    for loss in (WeightedSum((DPO(), IPO())), WPO()):
+        module = Twice(str(model_dir("gpt2")), loss=loss, optimizer=sgd)
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(module, loader(pairs(4), 4))
+        assert run.callback_metrics["train/again"] == run.callback_metrics["train/loss"]
+
+
+def test_a_module_may_have_scores_of_its_own(model_dir: Callable, tmp_path: Path) -> None:
+    class Own(NamedTuple):
+        differences: Tensor
+
+    class Module(DPOModule):
+        def scores(self, batch: Any, recompute: bool = False) -> Any:
+            policy, reference = super().scores(batch, recompute)
+            return Own(margins(policy, reference)), Own(margins(reference, reference))
+
+        def preference_loss(self, policy: Any, reference: Any) -> Tensor:
+            return -policy.differences
+
+        def watched_metrics(self, policy: Any, reference: Any) -> dict[str, Tensor]:
+            return {"margin": policy.differences.sum().detach()}
+
+    module = Module(str(model_dir("gpt2")), optimizer=sgd)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(module, loader(pairs(4), 4))
+    assert run.callback_metrics["train/loss"].abs() < 1e-4

@@ -74,8 +74,15 @@ def fit(kind: str, base: Path, pairs: Path, *more: object) -> Path:
 class Unknown:
     """A loss of one's own, as a checkpoint has it that was written elsewhere."""
 
+    inside: str = ""
+
     def to_dict(self) -> dict:
-        return {"class_path": "mine.Loss", "init_args": {"beta": 0.7}}
+        own = {"class_path": "mine.Loss", "init_args": {"beta": 0.7}}
+        if not self.inside:
+            return own
+        kind = {"of": "reweighted.WPO", "terms": "weighted.WeightedSum"}[self.inside]
+        given = {self.inside: own if self.inside == "of" else [own]}
+        return {"class_path": f"alignkit.objectives.{kind}", "init_args": given}
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -224,6 +231,8 @@ def test_a_reference_that_moved_is_the_first_one(
         ({"loss": DPO(0.3), "init_from": "sft", "reference": "none"}, (None, None, None)),
         ({"loss": WPO(IPO(0.3)), "init_from": "sft"}, ("sft", None, WPO(IPO(0.3)))),
         ({"loss": Unknown(), "init_from": "sft"}, ("sft", 0.7, None)),
+        ({"loss": Unknown("of"), "init_from": "sft"}, ("sft", 0.7, None)),
+        ({"loss": Unknown("terms"), "init_from": "sft"}, ("sft", 0.7, None)),
         ({"init_from": "sft"}, (None, None, None)),
     ],
     ids=str,
@@ -345,8 +354,14 @@ def test_an_answer_that_begins_as_a_dialogue_does_not_cost_the_file(
     write(drawn, rows)
     command = ("judge", drawn, "--model", model_dir("gpt2"), "--reference", model_dir("llama"))
     assert run(*command, "--output", ranked) == 0
-    assert "2 rows, 1 role-labelled answer left out, first" in capsys.readouterr().out
+    assert "2 rows, 1 templated answer left out, first" in capsys.readouterr().out
     assert [len(row["responses"]) for row in rows_of(ranked)] == [2, 3]
+    write(drawn, [*rows, {"prompt": "Say.", "candidates": ["Assistant: a", "b", ""]}])
+    assert run(*command, "--output", ranked) == 0
+    told = capsys.readouterr().out
+    assert "2 rows, 2 templated answers left out, 1 row without two others left out, first" in told
+    assert run(*command, "--output", ranked, "--prompt_format", "raw") == 0
+    assert [len(row["responses"]) for row in rows_of(ranked)] == [3, 3, 2]
 
 
 def test_answers_that_were_cut_are_counted(

@@ -72,6 +72,27 @@ def _offered(
     return hub_splits(path, streaming, asked)
 
 
+def split_sources(
+    path: str, split: str | None, splits: Mapping[str, str] | None = None
+) -> list[Source]:
+    """Return the sources of one split of a path, or of all; a file is also its name's split.
+
+    Args:
+        path: As in `find_splits`, as for ``splits``.
+        split: The split; ``None`` for all of them.
+        splits: What makes up each.
+
+    Raises:
+        AlignkitError: As `find_splits`, or there is no such split.
+    """
+    offered = find_splits(path, splits=splits)
+    if splits is None and split and split == _named_by_file(path):
+        split = "train"
+    if split is not None and split not in offered:
+        raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
+    return [source for name in offered if split in (None, name) for source in offered[name]]
+
+
 def not_read(path: str) -> str:
     """Tell what a path holds besides the splits that are read; empty for nothing."""
     local = Path(path).expanduser()
@@ -86,7 +107,7 @@ def trained_on(path: str) -> str:
 
     Empty of anything else.
     """
-    name = held_out_name(Path(path).name) if Path(path).expanduser().is_file() else ""
+    name = _named_by_file(path)
     if not name:
         return ""
     asked = json.dumps({"validation": name})
@@ -94,6 +115,12 @@ def trained_on(path: str) -> str:
         f"{path}: one file, so it is train, not {name}; to hold it out, give its directory; to "
         f"measure on all of it, data.splits='{asked}'"
     )
+
+
+def _named_by_file(path: str) -> str:
+    """Return how the name of a file calls a split that is held out; empty of anything else."""
+    file = Path(path).expanduser()
+    return held_out_name(file.name) if file.is_file() else ""
 
 
 def weights_of(path: DataPath) -> dict[str, float | None]:

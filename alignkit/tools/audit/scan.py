@@ -10,13 +10,12 @@ from alignkit.data.encode.choose import choose_format
 from alignkit.data.encode.chunks import chunks
 from alignkit.data.encode.columns import named_row
 from alignkit.data.read.rows import BadRow, Rows, Source
-from alignkit.data.read.sources import find_splits, not_read
+from alignkit.data.read.sources import not_read, split_sources
 from alignkit.data.text.recognise import (
     check_columns,
     kind_of,
 )
 from alignkit.data.text.shapes import preference_sides, sft_sides
-from alignkit.errors import AlignkitError
 from alignkit.models.load import load_tokenizer
 from alignkit.models.text_format import PromptChoice
 from alignkit.tools.audit.findings import Findings
@@ -47,16 +46,8 @@ def scan(
     Raises:
         AlignkitError: Nothing can be read there, or there is no such split.
     """
-    offered = find_splits(path, splits=splits)
-    if split is not None and split not in offered:
-        raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
     names = check_columns(columns)
-    sources = [
-        _named(source, names)
-        for name in offered
-        if split in (None, name)
-        for source in offered[name]
-    ]
+    sources = [_named(source, names) for source in split_sources(path, split, splits)]
     settled_kind = _detect_kind(sources[0]) if kind == "auto" else kind
     loaded = load_tokenizer(tokenizer) if tokenizer else None
     settled_format: str = prompt_format

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from alignkit.data.encode.draft import DraftExample
-from alignkit.data.read.sources import find_splits
+from alignkit.data.read.sources import split_sources
 from alignkit.data.text.defects import DefectError
 from alignkit.data.text.recognise import check_columns
 from alignkit.data.text.shapes import preference_sides
@@ -55,8 +55,8 @@ def judge(
         path: Pairs, ranked answers or what ``alignkit sample`` wrote: a file, a directory or a Hub
             id, as the data modules take it.
         model: A reward model (a checkpoint, a run's folder, or what ``export --to reward`` wrote),
-            or a policy: a run of DPO gives the rewards of the loss that it was trained by, any
-            other the implicit reward β (log π(y|x) − log π_ref(y|x)).
+            or a policy: a run of DPO gives the rewards of the loss that it was trained by, if that
+            is one of alignkit's, and any other the implicit reward β (log π(y|x) − log π_ref(y|x)).
         reference: π_ref, as ``model``; by default what a run of DPO or KTO was trained against (as
             it began, where the run refreshed it), and the policy without its adapters otherwise.
         beta: β of the implicit reward, which a run of DPO then gives as well; by default that of a
@@ -87,12 +87,9 @@ def judge(
     found = find_judge(model, reference, beta)
     target = resolve_device(device)
     written = check_output(output, "--output")
-    offered = find_splits(path)
-    if split is not None and split not in offered:
-        raise AlignkitError(f"--split {split}: {path} has {', '.join(offered)}")
-    sources = [s for name in offered if split in (None, name) for s in offered[name]]
+    sources = split_sources(path, split)
     refuse_overwriting({"--output": written}, [source.name for source in sources])
-    left_out = LeftOut(keeps_unended=unended == "keep")
+    left_out = LeftOut(keeps_unended=unended == "keep", keeps_templated=prompt_format == "raw")
     sources = rows_to_judge(sources, check_columns(columns), left_out)
     if unended == "drop" and not left_out.sampled:
         raise AlignkitError(f"--unended drop: {path} has no rows of alignkit sample, which say it")

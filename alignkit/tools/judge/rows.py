@@ -33,10 +33,12 @@ class LeftOut:
     Attributes:
         max_length: Most tokens of a prompt with one answer.
         keeps_unended: Whether answers stay that the model had not ended.
+        keeps_templated: Whether those stay that look rendered, as with ``prompt_format=raw``.
         sampled: Whether the rows are those of ``alignkit sample``.
         empty: How many answers of a row are empty, by file and line.
         repeated: How many are there before.
-        labelled: How many begin with a role's label, which training would take for a second one.
+        templated: How many begin with a role's label or hold a template's markers at an end, which
+            training would take for a second one.
         cut: How many prompts lost their left end.
         unended: How many answers of a row the model had not ended, by file and line.
         short: Where rows have not two answers that it had ended, if the others do not stay.
@@ -45,10 +47,11 @@ class LeftOut:
 
     max_length: int = 0
     keeps_unended: bool = True
+    keeps_templated: bool = False
     sampled: bool = False
     empty: dict[tuple[str, int], int] = field(default_factory=dict)
     repeated: dict[tuple[str, int], int] = field(default_factory=dict)
-    labelled: dict[tuple[str, int], int] = field(default_factory=dict)
+    templated: dict[tuple[str, int], int] = field(default_factory=dict)
     cut: int = 0
     unended: dict[tuple[str, int], int] = field(default_factory=dict)
     short: set[tuple[str, int]] = field(default_factory=set)
@@ -57,7 +60,7 @@ class LeftOut:
     def __str__(self) -> str:
         """Return what a sentence says about it, nothing where there is none."""
         told = ""
-        kinds = {"empty": self.empty, "repeated": self.repeated, "role-labelled": self.labelled}
+        kinds = {"empty": self.empty, "repeated": self.repeated, "templated": self.templated}
         for kind, rows in kinds.items():
             if count := sum(rows.values()):
                 told += f", {count:,} {kind} answer{'s' if count > 1 else ''} left out"
@@ -143,13 +146,15 @@ def _is_sampled(sources: Sequence[Source]) -> bool:
 def _distinct(
     row: Mapping[str, Any], place: tuple[str, int], left_out: LeftOut
 ) -> Mapping[str, Any] | None:
-    """Return a row with the answers that are judged; ``None`` if too few came to an end."""
+    """Return a row with the answers that are judged; ``None`` if too few of them can be."""
     drawn = row["responses"]
     notes: Any = row.get("drawn")
     said = [answer for answer in drawn if str(answer).strip()]
-    plain = [answer for answer in said if not _is_labelled(row["prompt"], answer)]
+    plain = said
+    if not left_out.keeps_templated:
+        plain = [answer for answer in said if not _is_templated(row["prompt"], answer)]
     distinct = {str(answer).strip(): answer for answer in reversed(plain)}
-    empty, labelled = len(drawn) - len(said), len(said) - len(plain)
+    empty, templated = len(drawn) - len(said), len(said) - len(plain)
     repeated = len(plain) - len(distinct)
     unended = _texts_without_end(drawn, notes if isinstance(notes, list) else [])
     left_out.unended[place] = len(unended)
@@ -158,15 +163,19 @@ def _distinct(
         if len(distinct) < 2:
             left_out.short.add(place)
             return None
+    if templated and len(distinct) < 2:
+        left_out.templated[place] = templated
+        left_out.short.add(place)
+        return None
     if len(distinct) < 2 or len(distinct) == len(drawn):
         return row
     left_out.empty[place], left_out.repeated[place] = empty, repeated
-    left_out.labelled[place] = labelled
+    left_out.templated[place] = templated
     return {**row, "responses": [*distinct.values()][::-1]}
 
 
-def _is_labelled(prompt: Any, answer: Any) -> bool:
-    """Tell whether an answer begins with a role's label, beside that of its prompt."""
+def _is_templated(prompt: Any, answer: Any) -> bool:
+    """Tell whether an answer has a role's label or a marker beside those it would be given."""
     try:
         sign = _RENDERED.find(sft_sides({"prompt": prompt, "completion": answer}))
     except RowError:  # what is wrong with the row is told where it is read

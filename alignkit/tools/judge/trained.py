@@ -45,8 +45,11 @@ def trained_with(settings: Mapping[str, Any]) -> Trained:
     if "class_path" in values:
         try:
             loss = PreferenceLoss.from_dict(values)
-        except AlignkitError:  # a loss of one's own, which is not imported here
+        except (AlignkitError, TypeError):  # one's own, which is not imported here or has changed
             values = values.get("init_args") or {}
+            # The rewards of a sum are those of its first term, and WPO's those of the loss inside.
+            while inside := (values.get("terms") or [values.get("of")])[0]:
+                values = inside.get("init_args") or {}
     if loss is not None and not loss.uses_reference:
         return Trained()
     if named in (None, "copy"):  # of the policy as it started

@@ -20,6 +20,7 @@ from alignkit.models.find import find_checkpoint
 from alignkit.models.start import Choice, Start, find_start
 from alignkit.modules.reference_choice import COPY, NONE
 from alignkit.modules.referenced import ReferencedModule
+from alignkit.objectives.values import rebuilt
 
 _TRUE = {
     "bf16-true": torch.bfloat16,
@@ -180,8 +181,12 @@ def _reference(stage: type, model: Mapping[str, Any]) -> str:
         return str(choice)
     loss = model.get("loss")
     if isinstance(loss, Mapping) and "class_path" in loss:  # KTO's are its parameters alone
-        loss = _class_at(loss["class_path"])(**(loss.get("init_args") or {}))
+        loss = _loss(loss)
     return COPY if getattr(loss, "uses_reference", True) else NONE
+
+
+def _loss(chosen: Mapping[str, Any]) -> Any:
+    return _class_at(chosen["class_path"])(**rebuilt(chosen.get("init_args") or {}, _loss))
 
 
 def _ranks(devices: Any, gpus: bool) -> int:
