@@ -42,7 +42,11 @@ from alignkit.objectives.preference import (
 trl = pytest.importorskip("trl")
 
 PAIRS, PROMPT, LENGTH = 6, 4, 24
-OURS = {kind.trl_name: kind for kind in known_losses() if kind.trl_name}
+OURS = {
+    kind.trl_name: kind
+    for kind in known_losses()
+    if kind.trl_name and kind.__module__.startswith("alignkit.")
+}
 SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 
