@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from alignkit.__main__ import main
+
 LEAVE = """
 import atexit, sys, threading, time
 import torch
@@ -42,3 +44,12 @@ def test_what_is_due_at_exit_is_done_and_the_interpreter_is_not_ended(
     code = LEAVE.format(distributed=distributed)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout.splitlines()) == (status, said), done.stderr
+
+
+def test_the_command_leaves_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr("alignkit.cli.main", lambda: 3)
+    monkeypatch.setattr("alignkit.__main__.exit_on_signals", lambda: None)
+    monkeypatch.setattr("alignkit.__main__.leave_group", left.append)
+    assert main() == 3
+    assert left == [3]
