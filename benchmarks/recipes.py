@@ -57,6 +57,7 @@ _ATTENTION = {
 }
 _APART = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true")
+PRECISIONS += ("32", "bf16", "16", "64")  # which Lightning takes as well
 JUDGED = "rewards/accuracies"
 TOLD = ("loss", JUDGED, "rewards/margins")
 HELD_OUT = {"train": "train[:90%]", "validation": "train[90%:]", "test": "test"}
