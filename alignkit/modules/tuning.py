@@ -23,7 +23,12 @@ def mean_with_gradient_of_sum(loss_sum: Tensor, weight: float | Tensor) -> Tenso
     Args:
         loss_sum: Scalar, the sum of the batch's losses.
         weight: The number of tokens or pairs that it is the sum over.
+
+    Raises:
+        AlignkitError: The sum carries no gradient.
     """
+    if torch.is_grad_enabled() and not loss_sum.requires_grad:
+        raise AlignkitError("the loss of a batch carries no gradient; leave out .detach()")
     mean: Tensor = _MeanWithSumGradient.apply(loss_sum, weight)  # type: ignore[no-untyped-call]
     return mean
 

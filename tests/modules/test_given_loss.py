@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignkit.batch import PackedBatch
 from alignkit.errors import AlignkitError
-from alignkit.modules import DPOModule, KTOModule, RewardModule
+from alignkit.modules import DPOModule, KTOModule, RewardModule, SFTModule
+from alignkit.modules.window import LossOutput
 from alignkit.objectives.preference import (
     AOT,
     DPO,
@@ -25,7 +27,7 @@ from alignkit.objectives.preference import (
 from alignkit.objectives.reward import BradleyTerry
 from alignkit.objectives.unpaired import KTO
 from alignkit.utils.plain import without_objects
-from tests.modules.helpers import loader, pairs, sgd, trainer
+from tests.modules.helpers import answers, loader, pairs, sgd, trainer
 
 
 def margins(policy: PairScores, reference: PairScores) -> Tensor:
@@ -166,6 +168,23 @@ def test_a_loss_of_a_whole_step_is_checked_as_well(fit: Callable) -> None:
 
     with pytest.raises(AlignkitError, match=r"WholeMean: must return .*, \[8\], and returned \[\]"):
         fit(WholeMean(), accumulate_grad_batches=2)
+
+
+def test_an_objective_of_a_module_carries_a_gradient(model_dir: Callable, tmp_path: Path) -> None:
+    class DetachedDPO(DPOModule):
+        def preference_loss(self, policy: PairScores, reference: PairScores) -> Tensor:
+            return super().preference_loss(policy, reference).detach()
+
+    class DetachedSFT(SFTModule):
+        def compute_loss(self, batch: PackedBatch) -> LossOutput:
+            output = super().compute_loss(batch)
+            return replace(output, loss_sum=output.loss_sum.detach())
+
+    examples = {DetachedDPO: pairs(4), DetachedSFT: answers(4)}
+    for kind in examples:
+        module = kind(str(model_dir("gpt2")), optimizer=sgd)
+        with pytest.raises(AlignkitError, match="a batch carries no gradient; leave out"):
+            trainer(tmp_path, max_steps=1).fit(module, loader(examples[kind], 4))
 
 
 def test_so_is_an_objective_of_a_module_and_a_reward(model_dir: Callable, fit: Callable) -> None:
